@@ -1,0 +1,116 @@
+"""Every error that the project raises on purpose.
+
+    DynamoError
+    ├── ConfigError              a bad graph, YAML file, override or setting           exit 1
+    ├── StartError               a process of the graph could not start                exit 1
+    ├── RequestError             the request is at fault                               HTTP 400
+    │   ├── ContextLengthError   prompt and output do not fit the model                HTTP 400
+    │   └── ModelNotFoundError   no such model here                                    HTTP 404
+    ├── OverloadedError          more work than the graph accepts: try again           HTTP 429
+    ├── UnavailableError         nobody can answer now: try again                      HTTP 503
+    │   ├── NoInstancesError     no instance of the endpoint is registered
+    │   └── WorkerLostError      the instance that was answering died
+    ├── DeadlineError            the request's time is over                            HTTP 504
+    ├── TransportError           etcd, NATS or a stream connection failed              HTTP 503
+    ├── EngineError              the inference engine failed                           HTTP 500
+    └── RemoteError              a remote endpoint raised a class unknown here         HTTP 500
+
+An error says what failed, to what, and the fact; `hint` says in one imperative what to do. Errors cross process
+boundaries as data (`dynamo.wire.failure`) and come back as the same class.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DynamoError(Exception):
+    """Base of all. `status` is the HTTP status and `code` the OpenAI error code that a client gets."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str | None] = None
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.param = param
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(DynamoError):
+    """A bad graph, YAML file, override or setting."""
+
+
+class StartError(DynamoError):
+    """A process of the graph could not start."""
+
+
+class RequestError(DynamoError):
+    """The request is at fault; `param` names the field."""
+
+    status = 400
+
+
+class ContextLengthError(RequestError):
+    """Prompt and requested output do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFoundError(RequestError):
+    """No model of that name is served."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class OverloadedError(DynamoError):
+    """More work than the graph accepts; the client may try again."""
+
+    status = 429
+    code = "overloaded"
+
+
+class UnavailableError(DynamoError):
+    """Nobody can answer now; the client may try again."""
+
+    status = 503
+    code = "unavailable"
+
+
+class NoInstancesError(UnavailableError):
+    """No instance of the endpoint is registered."""
+
+
+class WorkerLostError(UnavailableError):
+    """The instance that was answering died or became unreachable."""
+
+    code = "worker_lost"
+
+
+class DeadlineError(DynamoError):
+    """The request's time is over."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+class TransportError(DynamoError):
+    """etcd, NATS or a stream connection failed."""
+
+    status = 503
+    code = "transport"
+
+
+class EngineError(DynamoError):
+    """The inference engine failed."""
+
+    code = "engine_error"
+
+
+class RemoteError(DynamoError):
+    """A remote endpoint raised an exception whose class does not exist in this process."""
