@@ -1,7 +1,8 @@
 """Every error that the project raises on purpose.
 
     DynamoError
-    ├── ConfigError              a bad graph, YAML file, override or setting           exit 1
+    ├── ConfigError              a bad YAML file, override or setting                  exit 1
+    │   └── GraphError           a bad service, dependency, link or graph module       exit 1
     ├── StartError               a process of the graph could not start                exit 1
     ├── RequestError             the request is at fault                               HTTP 400
     │   ├── ContextLengthError   prompt and output do not fit the model                HTTP 400
@@ -42,7 +43,11 @@ class DynamoError(Exception):
 
 
 class ConfigError(DynamoError):
-    """A bad graph, YAML file, override or setting."""
+    """A bad YAML file, override or setting."""
+
+
+class GraphError(ConfigError, ValueError, TypeError):
+    """A bad service, dependency, link or graph module. Also a ValueError and a TypeError, which the 0.x SDK raised."""
 
 
 class StartError(DynamoError):

@@ -1,0 +1,1 @@
+"""The services of the shipped graphs: what users read first, and copy."""

@@ -1,0 +1,112 @@
+"""Frontend: the OpenAI-compatible HTTP server at the top of every graph."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from components.processor import Processor
+from components.worker import VllmWorker
+from dynamo.errors import ConfigError
+from dynamo.llm.protocol import MODELS_PREFIX, ChatRequest, CompletionRequest, Delta, ModelCard, ServedModel
+from dynamo.sdk import (
+    Service,
+    Stream,
+    async_on_start,
+    depends,
+    dynamo_context,
+    instance_ids,
+    on_shutdown,
+    readiness,
+    service,
+)
+
+if TYPE_CHECKING:
+    from dynamo.http.server import HttpServer
+    from dynamo.runtime import DistributedRuntime
+
+log = logging.getLogger(__name__)
+
+
+@service(dynamo={"namespace": "dynamo"}, resources={"cpu": "10", "memory": "20Gi"}, workers=1)
+class Frontend(Service):
+    worker = depends(VllmWorker)
+    processor = depends(Processor)
+
+    def __init__(
+        self,
+        served_model_name: str | list[str] | None = None,
+        endpoint: str = "dynamo.Processor.chat/completions",
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        timeout_s: float | None = None,
+    ) -> None:
+        """
+        Args:
+            served_model_name: what clients call the model; None: as the workers name it.
+            endpoint: where chat requests go, as namespace.component.endpoint.
+            host: address to listen on; 0.0.0.0 for all.
+            port: port to listen on.
+            timeout_s: each request's deadline in seconds; None: no limit.
+        """
+        names = [served_model_name] if isinstance(served_model_name, str) else served_model_name
+        self.served_model_names = names or []
+        self.host, self.port, self.timeout_s = host, port, timeout_s
+        component = ".".join(Processor.dynamo_address())
+        if endpoint != f"{component}.chat/completions":
+            raise ConfigError(
+                f"Frontend.endpoint: {endpoint} is not in this graph", hint=f"use {component}.chat/completions"
+            )
+        self.cards: dict[str, ModelCard] = {}
+        self.server: HttpServer | None = None
+        self._following: asyncio.Task[None] | None = None
+
+    @async_on_start
+    async def start(self) -> None:
+        # here, so that a dry run does not import FastAPI
+        from dynamo.http.app import create_app
+        from dynamo.http.server import HttpServer
+
+        runtime = dynamo_context.get("runtime")
+        if runtime is not None:
+            self._following = asyncio.get_running_loop().create_task(self._follow_models(runtime))
+        self.server = HttpServer(create_app(self, timeout_s=self.timeout_s), self.host, self.port)
+        await self.server.start()
+        dynamo_context["url"] = self.server.url
+
+    async def _follow_models(self, runtime: DistributedRuntime) -> None:
+        async for cards in runtime.follow(MODELS_PREFIX):
+            self.cards = {key: msgspec.json.decode(value, type=ModelCard) for key, value in cards.items()}
+
+    def chat(self, request: ChatRequest) -> Stream[Delta]:
+        return self.processor.chat(request)
+
+    def completion(self, request: CompletionRequest) -> Stream[Delta]:
+        return self.processor.completion(request)
+
+    def models(self) -> list[ServedModel]:
+        """Models that can answer now: a worker has a card in etcd, and a Processor is there."""
+        if not instance_ids(self.processor):
+            return []
+        found: dict[str, ServedModel] = {}
+        for card in self.cards.values():
+            for name in self.served_model_names or [card.name]:
+                found.setdefault(name, ServedModel(name, card.path, card.context_length, card.created))
+        return list(found.values())
+
+    @readiness
+    def ready(self) -> bool:
+        return bool(self.models())
+
+    def endpoints(self) -> dict[str, int]:
+        return {"Processor": len(instance_ids(self.processor))}
+
+    @on_shutdown
+    async def stop(self) -> None:
+        if self.server is not None:
+            await self.server.stop()
+        if self._following is not None:
+            self._following.cancel()

@@ -1,0 +1,1 @@
+"""The `dynamo` command: one file a subcommand, loaded when it is run."""

@@ -1,0 +1,164 @@
+"""`dynamo serve`: import the graph, resolve and check its configuration, then show it or run it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import click
+from click.core import ParameterSource
+
+from dynamo.config import document, overrides
+from dynamo.config.layers import Layer, Resolved, resolve
+from dynamo.config.options import Infra, ServeOptions
+from dynamo.config.origin import shown
+from dynamo.config.service_config import VARIABLE
+from dynamo.config.settings import Declared, check, declared, knows
+
+if TYPE_CHECKING:
+    from dynamo.sdk.graph import Graph
+
+OVERRIDES = "dynamo.config.overrides"  # key of the overrides in click's context
+
+
+class _ServeCommand(click.Command):
+    """Takes `--Service.key value` out of the command line, so that click stays strict about all the rest."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[OVERRIDES], rest = overrides.split(args)
+        return super().parse_args(ctx, rest)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[--Service.key=value ...]"]
+
+
+@click.command(cls=_ServeCommand)
+@click.argument("graph")
+@click.option(
+    "-f",
+    "--config-file",
+    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    metavar="FILE",
+    help="YAML file of settings by service; see configs/.",
+)
+@click.option(
+    "--service-name",
+    envvar="DYNAMO_SERVICE_NAME",
+    show_envvar=True,
+    metavar="NAME",
+    help="Run this service of the graph alone, in the foreground.",
+)
+@click.option(
+    "-p",
+    "--port",
+    type=click.IntRange(0, 65535),
+    envvar="DYNAMO_PORT",
+    show_envvar=True,
+    help="HTTP port of the graph's entry service; the file's value counts unless this is given.",
+)
+@click.option(
+    "--host",
+    envvar="DYNAMO_HOST",
+    show_envvar=True,
+    metavar="ADDRESS",
+    help="Address on which the entry service listens.",
+)
+@click.option(
+    "--working-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path(),
+    metavar="DIR",
+    help="Where GRAPH is imported from and the services run; the current directory by default.",
+)
+@click.option(
+    "--infra",
+    type=click.Choice(get_args(Infra)),
+    default="auto",
+    show_default=True,
+    envvar="DYN_INFRA",
+    show_envvar=True,
+    help="NATS and etcd: `external` uses running ones, `embedded` starts private ones, `auto` whichever it can.",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, start nothing.")
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    graph: str,
+    config_file: Path | None,
+    service_name: str | None,
+    port: int | None,
+    host: str | None,
+    working_dir: Path,
+    infra: str,
+    dry_run: bool,
+) -> int:
+    """Start the inference graph GRAPH: every service as processes on this machine, and HTTP in front.
+
+    GRAPH is module:Service, path/to/file.py:Service, or a module with one root service.
+
+    Any setting of any service can be given as --Service.key=value. It wins over the file, which wins over the
+    defaults in the code. Values are JSON, else text; dots reach into mappings. --Common.key=value sets it for all
+    that share it.
+
+    \b
+    Examples:
+      dynamo serve graphs.agg:Frontend -f configs/agg.yaml
+      dynamo serve graphs.agg:Frontend -f configs/agg.yaml --dry-run
+      dynamo serve graphs.agg:Frontend -f configs/agg.yaml --Processor.router=random -p 9000
+      dynamo serve graphs.agg:Frontend -f configs/agg.yaml --VllmWorker.ServiceArgs.workers=2
+      dynamo serve graphs.agg:Frontend -f configs/agg_mock.yaml          # no GPU, no model weights
+      dynamo serve graphs.agg:Frontend --service-name VllmWorker         # one service, to debug it
+    """
+    from dynamo.sdk.graph import load
+
+    options = ServeOptions(working_dir, service_name, cast(Infra, infra), host, port, dry_run)
+    found = load(graph, working_dir)
+    if service_name is not None:
+        found.service(service_name)
+    services = {name: declared(cls) for name, cls in found.services.items()}
+    layers = [document.load(config_file)] if config_file else []
+    layers += _entry_layers(ctx, found, services)
+    layers += ctx.meta[OVERRIDES]
+    resolved = resolve(layers, services, functools.partial(knows, services))
+    check(resolved, services)
+    if dry_run:
+        click.echo(render(resolved.services))
+        click.echo(render_origins(resolved), err=True)
+        return 0
+    from dynamo.serve import run
+
+    return run(graph, found, resolved, options)
+
+
+def render(services: Mapping[str, Any]) -> str:
+    """What `--dry-run` prints on standard output: a contract, on which scripts rely."""
+    return (
+        f"Service Configuration:\n{json.dumps(services, indent=2)}\n\n"
+        f"Environment Variable that would be set:\n{VARIABLE}={json.dumps(services)}"
+    )
+
+
+def render_origins(resolved: Resolved) -> str:
+    """One line a value: key, value, and the file's line, the flag or the variable that set it."""
+    rows = [(".".join(path), shown(value), origin.source) for path, value, origin in resolved.leaves()]
+    keys, values = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+    lines = (f"  {key:<{keys}}  {value:<{values}}  {source}" for key, value, source in rows)
+    return "\n".join(["Where each value comes from:", *lines])
+
+
+def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, Declared | None]) -> list[Layer]:
+    """`--port` and `--host` as settings of the entry service, where it has them; `ServeOptions` carries them too."""
+    name = next(name for name, cls in graph.services.items() if cls is graph.entry)
+    layers = []
+    for key in ("host", "port"):
+        value = ctx.params[key]
+        if value is None:
+            continue
+        given = ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE
+        source = f"--{key}" if given else f"DYNAMO_{key.upper()}"
+        if knows(services, name, key):
+            layers.append(overrides.setting((name, key), value, source))
+    return layers

@@ -1,0 +1,121 @@
+"""`ServiceArgs`: the keys below a service that say how its processes run, not what its constructor gets."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from dynamo.config.layers import SERVICE_ARGS
+from dynamo.config.origin import KeyPath, Origin, shown, suggestion, where
+from dynamo.errors import ConfigError
+
+KEYS = ("workers", "resources", "envs", "dynamo", "image")
+RESOURCES = ("gpu", "cpu", "memory")
+DYNAMO = ("namespace", "component_type", "name", "enabled", "custom_lease")
+
+_CPU = re.compile(r"[0-9]+(\.[0-9]+)?m?")
+_MEMORY = re.compile(r"[0-9]+(\.[0-9]+)?([kKMGTPE]i?)?B?")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceArgs:
+    """None is "not given here": the decorator's value counts. `gpu` may be a fraction; `memory` is like `500Mi`."""
+
+    workers: int | None = None
+    gpu: float | None = None
+    cpu: str | None = None
+    memory: str | None = None
+    envs: Mapping[str, str] = field(default_factory=dict)
+    dynamo: Mapping[str, Any] = field(default_factory=dict)
+    image: str | None = None
+
+    @property
+    def namespace(self) -> str | None:
+        return self.dynamo.get("namespace")
+
+
+def service_args(
+    service: str, config: Mapping[str, Any], origin: Mapping[KeyPath, Origin] | None = None
+) -> ServiceArgs:
+    """The `ServiceArgs` of one service's resolved configuration. ConfigError for an unknown key or a bad value."""
+    reader = _Reader((service, SERVICE_ARGS), origin or {})
+    given = reader.section(config.get(SERVICE_ARGS), (), KEYS)
+    resources = reader.section(given.get("resources"), ("resources",), RESOURCES)
+    dynamo = reader.section(given.get("dynamo"), ("dynamo",), DYNAMO)
+    namespace = dynamo.get("namespace")
+    if namespace is not None and not (isinstance(namespace, str) and re.fullmatch(r"[\w-]+", namespace)):
+        reader.fail(("dynamo", "namespace"), "a name of letters, digits, - and _", namespace)
+    image = given.get("image")
+    if image is not None and not isinstance(image, str):
+        reader.fail(("image",), "the name of an image", image)
+    return ServiceArgs(
+        workers=reader.workers(given.get("workers")),
+        gpu=reader.gpu(resources.get("gpu")),
+        cpu=reader.amount(resources.get("cpu"), "cpu", _CPU, 'a number of cores such as 2 or "500m"'),
+        memory=reader.amount(resources.get("memory"), "memory", _MEMORY, "a size such as 500Mi or 8Gi"),
+        envs=reader.envs(given.get("envs")),
+        dynamo=dynamo,
+        image=image,
+    )
+
+
+class _Reader:
+    def __init__(self, above: KeyPath, origin: Mapping[KeyPath, Origin]) -> None:
+        self.above, self.origin = above, origin
+
+    def fail(self, path: KeyPath, expected: str, found: Any) -> NoReturn:
+        raise ConfigError(
+            f"{where(self.origin, (*self.above, *path))}: expected {expected}, found {shown(found)}",
+            hint=f"give {expected}",
+        )
+
+    def section(self, value: Any, path: KeyPath, keys: tuple[str, ...]) -> Mapping[str, Any]:
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            self.fail(path, f"a mapping of {', '.join(keys)}", value)
+        for key in value:
+            if key not in keys:
+                raise ConfigError(
+                    f"{where(self.origin, (*self.above, *path, key))}: no such key",
+                    hint=suggestion(key, keys, f"keys of {'.'.join((SERVICE_ARGS, *path))}"),
+                )
+        return value
+
+    def workers(self, value: Any) -> int | None:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+            value = int(value)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            self.fail(("workers",), "an int of at least 1", value)
+        return value
+
+    def gpu(self, value: Any) -> float | None:
+        if value is None:
+            return None
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (number >= 0 and math.isfinite(number)):
+            self.fail(("resources", "gpu"), "a number of GPUs of at least 0", value)
+        return number
+
+    def amount(self, value: Any, key: str, pattern: re.Pattern[str], expected: str) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, str | int | float) or isinstance(value, bool) or not pattern.fullmatch(str(value)):
+            self.fail(("resources", key), expected, value)
+        return str(value)
+
+    def envs(self, value: Any) -> dict[str, str]:
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            self.fail(("envs",), "a mapping of variables, or a list of {name, value}", value)
+        for name, text in value.items():
+            if not name or "=" in name or "\0" in f"{name}{text}":
+                self.fail(("envs", name), "the name of an environment variable", name)
+        return {name: str(text) for name, text in value.items()}

@@ -1,0 +1,307 @@
+"""vLLM's AsyncLLM behind the Engine protocol: the one file that imports vLLM. Runs with 0.26 to 0.32.
+
+On the CPU the engine core is forked after its modules are imported, and stays without worker processes: ready in 8 s
+where vLLM's own way takes 20 to 50. It dies with this process, which vLLM alone does not see to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynamo.errors import ContextLengthError, EngineError, RequestError, StartError
+from dynamo.llm.engine import EngineInfo, EngineStats
+from dynamo.llm.engines.installed import cpu_build
+from dynamo.llm.models import resolve, tokenizer_dir
+from dynamo.llm.protocol import Delta, GenerateRequest, Sampling, TokenLogprob
+from dynamo.wire.stream import Channel, Stream
+
+log = logging.getLogger(__name__)
+
+CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of this
+_PR_SET_PDEATHSIG = 1
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",  # block hashes that are equal in all workers
+}
+_CPU_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # keeps the executor in the engine core's process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_PLUGINS": "",
+}
+
+
+class VllmEngine:
+    def __init__(self, model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> None:
+        self._model, self._arguments, self._progress = model, dict(arguments), progress
+        self._llm: Any = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stats = EngineStats(0, 0, 0.0, 0, 0)
+
+    async def start(self) -> EngineInfo:
+        """Blocks the event loop for as long as vLLM takes to import and load: it must stay in the main thread."""
+        if os.path.sep in self._model or not self._model:
+            tokenizer_dir(self._model)  # fails in milliseconds where vLLM takes 10 s to find out
+        cpu = cpu_build()
+        for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if cpu else {})}.items():
+            os.environ.setdefault(name, value)
+        quiet = logging.getLogger().getEffectiveLevel() > logging.DEBUG
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if quiet else "DEBUG")
+        if cpu:
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+        self._progress("importing vLLM")
+        started = time.monotonic()
+        arg_utils = importlib.import_module("vllm.engine.arg_utils")
+        async_llm = importlib.import_module("vllm.v1.engine.async_llm")
+        usage = importlib.import_module("vllm.usage.usage_lib")
+        log.debug("vLLM imported in %.1f s", time.monotonic() - started)
+        options = self._parse(arg_utils.AsyncEngineArgs, cpu)
+        try:
+            config = arg_utils.AsyncEngineArgs.from_cli_args(options).create_engine_config(
+                usage_context=usage.UsageContext.OPENAI_API_SERVER
+            )
+        except (ValueError, OSError) as error:
+            raise StartError(f"vLLM refuses the configuration: {_first_line(error)}") from error
+        fork = cpu and config.parallel_config.world_size == 1
+        if fork:
+            _prepare_fork()
+        self._progress("loading the model")
+        try:
+            self._llm = async_llm.AsyncLLM.from_vllm_config(
+                config, stat_loggers=[self._stat_logger], disable_log_stats=options.disable_log_stats
+            )
+        except Exception as error:
+            raise StartError(f"vLLM did not start: {_first_line(error)}", hint="its own log is above") from error
+        self._defaults = config.model_config.get_diff_sampling_param()
+        cache = self._llm.vllm_config.cache_config
+        return EngineInfo(config.model_config.max_model_len, cache.block_size, cache.num_gpu_blocks or 0)
+
+    def _parse(self, arguments: Any, cpu: bool) -> Any:
+        argparse_utils = importlib.import_module("vllm.utils.argparse_utils")
+
+        class Parser(argparse_utils.FlexibleArgumentParser):  # type: ignore[misc, name-defined]
+            def error(self, message: str) -> None:
+                raise StartError(f"vLLM's arguments: {message}", hint="check the worker's keys in the configuration")
+
+        parser = arguments.add_cli_args(Parser())
+        argv = ["--model", resolve(self._model), *to_argv(self._arguments, parser)]
+        if cpu and "dtype" not in self._arguments and not _fast_bfloat16():
+            argv += ["--dtype", "float32"]
+        options = parser.parse_args(argv)
+        block = getattr(options, "block_size", None)
+        if cpu and block and block % CPU_BLOCK_TOKENS:
+            raise StartError(
+                f"block-size: {block} tokens; vLLM on the CPU takes multiples of {CPU_BLOCK_TOKENS}",
+                hint=f"set block-size: {CPU_BLOCK_TOKENS}",
+            )
+        return options
+
+    def generate(self, request: GenerateRequest) -> Stream[Delta]:
+        channel: Channel[Delta] = Channel()
+        task = asyncio.get_running_loop().create_task(self._generate(request, channel))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        channel.on_cancel = task.cancel  # type: ignore[assignment]  # its result does not matter
+        return Stream(channel)
+
+    async def _generate(self, request: GenerateRequest, channel: Channel[Delta]) -> None:
+        first = True
+        try:
+            outputs = self._llm.generate(
+                {"prompt_token_ids": request.token_ids},
+                self._sampling_params(request),
+                request.request_id or os.urandom(8).hex(),
+                priority=request.sampling.priority,
+            )
+            async for output in outputs:
+                for choice in output.outputs:
+                    if not (choice.token_ids or choice.text or choice.finish_reason):
+                        continue
+                    channel.push(
+                        Delta(
+                            choice.text,
+                            list(choice.token_ids),
+                            choice.index,
+                            choice.finish_reason,
+                            choice.stop_reason,
+                            len(output.prompt_token_ids) if first else None,
+                            (output.num_cached_tokens or 0) if first else None,
+                            _logprobs(choice.token_ids, choice.logprobs) if choice.logprobs else None,
+                        )
+                    )
+                    first = False
+            channel.end()
+        except asyncio.CancelledError:
+            channel.cancel()
+            raise
+        except Exception as error:
+            channel.end(_translate(error))
+
+    def _sampling_params(self, request: GenerateRequest) -> Any:
+        params = importlib.import_module("vllm.sampling_params")
+        given: Sampling = request.sampling
+        values: dict[str, Any] = dict(self._defaults)
+        values.pop("max_tokens", None)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            value = getattr(given, name)
+            if value is not None:
+                values[name] = value
+        kind = params.RequestOutputKind
+        if given.structured:
+            values["structured_outputs"] = params.StructuredOutputsParams(**given.structured)
+        try:
+            return params.SamplingParams(
+                **values,
+                n=given.n,
+                max_tokens=given.max_tokens,
+                min_tokens=given.min_tokens,
+                presence_penalty=given.presence_penalty,
+                frequency_penalty=given.frequency_penalty,
+                seed=given.seed,
+                stop=given.stop,
+                stop_token_ids=given.stop_token_ids,
+                include_stop_str_in_output=given.include_stop_str_in_output,
+                ignore_eos=given.ignore_eos,
+                skip_special_tokens=given.skip_special_tokens,
+                logprobs=given.logprobs,
+                prompt_logprobs=given.prompt_logprobs,
+                logit_bias={int(k): v for k, v in given.logit_bias.items()} if given.logit_bias else None,
+                output_kind=kind.FINAL_ONLY if request.final_only else kind.DELTA,
+            )
+        except (ValueError, TypeError) as error:
+            raise RequestError(_first_line(error)) from None
+
+    def _stat_logger(self, config: Any, engine_index: int = 0) -> Any:
+        loggers = importlib.import_module("vllm.v1.metrics.loggers")
+        engine = self
+
+        class Recorder(loggers.StatLoggerBase):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                self.queries = self.hits = 0
+
+            def record(self, scheduler_stats: Any = None, iteration_stats: Any = None, *_: Any, **__: Any) -> None:
+                found = scheduler_stats
+                if found is not None:
+                    self.queries += found.prefix_cache_stats.queries
+                    self.hits += found.prefix_cache_stats.hits
+                    engine._stats = EngineStats(
+                        found.num_running_reqs, found.num_waiting_reqs, found.kv_cache_usage, self.queries, self.hits
+                    )
+
+            def log_engine_initialized(self) -> None:
+                return None
+
+        return Recorder()
+
+    async def abort(self, request_id: str) -> None:
+        await self._llm.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    async def check_health(self) -> None:
+        try:
+            await self._llm.check_health()
+        except Exception as error:
+            raise _translate(error) from error
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._llm is not None:
+            self._llm.shutdown()
+
+
+def to_argv(arguments: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """Configuration values as flags of vLLM's parser: `False` is `--no-flag`, a mapping JSON, a list several words.
+
+    Flags that the parser does not know are passed on, so that its own message tells.
+    """
+    argv: list[str] = []
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        action = parser._option_string_actions.get(flag)
+        if isinstance(value, bool) and (action is None or action.nargs == 0):
+            if value:
+                argv.append(flag)
+            elif action is None or f"--no-{flag[2:]}" in parser._option_string_actions:
+                argv.append(f"--no-{flag[2:]}")
+        elif isinstance(value, list) and action is not None and action.nargs in ("+", "*"):
+            argv += [flag, *map(str, value)]
+        elif isinstance(value, (dict, list)):
+            argv += [flag, json.dumps(value)]
+        elif value is not None:
+            argv += [flag, str(value)]
+    return argv
+
+
+def _prepare_fork() -> None:
+    """Import here what the engine core needs, so that the fork has it; tie the fork's life to this process."""
+    for module in (
+        "vllm.v1.worker.cpu_worker",
+        "vllm.v1.engine.core",
+        "vllm.v1.executor.uniproc_executor",
+        "vllm.model_executor.models.registry",
+    ):
+        importlib.import_module(module)
+    # after the configuration is made, which sets it to spawn
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        os.register_at_fork(after_in_child=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+
+
+def _fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; without it, float32 was four times faster."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags.partition("Features")[2]
+
+
+def _logprobs(token_ids: Sequence[int], positions: Sequence[Any]) -> list[TokenLogprob]:
+    found: list[TokenLogprob] = []
+    for token, candidates in zip(token_ids, positions, strict=True):
+        chosen = candidates[token]
+        ranked = sorted(candidates.items(), key=lambda kv: kv[1].rank or 0)
+        top = [(c.decoded_token or "", int(i), float(c.logprob)) for i, c in ranked]
+        found.append(TokenLogprob(chosen.decoded_token or "", int(token), float(chosen.logprob), top))
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _translate(error: Exception) -> Exception:
+    """vLLM's exceptions as ours. Its own classes moved between versions, so they are told by name."""
+    if isinstance(error, (RequestError, EngineError)):
+        return error
+    names = {cls.__name__ for cls in type(error).__mro__}
+    text = _first_line(error)
+    if "context length" in text or "max_model_len" in text or "maximum model length" in text:
+        return ContextLengthError(text)
+    if names & {"VLLMValidationError", "VLLMClientError"} or type(error) is ValueError:
+        return RequestError(text)
+    if "EngineDeadError" in names:
+        return EngineError("vLLM's engine core has died", hint="the worker is being restarted")
+    return EngineError(f"vLLM failed: {text}")
+
+
+def create(model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> VllmEngine:
+    return VllmEngine(model, arguments, progress)

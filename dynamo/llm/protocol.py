@@ -1,0 +1,133 @@
+"""Messages of the LLM layer, as they cross processes: HTTP server -> Processor -> worker, and deltas back."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "abort", "error"]
+
+
+class Sampling(msgspec.Struct, omit_defaults=True):
+    """How to choose tokens. Names and meanings are OpenAI's where it has them, else vLLM's; None: the model's default."""
+
+    n: int = 1
+    max_tokens: int | None = None
+    """None: up to the end of the context"""
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    """how many alternatives to report for each token; 0: only the chosen one; None: none"""
+    prompt_logprobs: int | None = None
+    logit_bias: dict[str, float] | None = None
+    structured: dict[str, Any] | None = None
+    """what the output must be: one of `json` (a schema), `json_object`, `regex`, `choice`, `grammar`"""
+    priority: int = 0
+
+
+class ChatRequest(msgspec.Struct, omit_defaults=True):
+    """A validated chat completion: messages as OpenAI has them, content a string or a list of parts."""
+
+    model: str
+    messages: list[dict[str, Any]]
+    sampling: Sampling
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    stream: bool = True
+    """False: the reader wants the whole text at once"""
+    template_arguments: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class CompletionRequest(msgspec.Struct, omit_defaults=True):
+    """A validated text completion of one prompt: text or token ids."""
+
+    model: str
+    prompt: str | list[int]
+    sampling: Sampling
+    stream: bool = True
+    echo: bool = False
+
+
+class GenerateRequest(msgspec.Struct, omit_defaults=True):
+    """What a worker gets: token ids, never text."""
+
+    token_ids: list[int]
+    sampling: Sampling
+    request_id: str = ""
+    final_only: bool = False
+    """give one delta for each choice, at its end: nobody reads the text before"""
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    """One token with its log probability (natural logarithm) and the most likely alternatives."""
+
+    token: str
+    token_id: int
+    logprob: float
+    top: list[tuple[str, int, float]] = []
+
+
+class Delta(msgspec.Struct, array_like=True):
+    """What one engine step adds to one choice of one request. `text` holds whole characters only.
+
+    `prompt_tokens` and `cached_tokens` (prompt tokens whose KV was found in the cache) come with the first delta of a
+    request and are None later.
+    """
+
+    text: str
+    token_ids: list[int]
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_text: str | None = None
+    """the prompt as text, in the first delta of a completion that asked for `echo`"""
+
+
+class ModelCard(msgspec.Struct):
+    """What a worker says of its model, in etcd under `models/<name>/<lease hex>`."""
+
+    name: str
+    path: str
+    """where the tokenizer is: a directory or a hub id"""
+    namespace: str
+    component: str
+    context_length: int
+    kv_block_size: int
+    engine: str
+    created: int
+    """Unix time, seconds"""
+    types: list[str] = ["chat", "completion"]
+
+
+class ServedModel(NamedTuple):
+    """A model that can answer now, as clients see it. `created` is Unix time in seconds."""
+
+    name: str
+    root: str
+    context_length: int
+    created: int
+
+
+MODELS_PREFIX = "models/"
+
+
+def model_key(name: str, lease_id: int) -> str:
+    return f"{MODELS_PREFIX}{name}/{lease_id:x}"

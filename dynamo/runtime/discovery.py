@@ -1,0 +1,78 @@
+"""Which instances of an endpoint live: etcd's view, kept through its outages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import aclosing
+
+import msgspec
+
+from dynamo.transport.etcd import Delete, Etcd, Put, Snapshot
+from dynamo.wire.messages import Instance, InstanceId, instances_prefix
+
+log = logging.getLogger(__name__)
+
+RESET_GRACE_S = 8.0
+"""How long instances stay that are missing from an etcd which came back empty: their owners register again meanwhile."""
+
+_decode = msgspec.json.Decoder(Instance).decode
+
+
+class Discovery:
+    """The live instances of one endpoint. `on_join(instance)` and `on_leave(id)` run on the event loop."""
+
+    def __init__(
+        self,
+        etcd: Etcd,
+        address: tuple[str, str, str],
+        on_join: Callable[[Instance], None],
+        on_leave: Callable[[InstanceId], None],
+    ) -> None:
+        self._etcd, self._prefix = etcd, instances_prefix(*address)
+        self._on_join, self._on_leave = on_join, on_leave
+        self._known: dict[str, InstanceId] = {}
+        self._missing: dict[str, asyncio.TimerHandle] = {}
+
+    async def run(self) -> None:
+        """Follow etcd until cancelled. Raises TransportError when etcd cannot be reached at the start."""
+        try:
+            async with aclosing(self._etcd.watch_prefix(self._prefix)) as events:
+                async for event in events:
+                    if isinstance(event, Put):
+                        self._join(event.key, event.value)
+                    elif isinstance(event, Delete):
+                        self._leave(event.key)
+                    else:
+                        self._reset(event)
+        finally:
+            for timer in self._missing.values():
+                timer.cancel()
+
+    def _join(self, key: str, value: bytes) -> None:
+        timer = self._missing.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+        try:
+            instance = _decode(value)
+        except msgspec.MsgspecError as error:
+            log.warning("etcd key %s is not an instance: %s", key, error)
+            return
+        self._known[key] = instance.id
+        self._on_join(instance)
+
+    def _leave(self, key: str) -> None:
+        timer = self._missing.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+        found = self._known.pop(key, None)
+        if found is not None:
+            self._on_leave(found)
+
+    def _reset(self, snapshot: Snapshot) -> None:
+        loop = asyncio.get_running_loop()
+        for key in self._known.keys() - snapshot.items.keys() - self._missing.keys():
+            self._missing[key] = loop.call_later(RESET_GRACE_S, self._leave, key)
+        for key, value in snapshot.items.items():
+            self._join(key, value)

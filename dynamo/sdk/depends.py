@@ -1,0 +1,133 @@
+"""`depends()`: a typed edge to another service, and what stands behind the attribute in a running process or a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
+
+from dynamo.errors import GraphError
+from dynamo.sdk.endpoint import EndpointSpec
+from dynamo.sdk.service import ServiceSpec, spec_of
+from dynamo.wire.stream import Stream
+
+T = TypeVar("T")
+
+Choice = Literal["round_robin", "random"] | int
+"""How a call picks an instance; an int is an instance id."""
+
+
+class Caller(Protocol):
+    """How a stub reaches a service. The runtime implements it; `serve` joins the two."""
+
+    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]: ...
+    def instance_ids(self) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Stands behind a dependency in a running process: endpoints are called over the wire, nothing else exists."""
+
+    spec: ServiceSpec
+    caller: Caller
+    choice: Choice = "round_robin"
+
+    def __getattr__(self, name: str) -> Callable[[Any], Stream[Any]]:
+        endpoint = self.spec.endpoints.get(name)
+        if endpoint is None:
+            raise AttributeError(
+                f"{self.spec.name} has no endpoint {name!r}; endpoints: {', '.join(self.spec.endpoints) or 'none'}\n"
+                f"hint: mark {self.spec.name}.{name} with @endpoint, or keep the call inside {self.spec.name}"
+            )
+        return partial(_call, self.caller, endpoint, self.choice)
+
+
+def _call(caller: Caller, endpoint: EndpointSpec, choice: Choice, request: Any = None) -> Stream[Any]:
+    return caller.call(endpoint, request, choice)
+
+
+class Dependency(Generic[T]):
+    """The descriptor that `depends()` returns. On an instance it is typed as the service itself."""
+
+    def __init__(self, on: type[T]) -> None:
+        self.on, self.attribute = on, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.attribute = name
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None) -> Dependency[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: Any = None) -> T: ...
+    def __get__(self, instance: object | None, owner: Any = None) -> Dependency[T] | T:
+        if instance is None:
+            return self
+        try:
+            return cast(T, instance.__dict__[_slot(self.attribute)])
+        except KeyError:
+            name = f"{type(instance).__name__}.{self.attribute}"
+            raise GraphError(
+                f"{name} is not linked in this graph",
+                hint=f"add {type(instance).__name__}.link({self.on.__name__}) to the graph module, "
+                f"or call bind(obj, {self.attribute}=...) in a test",
+            ) from None
+
+    def __repr__(self) -> str:
+        return f"depends({self.on.__name__})"
+
+
+def _slot(attribute: str) -> str:
+    return f"_dynamo_dependency_{attribute}"
+
+
+def depends(on: type[T], /) -> Dependency[T]:
+    """Declare that this service calls `on`. `self.<attribute>` is then typed as `on` itself."""
+    spec_of(on)
+    return Dependency(on)
+
+
+def dependencies(cls: type[Any]) -> dict[str, Dependency[Any]]:
+    """attribute -> dependency of a service class, inherited ones included."""
+    found: dict[str, Dependency[Any]] = {}
+    for base in reversed(cls.__mro__):
+        found.update({name: value for name, value in vars(base).items() if isinstance(value, Dependency)})
+    return found
+
+
+def bind(instance: object, **targets: object) -> None:
+    """Put something behind dependencies of one live object: plain objects in a test, remote stubs in a process.
+
+    `bind(processor, worker=FakeWorker())`. Raises GraphError for an attribute that is no dependency.
+    """
+    known = dependencies(type(instance))
+    for attribute, target in targets.items():
+        if attribute not in known:
+            raise GraphError(
+                f"{type(instance).__name__} has no dependency {attribute!r}; it has {', '.join(known) or 'none'}"
+            )
+        instance.__dict__[_slot(attribute)] = target
+
+
+def _choose(client: T, choice: Choice) -> T:
+    return cast(T, replace(client, choice=choice)) if isinstance(client, Remote) else client
+
+
+def direct(client: T, instance_id: int) -> T:
+    """The same client, pinned to one instance: `direct(self.worker, worker_id).generate(request)`."""
+    return _choose(client, instance_id)
+
+
+def random(client: T) -> T:
+    """The same client, each call to a random instance."""
+    return _choose(client, "random")
+
+
+def round_robin(client: T) -> T:
+    """The same client, each call to the next instance in turn; what a client does if nothing else is said."""
+    return _choose(client, "round_robin")
+
+
+def instance_ids(client: object) -> list[int]:
+    """Ids of the live instances behind a dependency; empty for a plain object in a test."""
+    return client.caller.instance_ids() if isinstance(client, Remote) else []

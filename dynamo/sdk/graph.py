@@ -1,0 +1,133 @@
+"""A graph: the services that an entry needs, found from `depends()` and the links of one module."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dynamo.errors import GraphError
+from dynamo.sdk.depends import dependencies
+from dynamo.sdk.service import EDGES, Edge, is_service, spec_of
+
+
+@dataclass(frozen=True)
+class Graph:
+    """`services` are in dependency order, the entry last. `targets` say what stands behind each linked dependency."""
+
+    spec: str
+    entry: type[Any]
+    services: dict[str, type[Any]]
+    targets: dict[str, dict[str, type[Any]]]
+
+    def service(self, name: str) -> type[Any]:
+        if name not in self.services:
+            raise GraphError(
+                f"{self.spec} has no service {name!r}", hint=f"services of this graph: {', '.join(self.services)}"
+            )
+        return self.services[name]
+
+
+def load(spec: str, working_dir: Path = Path()) -> Graph:
+    """`module:Service`, `path/file.py:Service` or a module with one root service -> its graph.
+
+    Raises GraphError when something is not found; an exception raised by the module's own code passes through.
+    """
+    root = str(working_dir.resolve())
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    name, _, attribute = spec.partition(":")
+    module = _import(name, working_dir)
+    edges = [edge for edge in EDGES if edge.graph == module.__name__] or list(EDGES)
+    entry = _attribute(module, attribute) if attribute else _root(module, edges)
+    return build(spec, entry, edges)
+
+
+def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
+    """Walk from the entry along active dependencies. Raises GraphError on a cycle or two services of one name."""
+    linked: dict[type[Any], dict[str, type[Any]]] = {}
+    ends: set[type[Any]] = set()
+    for edge in edges:
+        linked.setdefault(edge.source, {})[edge.attribute] = edge.target
+        ends |= {edge.source, edge.target}
+    services: dict[str, type[Any]] = {}
+    targets: dict[str, dict[str, type[Any]]] = {}
+    path: list[type[Any]] = []
+
+    def visit(cls: type[Any]) -> None:
+        name = spec_of(cls).name
+        if cls in path:
+            cycle = " -> ".join(c.__name__ for c in [*path[path.index(cls) :], cls])
+            raise GraphError(f"{spec}: services depend on each other in a cycle: {cycle}", hint="remove one link")
+        if name in services:
+            if services[name] is not cls:
+                raise GraphError(
+                    f"{spec}: two services are named {name}: {services[name].__module__} and {cls.__module__}",
+                    hint="rename one of the classes",
+                )
+            return
+        path.append(cls)
+        # a service that takes part in any link keeps its linked dependencies only
+        active = linked.get(cls, {}) if cls in ends else {attr: dep.on for attr, dep in dependencies(cls).items()}
+        targets[name] = active
+        for target in active.values():
+            visit(target)
+        path.pop()
+        services[name] = cls
+
+    visit(entry)
+    return Graph(spec, entry, services, targets)
+
+
+def _import(name: str, working_dir: Path) -> ModuleType:
+    if name.endswith(".py"):
+        path = (working_dir / name).resolve()
+        if not path.is_file():
+            raise GraphError(f"graph file {name} does not exist", hint=f"paths are relative to {working_dir.resolve()}")
+        found = importlib.util.spec_from_file_location(path.stem, path)
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[path.stem] = module
+        sys.path.insert(0, str(path.parent))
+        found.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name == missing or name.startswith(f"{missing}."):
+            raise GraphError(
+                f"graph module {name!r} not found",
+                hint=f"run from the directory that holds it, or pass --working-dir (now {working_dir.resolve()})",
+            ) from None
+        raise GraphError(
+            f"graph module {name!r} cannot be imported: it needs module {missing!r}, which is not installed",
+            hint=f"pip install {missing.partition('.')[0]}",
+        ) from error
+
+
+def _attribute(module: ModuleType, attribute: str) -> type[Any]:
+    found: Any = getattr(module, attribute, None)
+    if not is_service(found):
+        names = sorted(name for name, value in vars(module).items() if is_service(value))
+        what = "not found" if found is None else f"a {type(found).__name__}, not a service"
+        raise GraphError(f"{module.__name__}:{attribute}: {what}", hint=f"services there: {', '.join(names) or 'none'}")
+    return found
+
+
+def _root(module: ModuleType, edges: list[Edge]) -> type[Any]:
+    services = {name: value for name, value in vars(module).items() if is_service(value)}
+    reached = {edge.target for edge in edges}
+    reached |= {dep.on for cls in services.values() for dep in dependencies(cls).values()}
+    roots = [name for name, cls in services.items() if cls not in reached]
+    if len(roots) != 1:
+        found = f"several root services: {', '.join(roots)}" if roots else "no root service"
+        raise GraphError(
+            f"module {module.__name__} has {found}", hint=f"name one: {module.__name__}:{(roots or ['Service'])[0]}"
+        )
+    return services[roots[0]]

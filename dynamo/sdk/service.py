@@ -1,0 +1,196 @@
+"""`@service`: declares a class as a service of a graph, and gives the same class back."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeGuard, TypeVar, overload
+
+from dynamo.errors import GraphError
+from dynamo.sdk.endpoint import ENDPOINT_MARK, EndpointSpec
+
+C = TypeVar("C", bound="type[Any]")
+U = TypeVar("U")
+
+_SPEC = "__dynamo_service__"
+DEFAULT_NAMESPACE = "dynamo"
+_IGNORED_IN_0_3 = {"traffic", "resource", "labels", "kubernetes_overrides", "system_app", "logging", "ssl", "http"}
+_KNOWN = ("dynamo", "resources", "workers", "image", "envs", "app")
+
+
+class Resources(NamedTuple):
+    """Per worker process. `gpu` may be a fraction; `cpu` and `memory` are declarations for deployment tools."""
+
+    gpu: float = 0.0
+    cpu: str = "1"
+    memory: str = "500Mi"
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Resources:
+        try:
+            gpu = float(given.get("gpu", 0) or 0)
+        except (TypeError, ValueError):
+            raise GraphError(f"resources.gpu: expected a number, found {given.get('gpu')!r}") from None
+        return cls(gpu, str(given.get("cpu", "1")), str(given.get("memory", "500Mi")))
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """What the decorator learned: plain data, no sockets."""
+
+    name: str
+    namespace: str
+    component_type: str | None
+    resources: Resources
+    workers: int
+    image: str | None
+    envs: Mapping[str, str]
+    app: Any
+    endpoints: Mapping[str, EndpointSpec]  # by method name
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def address(self) -> tuple[str, str]:
+        return self.namespace, self.name
+
+
+def spec_of(cls: type[Any]) -> ServiceSpec:
+    """The declaration of a service class. Raises GraphError for a class that is not decorated itself."""
+    spec = vars(cls).get(_SPEC) if isinstance(cls, type) else None
+    if not isinstance(spec, ServiceSpec):
+        name = cls.__name__ if isinstance(cls, type) else repr(cls)
+        raise GraphError(f"{name} is not a service", hint=f"decorate class {name} with @service")
+    return spec
+
+
+def is_service(value: object) -> TypeGuard[type[Any]]:
+    return isinstance(value, type) and isinstance(vars(value).get(_SPEC), ServiceSpec)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """`source.link(target)`, said in the module `graph`, which activates the dependency `attribute`."""
+
+    source: type[Any]
+    attribute: str
+    target: type[Any]
+    graph: str
+
+
+EDGES: list[Edge] = []  # append-only; a graph reads the edges of its own module
+
+
+class Service:
+    """Optional base of a service class: it tells type checkers about `link`, which `@service` adds in any case."""
+
+    @classmethod
+    def link(cls, target: type[U], /) -> type[U]:
+        """Activate this service's dependency that `target` fulfils, in the graph that the calling module declares.
+
+        Returns `target`, so that links chain. Raises GraphError when none or several dependencies fit.
+        """
+        from dynamo.sdk.depends import dependencies  # depends needs this module's spec_of
+
+        spec_of(cls)
+        spec_of(target)
+        known = dependencies(cls)
+        fits = [name for name, dependency in known.items() if issubclass(target, dependency.on)]
+        listed = ", ".join(f"{name} = {dependency!r}" for name, dependency in known.items()) or "none"
+        if not fits:
+            raise GraphError(
+                f"{target.__name__} does not fulfill any dependencies required by {cls.__name__}",
+                hint=f"dependencies of {cls.__name__}: {listed}",
+            )
+        if len(fits) > 1:
+            raise GraphError(
+                f"{target.__name__} fulfills multiple dependencies required by {cls.__name__}: {', '.join(fits)}",
+                hint="give the dependencies different service classes",
+            )
+        EDGES.append(Edge(cls, fits[0], target, sys._getframe(1).f_globals.get("__name__", "")))
+        return target
+
+    @classmethod
+    def dynamo_address(cls) -> tuple[str, str]:
+        """(namespace, service name)."""
+        return spec_of(cls).address
+
+
+def parse_envs(envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> dict[str, str]:
+    """`{"A": 1}` or `[{"name": "A", "value": 1}]` -> `{"A": "1"}`."""
+    if not envs:
+        return {}
+    if isinstance(envs, Mapping):
+        return {str(k): str(v) for k, v in envs.items()}
+    return {str(e["name"]): str(e["value"]) for e in envs}
+
+
+@overload
+def service(cls: C, /) -> C: ...
+@overload
+def service(
+    *,
+    dynamo: Mapping[str, Any] | None = None,
+    resources: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    image: str | None = None,
+    envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    app: Any = None,
+    **ignored: Any,
+) -> Callable[[C], C]: ...
+def service(
+    cls: Any = None,
+    /,
+    *,
+    dynamo: Mapping[str, Any] | None = None,
+    resources: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    image: str | None = None,
+    envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    app: Any = None,
+    **ignored: Any,
+) -> Any:
+    """Declare a class as a service, with or without parentheses. The class itself comes back.
+
+    `dynamo`: `namespace` (default "dynamo"), `component_type`, and others of the 0.x SDK that have no effect.
+    `resources` and `workers` are per service and count; `ServiceArgs` in the configuration overrides them.
+    """
+    for name in ignored:
+        if name not in _IGNORED_IN_0_3:
+            near = difflib.get_close_matches(name, _KNOWN, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KNOWN)}"
+            raise GraphError(f"@service: unknown argument {name!r}", hint=hint)
+        warnings.warn(f"@service: {name!r} has no effect, as in ai-dynamo 0.3", stacklevel=2)
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise GraphError(f"@service: workers: expected an integer of at least 1, found {workers!r}")
+    options = dict(dynamo or {})
+
+    def declare(found: type[Any]) -> type[Any]:
+        if not isinstance(found, type):
+            raise GraphError(f"@service goes on a class, not on {type(found).__name__}")
+        endpoints: dict[str, EndpointSpec] = {}
+        for base in reversed(found.__mro__):
+            for name, value in vars(base).items():
+                spec = getattr(value, ENDPOINT_MARK, None)
+                if isinstance(spec, EndpointSpec):
+                    endpoints[name] = spec
+        spec = ServiceSpec(
+            name=found.__name__,
+            namespace=options.get("namespace") or DEFAULT_NAMESPACE,
+            component_type=options.get("component_type"),
+            resources=Resources.parse(resources or {}),
+            workers=workers,
+            image=image,
+            envs=parse_envs(envs),
+            app=app,
+            endpoints=endpoints,
+        )
+        setattr(found, _SPEC, spec)
+        for method in ("link", "dynamo_address"):
+            if not hasattr(found, method):
+                setattr(found, method, vars(Service)[method])
+        return found
+
+    return declare if cls is None else declare(cls)

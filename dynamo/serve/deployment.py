@@ -1,0 +1,149 @@
+"""One graph running on this machine: infrastructure, processes, supervisor, and the end of it all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from dynamo import log
+from dynamo.config.service_config import VARIABLE
+from dynamo.config.settings import constructor_arguments, declared
+from dynamo.errors import DynamoError
+from dynamo.serve import gpus, infra, ports
+from dynamo.serve.child import Event, ProcessSpec
+from dynamo.serve.console import Console
+from dynamo.serve.plan import RUN_DIR, plan
+from dynamo.serve.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from dynamo.config.layers import Resolved
+    from dynamo.config.options import ServeOptions
+    from dynamo.sdk.graph import Graph
+
+logger = logging.getLogger(__name__)
+
+RESTART_WAIT_S = 0.2
+INFRA_RESTARTS = 20
+
+
+def check(graph: Graph, resolved: Resolved, options: ServeOptions) -> None:
+    """Raises ConfigError for what would fail later: GPUs that are not there, a port that is taken."""
+    plan(graph, resolved.services, working_dir=options.working_dir, visible_gpus=gpus.visible(), environment={})
+    found = declared(graph.entry)
+    if found is None or not {"host", "port"} <= found.settings.keys():
+        return
+    settings = {name: setting.default for name, setting in found.settings.items()}
+    settings.update(constructor_arguments(graph.entry, resolved.services.get(graph.entry.__name__, {})))
+    ports.check(settings["host"], settings["port"])
+
+
+def run(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
+    """The supervisor's side of the guard."""
+    log.configure("serve")
+    run_dir = Path(tempfile.mkdtemp(prefix="dynamo-"))  # readable by this user alone
+    console = Console()
+    code = 1
+    try:
+        code = uvloop.run(_run(graph, resolved, options, run_dir, console))
+    except DynamoError as error:
+        console.say(f"error: {error.message}", "red")
+        if error.hint:
+            console.say(f"hint: {error.hint}")
+        code = error.exit_code
+    finally:
+        if code == 0:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        else:
+            for name in ("nats", "etcd"):
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+            console.say(f"logs are in {run_dir / 'logs'}")
+        console.flush()
+    return code
+
+
+async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir: Path, console: Console) -> int:
+    servers = await infra.ensure(run_dir, options.infra)
+    console.say(servers.description)
+    try:
+        processes = plan(
+            graph,
+            resolved.services,
+            working_dir=options.working_dir,
+            visible_gpus=gpus.visible(),
+            environment={**servers.env, RUN_DIR: str(run_dir)},
+        )
+        revoker = _Revoker(servers.etcd_endpoints)
+        supervisor = Supervisor(
+            processes,
+            run_dir=run_dir,
+            console=console,
+            on_exit=revoker.revoke,
+            also=[(name, _keeper(name, servers, console)) for name in servers.embedded],
+            spare=lambda: [process.pid for process in servers.processes.values()],
+        )
+        try:
+            return await supervisor.run()
+        finally:
+            await revoker.close()
+    finally:
+        await servers.stop()
+
+
+def _keeper(name: str, servers: infra.Infra, console: Console) -> Any:
+    """Restart an embedded server whenever it ends; the graph serves on meanwhile."""
+
+    async def keep() -> None:
+        for _ in range(INFRA_RESTARTS):
+            await servers.processes[name].wait()
+            console.say(f"{name} died; restarting it")
+            await asyncio.sleep(RESTART_WAIT_S)
+            await (servers.restart_nats() if name == "nats" else servers.restart_etcd())
+
+    return keep
+
+
+class _Revoker:
+    """Ends the lease of a process that died, so that its instances leave discovery now and not after the TTL."""
+
+    def __init__(self, endpoints: str) -> None:
+        self._endpoints = endpoints
+        self._etcd: Any = None
+
+    async def revoke(self, _: ProcessSpec, ready: Event) -> None:
+        lease = ready.get("lease")
+        if lease is None:
+            return
+        if self._etcd is None:
+            from dynamo.transport.etcd import Etcd  # grpc, which a graph without deaths never needs here
+
+            self._etcd = Etcd.connect(self._endpoints)
+        await self._etcd.revoke(int(lease))
+
+    async def close(self) -> None:
+        if self._etcd is not None:
+            await self._etcd.close()
+
+
+def run_alone(spec: str, resolved: Resolved, options: ServeOptions) -> int:
+    """One service of the graph in this process, in the foreground, beside NATS and etcd that run already."""
+    from dynamo.serve import process
+
+    async def external() -> dict[str, str]:
+        found = await infra.ensure(Path(tempfile.gettempdir()), "external")
+        print(found.description, file=sys.stderr)
+        return found.env
+
+    os.environ.update(asyncio.run(external()))
+    os.environ[VARIABLE] = json.dumps(resolved.services)
+    os.chdir(options.working_dir)
+    assert options.service_name is not None
+    process.main([spec, "--service-name", options.service_name])

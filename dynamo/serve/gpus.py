@@ -1,0 +1,59 @@
+"""Which GPUs this machine has, and which worker gets which."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable, Sequence
+
+from dynamo.errors import ConfigError
+
+WHOLE = 1.0
+
+
+def visible(environment: str | None = None) -> list[str]:
+    """Ids for CUDA_VISIBLE_DEVICES: an inherited list is respected, else NVML counts; none without a driver."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES") if environment is None else environment
+    if given is not None:
+        return [part.strip() for part in given.split(",") if part.strip() and part.strip() != "-1"]
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_uint()
+    if nvml.nvmlInit_v2() != 0:
+        return []
+    try:
+        failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0
+    finally:
+        nvml.nvmlShutdown()
+    return [] if failed else [str(index) for index in range(count.value)]
+
+
+def assign(wishes: Iterable[tuple[str, float]], gpus: Sequence[str]) -> list[tuple[str, ...]]:
+    """GPUs for each (name, how many), in order. A wish below 1 shares a GPU with others that fit on it.
+
+    Raises ConfigError when there are too few.
+    """
+    wishes = list(wishes)
+    free = dict.fromkeys(gpus, WHOLE)
+    given: list[tuple[str, ...]] = []
+    for name, wanted in wishes:
+        if wanted <= 0:
+            given.append(())
+            continue
+        if wanted < WHOLE:
+            fits = [gpu for gpu, left in free.items() if left >= wanted - 1e-9][:1]
+        else:
+            fits = [gpu for gpu, left in free.items() if left == WHOLE][: int(wanted)]
+        if len(fits) < max(1, int(wanted)):
+            total = sum(w for _, w in wishes)
+            raise ConfigError(
+                f"{name} wants {wanted:g} GPU{'s' if wanted > 1 else ''}, {sum(v == WHOLE for v in free.values())} of "
+                f"{len(gpus)} are free; the graph wants {total:g} in all",
+                hint="lower ServiceArgs.workers or resources.gpu, or run without a GPU: -f configs/agg_tiny.yaml",
+            )
+        for gpu in fits:
+            free[gpu] -= min(wanted, WHOLE)
+        given.append(tuple(fits))
+    return given

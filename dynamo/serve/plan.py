@@ -1,0 +1,67 @@
+"""From a graph and its configuration to the processes that will run: pure, so that it can be shown and tested."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynamo.config.service_args import ServiceArgs, service_args
+from dynamo.config.service_config import VARIABLE
+from dynamo.sdk.graph import Graph
+from dynamo.sdk.service import spec_of
+from dynamo.serve import gpus
+from dynamo.serve.child import ProcessSpec
+
+RUN_DIR = "DYNAMO_RUN_DIR"
+
+
+def plan(
+    graph: Graph,
+    services: Mapping[str, Mapping[str, Any]],
+    *,
+    working_dir: Path,
+    visible_gpus: Sequence[str],
+    environment: Mapping[str, str],
+) -> list[ProcessSpec]:
+    """One spec a process, dependencies first. `environment` goes to all: addresses of NATS and etcd, the run directory.
+
+    Raises ConfigError when the GPUs do not suffice.
+    """
+    wanted: list[tuple[str, int, int, ServiceArgs, float]] = []
+    for name, cls in graph.services.items():
+        arguments = service_args(name, services.get(name, {}))
+        workers = arguments.workers or spec_of(cls).workers
+        share = gpu_share(cls, services.get(name, {}), arguments)
+        wanted += [(name, worker, workers, arguments, share) for worker in range(1, workers + 1)]
+    # the entry's side first, as upstream: a small part of the graph keeps its GPUs when workers are added
+    given = gpus.assign(((name, share) for name, _, _, _, share in wanted), visible_gpus)
+    processes: list[ProcessSpec] = []
+    for (name, worker, workers, arguments, _), devices in zip(wanted, given, strict=True):
+        env = {
+            **environment,
+            VARIABLE: json.dumps(services),
+            **spec_of(graph.services[name]).envs,
+            **arguments.envs,
+            "CUDA_VISIBLE_DEVICES": ",".join(devices),
+        }
+        argv = [sys.executable, "-m", "dynamo.serve.process", graph.spec, "--service-name", name]
+        argv += ["--worker-id", str(worker), "--workers", str(workers)]
+        processes.append(ProcessSpec(name, worker, tuple(argv), env, str(working_dir.resolve()), workers))
+    return processes
+
+
+def gpu_share(cls: type[Any], settings: Mapping[str, Any], arguments: ServiceArgs) -> float:
+    """GPUs of one worker: what ServiceArgs says, else what the class computes from its settings, else its decorator."""
+    if arguments.gpu is not None:
+        return arguments.gpu
+    needed = getattr(cls, "gpus_needed", None)
+    return float(needed(settings)) if needed is not None else spec_of(cls).resources.gpu
+
+
+def namespace_of(cls: type[Any], services: Mapping[str, Mapping[str, Any]]) -> str:
+    """The namespace under which a service is found: ServiceArgs overrides the decorator."""
+    spec = spec_of(cls)
+    return service_args(spec.name, services.get(spec.name, {})).namespace or spec.namespace

@@ -1,0 +1,254 @@
+"""The life of one service process: `python -m dynamo.serve.process GRAPH --service-name NAME`.
+
+construct -> start hooks -> connect -> find the services it calls -> register its endpoints -> ready -> (SIGTERM) ->
+deregister -> finish running requests -> shutdown hooks -> close. Start hooks come before the connections, so that an
+engine may fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import inspect
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvloop
+
+from dynamo import log
+from dynamo.config.service_config import ServiceConfig
+from dynamo.config.settings import constructor_arguments
+from dynamo.errors import DynamoError
+from dynamo.runtime import Client, DistributedRuntime
+from dynamo.sdk import bind, dynamo_context
+from dynamo.sdk.depends import Choice, Remote
+from dynamo.sdk.endpoint import EndpointSpec, Hook, hooks
+from dynamo.sdk.graph import Graph, load
+from dynamo.sdk.service import spec_of
+from dynamo.serve.plan import RUN_DIR, namespace_of
+from dynamo.wire import codec
+from dynamo.wire.stream import Reply, Stream
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 25.0
+LIVENESS_EVERY_S = 1.0
+READINESS_EVERY_S = 0.02
+
+
+class Status:
+    """Tells the supervisor, if there is one, over the pipe that it gave."""
+
+    def __init__(self) -> None:
+        fd = os.environ.pop("DYNAMO_STATUS_FD", "")
+        self._fd = int(fd) if fd else None
+        if self._fd is not None:
+            os.set_inheritable(self._fd, False)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        if self._fd is not None:
+            try:
+                os.write(self._fd, json.dumps({"event": event, **fields}).encode() + b"\n")
+            except OSError:
+                self._fd = None  # the supervisor has gone; this process will hear of it
+
+    def progress(self, text: str) -> None:
+        self.tell("progress", text=text)
+
+
+class ServiceCaller:
+    """How the stubs of one dependency reach its service: clients of its endpoints, made when the process connects."""
+
+    def __init__(self, runtime: DistributedRuntime, cls: type[Any], namespace: str) -> None:
+        self._runtime, self._spec, self._namespace = runtime, spec_of(cls), namespace
+        self.clients: dict[str, Client] = {}
+        self._decoders: dict[str, codec.Decode] = {}
+
+    async def open(self) -> None:
+        for endpoint in self._spec.endpoints.values():
+            await self._client(endpoint)
+
+    async def _client(self, endpoint: EndpointSpec) -> Client:
+        client = await self._runtime.client(self._namespace, self._spec.name, endpoint.name)
+        self._decoders[endpoint.name] = codec.decoder(endpoint.types()[1])
+        self.clients[endpoint.name] = client
+        return client
+
+    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
+        client = self.clients.get(endpoint.name)
+        if client is not None:
+            return client.call(request, choice, self._decoders[endpoint.name], streaming=endpoint.streaming)
+
+        async def connect_first() -> Stream[Any]:  # a start hook that calls a dependency
+            client = await self._client(endpoint)
+            await client.wait_for_instances()
+            return client.call(request, choice, self._decoders[endpoint.name], streaming=True)
+
+        return (Stream if endpoint.streaming else Reply).opening(connect_first())
+
+    def instance_ids(self) -> list[int]:
+        found = [set(client.instance_ids()) for client in self.clients.values()]
+        return sorted(set.intersection(*found)) if found else []
+
+
+class ServiceProcess:
+    """One worker of one service. `run` returns the exit code."""
+
+    def __init__(self, graph: Graph, name: str, worker_id: int, workers: int, status: Status) -> None:
+        self.graph, self.name, self.status = graph, name, status
+        self.cls = graph.service(name)
+        self.config = ServiceConfig.get_instance()
+        self.namespace = namespace_of(self.cls, self.config)
+        self.worker_id = worker_id
+        self.label = name if workers == 1 else f"{name}:{worker_id}"
+        self.stopping = asyncio.Event()
+        self.instance: Any = None
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        run_dir = os.environ.get(RUN_DIR)
+        runtime = DistributedRuntime(run_dir=Path(run_dir) if run_dir else None, name=self.label)
+        spec = spec_of(self.cls)
+        dynamo_context.update(
+            service_name=self.name,
+            worker_id=self.worker_id,
+            namespace=self.namespace,
+            component=self.name,
+            endpoints=sorted(endpoint.name for endpoint in spec.endpoints.values()),
+            runtime=runtime,
+            progress=self.status.progress,
+        )
+        callers = {
+            attribute: ServiceCaller(runtime, target, namespace_of(target, self.config))
+            for attribute, target in self.graph.targets[self.name].items()
+        }
+        try:
+            self.instance = object.__new__(self.cls)
+            # bound before the constructor runs, which may want to keep self.worker
+            targets = self.graph.targets[self.name]
+            bind(self.instance, **{a: Remote(spec_of(targets[a]), caller) for a, caller in callers.items()})
+            self.instance.__init__(**constructor_arguments(self.cls, self.config.get(self.name, {})))
+            await self._call_hooks("start")
+            if self.stopping.is_set():
+                return 0
+            await self._join(runtime, callers)
+            if self.stopping.is_set():
+                return 0
+            gc.collect()
+            gc.freeze()  # what lives now lives long: later collections need not look at it
+            self.status.tell("ready", lease=runtime.instance_id, **self._url())
+            return await self._live(runtime)
+        finally:
+            await self._shut_down(runtime)
+
+    def _url(self) -> dict[str, str]:
+        url = dynamo_context.get("url")
+        return {"url": url} if url else {}
+
+    async def _call_hooks(self, kind: Hook) -> list[Any]:
+        results = []
+        for name in hooks(self.cls, kind):
+            result = getattr(self.instance, name)()
+            results.append(await result if inspect.isawaitable(result) else result)
+        return results
+
+    async def _join(self, runtime: DistributedRuntime, callers: dict[str, ServiceCaller]) -> None:
+        await runtime.connect()
+        for caller in callers.values():
+            await caller.open()
+        for caller in callers.values():
+            for client in caller.clients.values():
+                if not client.instance_ids():
+                    self.status.progress(f"waiting for {client.address[1]}")
+                    await self._unless_stopping(client.wait_for_instances())
+        for endpoint in spec_of(self.cls).endpoints.values():
+            method = getattr(self.instance, endpoint.method)
+            await runtime.serve(self.namespace, self.name, endpoint.name, method, endpoint.types()[0])
+        while not self.stopping.is_set() and not all(await self._call_hooks("readiness")):
+            await asyncio.sleep(READINESS_EVERY_S)
+
+    async def _unless_stopping(self, work: Any) -> None:
+        waiting = asyncio.ensure_future(work)
+        stopping = asyncio.ensure_future(self.stopping.wait())
+        await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (waiting, stopping):
+            task.cancel()
+        await asyncio.gather(waiting, stopping, return_exceptions=True)
+
+    async def _live(self, runtime: DistributedRuntime) -> int:
+        """Until told to stop (0), or until a liveness hook fails (1): then out of discovery first."""
+        while True:
+            try:
+                await asyncio.wait_for(self.stopping.wait(), LIVENESS_EVERY_S)
+            except TimeoutError:
+                pass
+            else:
+                self.status.tell("draining")
+                return 0
+            try:
+                alive = all(await self._call_hooks("liveness"))
+                reason, hint = "a liveness check returned False", None
+            except Exception as error:
+                alive, reason = False, error.message if isinstance(error, DynamoError) else repr(error)
+                hint = error.hint if isinstance(error, DynamoError) else None
+            if not alive:
+                logger.error("not alive: %s", reason)
+                await runtime.deregister()
+                self.status.tell("failed", error=reason, hint=hint)
+                await runtime.drain(0.0)
+                return 1
+
+    async def _shut_down(self, runtime: DistributedRuntime) -> None:
+        started = time.monotonic()
+        await runtime.drain(DRAIN_S)
+        if self.instance is not None:
+            try:
+                await self._call_hooks("shutdown")
+            except Exception:
+                logger.exception("a shutdown hook failed")
+        await runtime.close()
+        logger.debug("stopped in %.2f s", time.monotonic() - started)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    parser = argparse.ArgumentParser(prog="python -m dynamo.serve.process")
+    parser.add_argument("graph")
+    parser.add_argument("--service-name", required=True)
+    parser.add_argument("--worker-id", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args(argv)
+    status = Status()
+    label = options.service_name if options.workers == 1 else f"{options.service_name}:{options.worker_id}"
+    log.configure(label)
+
+    async def run() -> int:
+        graph = load(options.graph)
+        process = ServiceProcess(graph, options.service_name, options.worker_id, options.workers, status)
+        return await process.run()
+
+    try:
+        code = uvloop.run(run())
+    except DynamoError as error:
+        status.tell("failed", error=error.message, hint=error.hint)
+        logger.error("%s", error)
+        code = error.exit_code
+    except Exception as error:
+        status.tell("failed", error=f"{type(error).__name__}: {error}")
+        logger.exception("%s failed", label)
+        code = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)  # threads of an engine must not hold the exit up
+
+
+if __name__ == "__main__":
+    main()

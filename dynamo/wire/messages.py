@@ -1,0 +1,55 @@
+"""Messages between processes, other than those of the LLM layer (`dynamo.llm.protocol`)."""
+
+from __future__ import annotations
+
+from typing import NewType
+
+import msgspec
+
+InstanceId = NewType("InstanceId", int)  # the etcd lease of the process: unique in the deployment while it lives
+
+
+class Request(msgspec.Struct, array_like=True):
+    """What goes over NATS to an instance's subject. `body` is None when it went ahead as a BODY frame."""
+
+    id: str
+    peer: str
+    """stream-plane id of the caller"""
+    sid: int
+    """the caller's number for this stream, unique per connection"""
+    timeout_s: float | None
+    """time left until the request's deadline"""
+    body: msgspec.Raw | None
+
+
+class Instance(msgspec.Struct):
+    """One endpoint of one process, as etcd holds it (JSON) under `instances/<ns>/<component>/<endpoint>:<lease hex>`."""
+
+    namespace: str
+    component: str
+    endpoint: str
+    instance_id: int
+    transport: dict[str, str]
+    """`nats_tcp`: the NATS subject of requests"""
+    streams: dict[str, str] = {}
+    """addresses of the stream plane: `unix` path, `tcp` host:port"""
+    host: str = ""
+    """identity of the host, to know whether the unix socket can be reached"""
+    draining: bool = False
+
+    @property
+    def id(self) -> InstanceId:
+        return InstanceId(self.instance_id)
+
+    @property
+    def subject(self) -> str:
+        return self.transport["nats_tcp"]
+
+
+def instances_prefix(namespace: str, component: str, endpoint: str) -> str:
+    """Ends in a colon, so that `generate` does not match `generate2`."""
+    return f"instances/{namespace}/{component}/{endpoint}:"
+
+
+def subject(namespace: str, component: str, endpoint: str, lease_id: int) -> str:
+    return f"{namespace}_{component.lower()}.{endpoint}-{lease_id:x}"

@@ -1,0 +1,27 @@
+"""What travels with a request besides its body: its id (`dynamo.log.request_id`) and its deadline."""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+
+from dynamo.errors import DeadlineError
+
+deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+"""`time.monotonic()` at which the current request's time is over; None: no limit."""
+
+
+def after(seconds: float) -> float:
+    """The deadline that is `seconds` from now."""
+    return time.monotonic() + seconds
+
+
+def time_left_s() -> float | None:
+    """Seconds until the current request's deadline; None without one. Raises DeadlineError when it has passed."""
+    end = deadline.get()
+    if end is None:
+        return None
+    left = end - time.monotonic()
+    if left <= 0:
+        raise DeadlineError("the request's time is over")
+    return left

@@ -1,0 +1,1 @@
+"""The shipped graphs: imports and links only."""

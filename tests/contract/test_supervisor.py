@@ -1,0 +1,484 @@
+"""The supervisor with real processes, below its guard as `dynamo serve` runs it.
+
+Every process of a test carries a token in its command line; what is left is found by it in /proc.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo.serve import guard
+from dynamo.serve.console import Console, seconds
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process supervision is for Linux")
+
+# A process of a graph. Its last argument says what it does; it keeps a journal of what happened to it.
+WORKER = """
+import json, os, signal, subprocess, sys, time
+token, do = sys.argv[1], json.loads(sys.argv[2])
+fd = int(os.environ["DYNAMO_STATUS_FD"])
+os.set_inheritable(fd, False)
+def tell(event, **more):
+    os.write(fd, (json.dumps({"event": event, **more}) + "\\n").encode())
+def journal(text):
+    with open(os.environ["JOURNAL"], "a") as file:
+        file.write(f"{os.environ['NAME']} {text}\\n")
+def stop(*_):
+    journal("TERM")
+    tell("draining")
+    time.sleep(do.get("drain_s", 0))
+    journal("end")
+    os._exit(0)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if do.get("ignore_term") else stop)
+journal("start")
+print("started", flush=True)
+tell("an event of the future")
+if "core" in do:
+    subprocess.Popen([sys.executable, "-ISc", os.environ["STUBBORN"], token, "1"])
+    time.sleep(0.2)
+if "daemon" in do and os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execv(sys.executable, [sys.executable, "-ISc", "import time; time.sleep(60)", token, "daemon"])
+    os._exit(0)
+if "daemon" in do:
+    os.wait()
+if "progress" in do:
+    tell("progress", text=do["progress"])
+if "print" in do:
+    sys.stdout.write("x" * do["print"] + do.get("end", ""))
+    sys.stdout.flush()
+time.sleep(do.get("load_s", 0))
+if "failed" in do:
+    tell("failed", **do["failed"])
+    time.sleep(60)
+if "exit" in do:
+    print("the last word", end="")
+    sys.exit(do["exit"])
+tell("ready", **do.get("ready", {}))
+journal("ready")
+if "exit_ready" in do:
+    time.sleep(0.05)
+    sys.exit(do["exit_ready"])
+while True:
+    time.sleep(60)
+"""
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+token, level = sys.argv[1], int(sys.argv[2])
+os.setsid()
+for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(sig, signal.SIG_IGN)
+if level:
+    subprocess.Popen([sys.executable, "-ISc", os.environ["STUBBORN"], token, str(level - 1)])
+elif os.fork() == 0:
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+else:
+    os.wait()
+time.sleep(60)
+"""
+
+DRIVER = """
+import json, os, sys
+from dynamo.serve.guard import guarded
+
+def run():
+    import asyncio, subprocess
+    from pathlib import Path
+    from dynamo.errors import TransportError
+    from dynamo.serve.console import Console
+    from dynamo.serve.supervisor import ProcessSpec, RestartPolicy, Supervisor
+    plan = json.loads(sys.argv[2])
+    def journal(text):
+        with open(os.environ["JOURNAL"], "a") as file:
+            file.write(text + "\\n")
+    async def on_exit(spec, ready):
+        journal(f"on_exit {spec.name} {ready.get('lease')}")
+        raise RuntimeError("etcd is away")
+    servers = []
+    def server():
+        sleep = [sys.executable, "-ISc", "import time; time.sleep(60)", sys.argv[1], "server"]
+        servers.append(subprocess.Popen(sleep, start_new_session=True).pid)
+    async def beside():
+        if "server" in plan:
+            server()
+        if "beside_fails" in plan:
+            await asyncio.sleep(plan["beside_fails"])
+            raise TransportError("etcd ended", hint="look at its log")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            journal("beside ended")
+    if "server" in plan:
+        server()
+    supervisor = Supervisor(
+        [ProcessSpec(**{**spec, "argv": tuple(spec["argv"])}) for spec in plan["processes"]],
+        run_dir=Path(plan["run_dir"]),
+        console=Console(),
+        on_exit=on_exit,
+        also=[("etcd", beside)],
+        spare=lambda: servers[1:],
+        restarts=RestartPolicy(**plan.get("restarts", {})),
+        **plan.get("options", {}),
+    )
+    return asyncio.run(supervisor.run())
+
+sys.exit(guarded(run))
+"""
+
+
+def alive(token: str) -> list[int]:
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if token.encode() in Path(f"/proc/{entry}/cmdline").read_bytes():  # empty for a zombie
+                found.append(int(entry))
+        except OSError:
+            pass
+    return found
+
+
+class Serve:
+    """One `dynamo serve`, so to say. Its terminal is a file unless `on` starts it otherwise."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.token = uuid.uuid4().hex
+        self.dir = tmp_path
+        self.journal_path = tmp_path / "journal"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self, *workers: tuple[str, dict[str, Any]], **plan: Any) -> list[str]:
+        names = [name for name, _ in workers]
+        processes = []
+        for index, (name, do) in enumerate(workers):
+            spec = {"service": name, "worker_id": names[:index].count(name) + 1, "of": names.count(name)}
+            label = name if spec["of"] == 1 else f"{name}:{spec['worker_id']}"
+            argv = [do.get("python", sys.executable), "-ISc", WORKER, self.token, json.dumps(do)]
+            env = {"JOURNAL": str(self.journal_path), "STUBBORN": STUBBORN, "NAME": label}
+            processes.append({**spec, "argv": argv, "env": env, "cwd": str(self.dir)})
+        text = json.dumps({"processes": processes, "run_dir": str(self.dir), **plan})
+        return [sys.executable, "-c", DRIVER, self.token, text]
+
+    def start(self, *workers: tuple[str, dict[str, Any]], **plan: Any) -> None:
+        with open(self.dir / "out", "wb") as out, open(self.dir / "err", "wb") as err:
+            env = {**os.environ, "JOURNAL": str(self.journal_path)}
+            self.process = subprocess.Popen(self.command(*workers, **plan), stdout=out, stderr=err, env=env)
+
+    @property
+    def err(self) -> str:
+        return (self.dir / "err").read_text()
+
+    @property
+    def journal(self) -> list[str]:
+        return self.journal_path.read_text().splitlines() if self.journal_path.exists() else []
+
+    def wait_for(self, pattern: str, limit_s: float = 8.0) -> None:
+        self.until(lambda: re.search(pattern, self.err) is not None, limit_s, pattern)
+
+    def until(self, true: Callable[[], bool], limit_s: float = 8.0, what: str = "it") -> float:
+        start = time.monotonic()
+        while not true():
+            assert time.monotonic() - start < limit_s, f"{what} has not come:\n{self.err}"
+            time.sleep(0.01)
+        return time.monotonic() - start
+
+    def wait(self, limit_s: float = 8.0) -> int:
+        """The exit code; nothing may be left when it comes."""
+        assert self.process is not None
+        code = self.process.wait(limit_s)
+        assert alive(self.token) == []
+        return code
+
+    def signal(self, sig: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(sig)
+
+    @property
+    def supervisor_pid(self) -> int:
+        assert self.process is not None
+        return guard.children(self.process.pid)[0]
+
+    def pid(self, name: str) -> int:
+        def is_it(pid: int) -> bool:
+            return f"\0NAME={name}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+
+        return next(pid for pid in guard.children(self.supervisor_pid) if is_it(pid))
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    serve = Serve(tmp_path)
+    yield serve
+    for pid in alive(serve.token):
+        guard.kill(pid, signal.SIGKILL)
+    if serve.process is not None:
+        serve.process.wait(5)
+
+
+URL = "http://127.0.0.1:8000"
+LOADS = ("VllmWorker", {"load_s": 0.7, "progress": "loading model", "ready": {"text": "tiny", "lease": 123}})
+WORKS = ("VllmWorker", {"ready": {"lease": 123}})
+FRONT = ("Frontend", {"ready": {"url": URL}})
+CORE = ("VllmWorker", {"core": True, "ready": {}})
+
+
+# -- start
+
+
+def test_ready_then_stopped(serve: Serve) -> None:
+    serve.start(LOADS, FRONT, options={"progress_s": 0.4})
+    serve.wait_for("ready in .* http")
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+    told = [line for line in serve.err.splitlines() if line != "started"]
+    expected = [
+        r"starting 2 processes: VllmWorker, Frontend",
+        r"Frontend ready in 0\.\d s",
+        r"VllmWorker: loading model \(0\.\d s\)",
+        r"VllmWorker ready in 0\.\d s \(tiny\)",
+        rf"ready in [01]\.\d s: {URL}",
+        r"stopping: draining \(Ctrl-C again to force\)",
+        r"after the end of Frontend: etcd is away",
+        r"after the end of VllmWorker: etcd is away",
+        r"stopped in 0\.\d s",
+    ]
+    assert len(told) == len(expected), told
+    for line, pattern in zip(told, expected, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+    assert (serve.dir / "out").read_bytes() == b""
+    assert (serve.dir / "logs/VllmWorker.log").read_text() == "started\n"
+
+
+def test_a_reported_failure_ends_the_start(serve: Serve) -> None:
+    failed = {"error": "no model of that name", "hint": "set VllmWorker.model", "more": 1}
+    serve.start(CORE, ("Processor", {"load_s": 0.5, "failed": failed}), FRONT)
+    assert serve.wait() == 1
+    assert "Processor could not start: no model of that name\nhint: set VllmWorker.model\n" in serve.err
+    assert "stopping" not in serve.err
+
+
+def test_an_exit_during_the_start_shows_the_last_lines(serve: Serve) -> None:
+    serve.start(CORE, ("Processor", {"load_s": 0.5, "exit": 3}), ("Frontend", {"load_s": 60}))
+    assert serve.wait() == 1
+    log = serve.dir / "logs/Processor.log"
+    last = f"Processor could not start: exited (3)\n  | started\n  | the last word\n  its whole output: {log}\n"
+    assert last in serve.err
+    assert serve.err.count("could not start") == 1
+
+
+def test_a_program_that_is_not_there(serve: Serve) -> None:
+    serve.start(WORKS, ("Frontend", {"python": "no-such-python"}))
+    assert serve.wait() == 1
+    assert "Frontend could not start: [Errno 2] No such file or directory: 'no-such-python'" in serve.err
+
+
+def test_ctrl_c_while_loading_does_not_wait_for_the_drain(serve: Serve) -> None:
+    serve.start(("VllmWorker", {"load_s": 60, "ignore_term": True, "core": True}), FRONT)
+    serve.wait_for("Frontend ready")
+    serve.signal(signal.SIGINT)
+    start = time.monotonic()
+    assert serve.wait() == 0
+    assert time.monotonic() - start < 2
+
+
+def test_long_lines_neither_block_nor_grow(serve: Serve) -> None:
+    serve.start(
+        ("VllmWorker", {"print": 1_000_000}), ("Frontend", {"print": 100_000, "end": "\r99%\r100%\n", **FRONT[1]})
+    )
+    serve.wait_for(f"ready in .*{URL}")
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+    lines = (serve.dir / "logs/VllmWorker.log").read_text().splitlines()
+    assert sum(map(len, lines)) == 1_000_000 + len("started")
+    assert max(map(len, lines)) == 64 * 1024
+    assert "\n100%\n" in serve.err
+
+
+# -- restarts
+
+
+def test_a_dead_worker_is_restarted_without_its_leftovers_and_others_keep_theirs(serve: Serve) -> None:
+    lives = {"daemon": True, "core": True, "ready": {"lease": 1}}
+    serve.start(("VllmWorker", lives), ("VllmWorker", {"core": True, "ready": {"lease": 123}}), FRONT)
+    serve.wait_for(f"ready in .*{URL}")
+    first, second = serve.pid("VllmWorker:1"), serve.pid("VllmWorker:2")
+    serve.until(lambda: len(alive(serve.token)) == 12)
+    below_second = guard.descendants(second)
+    assert len(below_second) == 2  # the third is a daemon, and below the supervisor already
+    everything = set(alive(serve.token))
+    os.kill(second, signal.SIGKILL)
+    serve.wait_for(r"VllmWorker:2 died \(SIGKILL\); restarting in 0\.2 s")
+    at_once = set(alive(serve.token))
+    assert "on_exit VllmWorker:2 123" in serve.journal
+    assert not at_once & {second, *below_second}
+    assert len(everything - at_once) == 4  # the worker, its core, that one's child and daemon
+    assert {first, *guard.descendants(first)} <= at_once
+    daemons = [p for p in at_once if Path(f"/proc/{p}/cmdline").read_bytes().endswith(b"\0daemon\0")]
+    assert len(daemons) == 1
+    serve.wait_for(r"VllmWorker:2 ready again in 0\.\d s")
+    assert serve.pid("VllmWorker:2") != second
+    assert serve.pid("VllmWorker:1") == first
+    serve.until(lambda: len(alive(serve.token)) == len(everything))
+    serve.signal(signal.SIGTERM)
+    assert serve.wait() == 0
+
+
+def test_servers_that_others_started_are_not_leftovers(serve: Serve) -> None:
+    serve.start(WORKS, FRONT, server=True, options={"progress_s": 0.1})
+    serve.wait_for(f"ready in .*{URL}")
+    servers = [pid for pid in alive(serve.token) if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(b"\0server\0")]
+    assert len(servers) == 2
+    os.kill(serve.pid("VllmWorker"), signal.SIGKILL)
+    serve.wait_for("VllmWorker ready again")
+    assert set(servers) <= set(alive(serve.token))
+    serve.signal(signal.SIGTERM)
+    assert serve.wait() == 0  # the guard's side ends them
+
+
+def test_the_wait_doubles_and_deaths_have_a_limit(serve: Serve) -> None:
+    dies = ("VllmWorker", {"ready": {}, "exit_ready": 5, "load_s": 0.2})
+    serve.start(dies, FRONT, restarts={"first_s": 0.1, "longest_s": 0.3, "deaths": 3})
+    assert serve.wait() == 1
+    assert re.findall(r"VllmWorker exited \(5\); restarting in (.*) s", serve.err) == ["0.1", "0.2", "0.3"]
+    assert "VllmWorker died 4 times in 60 s: giving up: exited (5)\n  | started\n" in serve.err
+    assert "Frontend end" in serve.journal
+
+
+def test_the_wait_starts_anew_after_a_stable_life(serve: Serve) -> None:
+    dies = ("VllmWorker", {"ready": {}, "exit_ready": 5, "load_s": 0.2})
+    serve.start(dies, FRONT, restarts={"first_s": 0.05, "stable_s": 0.1, "window_s": 0.5})
+    serve.until(lambda: serve.err.count("restarting") >= 4)
+    serve.signal(signal.SIGTERM)
+    assert serve.wait() == 0
+    assert set(re.findall(r"restarting in (.*) s", serve.err)) <= {"0.1", "0.0"}  # 0.05, rounded
+
+
+# -- stop
+
+
+def test_the_entry_stops_first_and_what_runs_beside_last(serve: Serve) -> None:
+    slow = {"drain_s": 0.2}
+    serve.start(("VllmWorker", slow), ("VllmWorker", slow), ("Processor", slow), ("Frontend", {**slow, **FRONT[1]}))
+    serve.wait_for(f"ready in .*{URL}")
+    serve.signal(signal.SIGTERM)
+    os.kill(serve.supervisor_pid, signal.SIGTERM)  # as systemd does; not a second request
+    assert serve.wait() == 0
+    stops = [line for line in serve.journal if line.endswith(("TERM", "end")) or "beside" in line]
+    assert stops[:4] == ["Frontend TERM", "Frontend end", "Processor TERM", "Processor end"]
+    workers = [f"VllmWorker:{n} {what}" for what in ("TERM", "end") for n in (1, 2)]
+    assert sorted(stops[4:6]) == workers[:2]
+    assert sorted(stops[6:8]) == workers[2:]
+    assert serve.journal[-1] == "beside ended"
+    assert next(line for line in serve.journal if line.startswith("on_exit")) == "on_exit Frontend None"
+
+
+def test_a_second_ctrl_c_forces(serve: Serve) -> None:
+    serve.start(CORE, ("Frontend", {"ignore_term": True, **FRONT[1]}))
+    serve.wait_for(f"ready in .*{URL}")
+    serve.signal(signal.SIGINT)
+    serve.wait_for("stopping: draining")
+    time.sleep(0.3)
+    assert "VllmWorker TERM" not in serve.journal  # not before the entry has ended
+    serve.signal(signal.SIGINT)
+    start = time.monotonic()
+    assert serve.wait() == 130
+    assert time.monotonic() - start < 1.5
+    assert "stopping now" in serve.err
+
+
+def test_the_drain_has_a_limit(serve: Serve) -> None:
+    serve.start(WORKS, ("Frontend", {"ignore_term": True, **FRONT[1]}), options={"drain_s": 0.5})
+    serve.wait_for(f"ready in .*{URL}")
+    serve.signal(signal.SIGTERM)
+    assert serve.wait(2) == 1
+    assert "VllmWorker, Frontend: still running 0.5 s after the signal to stop: killed" in serve.err
+    assert serve.journal.count("VllmWorker end") == 1  # it was given its own chance
+
+
+def test_what_runs_beside_ends_the_graph_when_it_fails(serve: Serve) -> None:
+    serve.start(WORKS, FRONT, beside_fails=0.6)
+    assert serve.wait() == 1
+    assert "etcd: etcd ended\nhint: look at its log\n" in serve.err
+    assert "VllmWorker end" in serve.journal
+
+
+@pytest.mark.parametrize("who", ["supervisor", "guard"])
+def test_kill_9_leaves_nothing(serve: Serve, who: str) -> None:
+    serve.start(CORE, ("VllmWorker", {"daemon": True, "core": True, "ignore_term": True}), FRONT)
+    serve.wait_for(f"ready in .*{URL}")
+    serve.until(lambda: len(alive(serve.token)) == 12)
+    assert serve.process is not None
+    os.kill(serve.supervisor_pid if who == "supervisor" else serve.process.pid, signal.SIGKILL)
+    took_s = serve.until(lambda: not alive(serve.token))
+    assert took_s < 2
+    assert serve.process.wait(5) == (137 if who == "supervisor" else -signal.SIGKILL)
+
+
+def test_ctrl_c_at_a_terminal(serve: Serve) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = serve.command(CORE, FRONT)
+        os.execve(command[0], command, {**os.environ, "JOURNAL": str(serve.journal_path), "TERM": "xterm"})
+    seen = b""
+    sent = False
+    while True:
+        try:
+            data = os.read(terminal, 65536)
+        except OSError:  # how a pseudo terminal says that nobody has it open any more
+            break
+        if not data:
+            break
+        seen += data
+        if URL.encode() in seen and not sent:
+            sent = True
+            os.write(terminal, b"\x03")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert alive(serve.token) == []
+    assert b"\x1b[33mstopping: draining" in seen
+    assert seen.count(b"stopping") == 1
+    assert "VllmWorker end" in serve.journal
+
+
+# -- the console
+
+
+def test_a_halted_terminal_blocks_nobody() -> None:
+    reader, writer = os.pipe()
+    console = Console(writer)
+    start = time.monotonic()
+    for _ in range(12_000):
+        console.output("x" * 99)
+    assert time.monotonic() - start < 2
+    seen = b""
+    while b"not shown" not in seen:
+        seen += os.read(reader, 65536)
+        console.say("the terminal goes on")
+    os.close(reader)
+    console.say("nobody reads this")
+    console.flush()
+    assert re.search(rb"\n\(\d+ lines not shown: the terminal was too slow\)\n", seen)
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "text"), [(0.04, "0.0 s"), (8.24, "8.2 s"), (9.97, "10 s"), (119, "119 s"), (185, "3 min 5 s")]
+)
+def test_durations(duration_s: float, text: str) -> None:
+    assert seconds(duration_s) == text
