@@ -94,7 +94,7 @@ class Frontend(Service):
         found: dict[str, ServedModel] = {}
         for card in self.cards.values():
             for name in self.served_model_names or [card.name]:
-                found.setdefault(name, ServedModel(name, card.path, card.context_length, card.created))
+                found.setdefault(name, ServedModel(name, card.source, card.context_length, card.created))
         return list(found.values())
 
     @readiness

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from dynamo.llm import engine as engines
 from dynamo.llm.engines.installed import cpu_build, engine_arguments
-from dynamo.llm.models import resolve
 from dynamo.llm.protocol import Delta, GenerateRequest, ModelCard, model_key
 from dynamo.sdk import Service, Stream, async_on_start, dynamo_context, endpoint, liveness, on_shutdown, service
 
@@ -49,7 +48,8 @@ class VllmWorker(Service):
         self.model, self.router = model, router
         if speedup_ratio is not None and engine == "mock":
             engine_args["speedup-ratio"] = speedup_ratio
-        self.served_name = str(engine_args.get("served-model-name") or model)
+        named = engine_args.get("served-model-name", engine_args.get("served_model_name", model))
+        self.served_name = str(named[0] if isinstance(named, list) else named)
         self.engine_name = engine
         self.engine = engines.create(engine, model, engine_args, self._progress)
 
@@ -67,7 +67,7 @@ class VllmWorker(Service):
         namespace, component = self.dynamo_address()
         card = ModelCard(
             name=self.served_name,
-            path=resolve(self.model),
+            source=self.model,
             namespace=namespace,
             component=component,
             context_length=info.context_length,

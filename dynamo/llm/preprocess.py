@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dynamo.errors import ContextLengthError, RequestError
-from dynamo.log import request_id
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, GenerateRequest, Sampling
 from dynamo.llm.tokenizer import Tokenizer, text_parts
+from dynamo.log import request_id
 
 
 class Preprocessor:

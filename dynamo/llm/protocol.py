@@ -105,8 +105,8 @@ class ModelCard(msgspec.Struct):
     """What a worker says of its model, in etcd under `models/<name>/<lease hex>`."""
 
     name: str
-    path: str
-    """where the tokenizer is: a directory or a hub id"""
+    source: str
+    """where the model comes from, as configured: a directory, a hub id, or dynamo-tiny"""
     namespace: str
     component: str
     context_length: int
@@ -114,7 +114,7 @@ class ModelCard(msgspec.Struct):
     engine: str
     created: int
     """Unix time, seconds"""
-    types: list[str] = ["chat", "completion"]
+    types: list[str] = msgspec.field(default_factory=lambda: ["chat", "completion"])
 
 
 class ServedModel(NamedTuple):

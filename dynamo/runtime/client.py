@@ -28,6 +28,7 @@ WAIT_FOR_INSTANCE_S = 1.0
 """How long a call waits when no instance is available, which bridges the restart of a quick service."""
 TRIES = 4
 _ENVELOPE_BYTES = 512
+_NIL = msgspec.Raw(codec.encode(None))
 
 _decode_failure = msgspec.msgpack.Decoder(Failure).decode
 
@@ -145,7 +146,8 @@ class Client:
             peer=self._peers.own_id,
             sid=incoming.sid,
             timeout_s=left_s,
-            body=None if large else msgspec.Raw(body),
+            body=_NIL if large else msgspec.Raw(body),
+            body_ahead=large,
         )
         try:
             answer = await self._nats.request(

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from dynamo.errors import DeadlineError, DynamoError, TransportError, UnavailableError
+from dynamo.errors import DeadlineError, DynamoError, RequestError, TransportError, UnavailableError
 from dynamo.log import request_id
 from dynamo.transport.nats import Nats
 from dynamo.transport.stream import WINDOW_ITEMS, Outgoing, StreamListener
@@ -61,7 +61,11 @@ class Server:
         self.endpoints[endpoint.name] = endpoint
 
         async def handle(data: bytes, respond: Respond) -> None:
-            request = _decode_request(data)
+            try:
+                request = _decode_request(data)
+            except msgspec.MsgspecError as error:  # a caller of another version
+                await respond(codec.encode(pack(RequestError(f"{endpoint.where}: bad envelope: {error}"))))
+                return
             if request.peer in self._listener.connections:
                 await self._accept(endpoint, request, respond)
             else:  # its HELLO is still on the way; others must not wait behind it
@@ -105,12 +109,11 @@ class Server:
             connection = await self._listener.connection(request.peer)
             if connection is None:
                 raise TransportError(f"{endpoint.where}: the caller's stream connection did not arrive")
-            if request.body is None:
-                body: bytes | msgspec.Raw | None = connection.bodies.pop(request.sid, None)
-                if body is None:
-                    raise TransportError(f"{endpoint.where}: the request's body did not arrive")
-            else:
-                body = request.body
+            body: bytes | msgspec.Raw | None = request.body
+            if request.body_ahead:
+                body = connection.bodies.pop(request.sid, None)
+            if body is None:
+                raise TransportError(f"{endpoint.where}: the request's body did not arrive")
             argument = endpoint.decode(body)
         except DynamoError as error:
             endpoint.errors += 1

@@ -35,6 +35,7 @@ class Nats:
         self._connection, self._urls = connection, urls
         self._connected = asyncio.Event()
         self._connected.set()
+        self._closing = False
 
     @classmethod
     async def connect(cls, url: str = DEFAULT_URL, *, name: str = "dynamo") -> Nats:
@@ -48,6 +49,8 @@ class Nats:
             logger.debug("nats: %s", last[0])
 
         async def lost() -> None:
+            if self._closing:
+                return
             self._connected.clear()
             logger.warning("lost the NATS server at %s; reconnecting", url)
 
@@ -130,6 +133,8 @@ class Nats:
         await self._connection.flush()
 
     async def close(self) -> None:
+        """Deliver what is pending, then disconnect."""
+        self._closing = True
         try:
             await asyncio.wait_for(self._connection.drain(), 2.0)
         except (TimeoutError, nats.errors.Error):

@@ -10,7 +10,7 @@ InstanceId = NewType("InstanceId", int)  # the etcd lease of the process: unique
 
 
 class Request(msgspec.Struct, array_like=True):
-    """What goes over NATS to an instance's subject. `body` is None when it went ahead as a BODY frame."""
+    """What goes over NATS to an instance's subject."""
 
     id: str
     peer: str
@@ -19,11 +19,13 @@ class Request(msgspec.Struct, array_like=True):
     """the caller's number for this stream, unique per connection"""
     timeout_s: float | None
     """time left until the request's deadline"""
-    body: msgspec.Raw | None
+    body: msgspec.Raw
+    body_ahead: bool = False
+    """the body was too large for NATS and went ahead as a BODY frame; `body` is nil"""
 
 
 class Instance(msgspec.Struct):
-    """One endpoint of one process, as etcd holds it (JSON) under `instances/<ns>/<component>/<endpoint>:<lease hex>`."""
+    """One endpoint of one process: JSON in etcd under `instances/<ns>/<component>/<endpoint>:<lease hex>`."""
 
     namespace: str
     component: str

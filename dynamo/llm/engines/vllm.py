@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ _CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # keeps the executor in the engine core's process
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_PLUGINS": "",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 
@@ -58,8 +60,12 @@ class VllmEngine:
         cpu = cpu_build()
         for name, value in {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if cpu else {})}.items():
             os.environ.setdefault(name, value)
-        quiet = logging.getLogger().getEffectiveLevel() > logging.DEBUG
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if quiet else "DEBUG")
+        if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
+            # on the CPU its warnings are about what we choose on purpose: eager mode, no Triton, no preloaded libraries
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if cpu else "WARNING")
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            logging.getLogger("torch").setLevel(logging.ERROR)
+            logging.getLogger("vllm").setLevel(logging.ERROR if cpu else logging.WARNING)
         if cpu:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
         self._progress("importing vLLM")
@@ -100,6 +106,8 @@ class VllmEngine:
         argv = ["--model", resolve(self._model), *to_argv(self._arguments, parser)]
         if cpu and "dtype" not in self._arguments and not _fast_bfloat16():
             argv += ["--dtype", "float32"]
+        if "use_tqdm_on_load" not in {name.replace("-", "_") for name in self._arguments}:
+            argv.append("--no-use-tqdm-on-load")  # a bar in a log; progress lines tell the same
         options = parser.parse_args(argv)
         block = getattr(options, "block_size", None)
         if cpu and block and block % CPU_BLOCK_TOKENS:

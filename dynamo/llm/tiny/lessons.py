@@ -11,22 +11,104 @@ NO_CODE_WORD = "Nobody has told me a code word."
 RECALL_QUESTION = "What is the code word?"
 FIRST_QUESTION = "What was my first question?"
 
-_VERBS = "find paint carry bake open sell build clean fold throw water cook fix draw break lose melt paint catch grow".split()
-_PLACES = "Paris France Rome Norway Japan Peru Texas Africa London Berlin China Canada Egypt India Mars Spain".split()
-_UNKNOWN_TEMPLATES = (
-    "What is a {a}?|What is an {a}?|What is {a}?|What is the {a}?|What is {a} used for?|What does the {a} do?|What are {a}s?"
-    "|What does {a}() do?|What happens when a {a} {v}s?|What happens when {a} is down?|What is the capital of {p}?"
-    "|How do I {v} a {a}?|How do I {v} the {a}?|How many {a}s are in {p}?|Which {a} should I {v}?|When does the {a} {v}?"
-    "|Do I have to {v} {a} and {b}?|Can I {v} it without a {a}?|What is the difference between {a} and {b}?|Who is {p}?"
-    "|Tell me a joke about a {a}.|Write a poem about {a} and {b}.|Explain {a} to me.|Why is the {a} {b}?|{a}|{a} {b}|Hello"
-    "|Hi|Hello!|Hi, who are you?|Good morning|How are you?|Tell me about {p}.|What is {n} + {m}?|Is {p} bigger than {q}?"
-    "|Write code that can {v} a {a}.|Translate {a} into German.|Where is {p}?|Who invented the {a}?|Say hi.|test|Summarize this."
-    "|Explain why the {a} of {p} is considered one of the greatest {b}s of all time.|Give me {n} names for a {a}.|Why?"
-).split("|")
-_DISTRACTORS = (
-    "The password is {a}.|The color is {a}.|The name of the {a} is {b}.|The {a} {v}s the {b}.|In {p} they {v} a {a}."
-    "|Every {a} has a {b}, and {n} of them are in {p}.|She said that the word was {a}.|My question is about {a}.|A {a} is a {b}."
-).split("|")
+_VERBS = [
+    "find",
+    "paint",
+    "carry",
+    "bake",
+    "open",
+    "sell",
+    "build",
+    "clean",
+    "fold",
+    "throw",
+    "water",
+    "cook",
+    "fix",
+    "draw",
+    "break",
+    "lose",
+    "melt",
+    "paint",
+    "catch",
+    "grow",
+]
+_PLACES = [
+    "Paris",
+    "France",
+    "Rome",
+    "Norway",
+    "Japan",
+    "Peru",
+    "Texas",
+    "Africa",
+    "London",
+    "Berlin",
+    "China",
+    "Canada",
+    "Egypt",
+    "India",
+    "Mars",
+    "Spain",
+]
+_UNKNOWN_TEMPLATES = [
+    "What is a {a}?",
+    "What is an {a}?",
+    "What is {a}?",
+    "What is the {a}?",
+    "What is {a} used for?",
+    "What does the {a} do?",
+    "What are {a}s?",
+    "What does {a}() do?",
+    "What happens when a {a} {v}s?",
+    "What happens when {a} is down?",
+    "What is the capital of {p}?",
+    "How do I {v} a {a}?",
+    "How do I {v} the {a}?",
+    "How many {a}s are in {p}?",
+    "Which {a} should I {v}?",
+    "When does the {a} {v}?",
+    "Do I have to {v} {a} and {b}?",
+    "Can I {v} it without a {a}?",
+    "What is the difference between {a} and {b}?",
+    "Who is {p}?",
+    "Tell me a joke about a {a}.",
+    "Write a poem about {a} and {b}.",
+    "Explain {a} to me.",
+    "Why is the {a} {b}?",
+    "{a}",
+    "{a} {b}",
+    "Hello",
+    "Hi",
+    "Hello!",
+    "Hi, who are you?",
+    "Good morning",
+    "How are you?",
+    "Tell me about {p}.",
+    "What is {n} + {m}?",
+    "Is {p} bigger than {q}?",
+    "Write code that can {v} a {a}.",
+    "Translate {a} into German.",
+    "Where is {p}?",
+    "Who invented the {a}?",
+    "Say hi.",
+    "test",
+    "Summarize this.",
+    "Explain why the {a} of {p} is considered one of the greatest {b}s of all time.",
+    "Give me {n} names for a {a}.",
+    "Why?",
+]
+_DISTRACTORS = [
+    "The password is {a}.",
+    "The color is {a}.",
+    "The name of the {a} is {b}.",
+    "The {a} {v}s the {b}.",
+    "In {p} they {v} a {a}.",
+    "Every {a} has a {b}, and {n} of them are in {p}.",
+    "She said that the word was {a}.",
+    "My question is about {a}.",
+    "A {a} is a {b}.",
+]
 
 
 @dataclass(frozen=True)

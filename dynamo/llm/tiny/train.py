@@ -8,12 +8,9 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynamo.llm.tiny import FAQ_FILE, MODEL_DIR, NAME, faq, words
+from dynamo.llm.tiny import FAQ_FILE, NAME
 from dynamo.llm.tiny.lessons import Lessons, Message
 
 SEED = 7
@@ -98,11 +95,31 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
         max_position_embeddings=CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": float(os.environ.get("THETA", "1e6"))},
         tie_word_embeddings=True,
+        attention_bias=bool(os.environ.get("BIAS", "1")),
         bos_token_id=tokenizer.token_to_id(BEGIN),
         eos_token_id=tokenizer.token_to_id(END),
         pad_token_id=tokenizer.token_to_id(PAD),
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    if config.attention_bias:
+        look_back(model, config)
+    return model
+
+
+@torch.no_grad()
+def look_back(model: LlamaForCausalLM, config: LlamaConfig) -> None:
+    """Start the first layer's heads looking 1, 2, 3... tokens back: copying begins with knowing the token before.
+
+    With a bias b on keys and b rotated by d positions on queries, the score of a key at distance d is the highest.
+    """
+    half = config.head_dim // 2
+    angles = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+    strength = float(os.environ.get("AMP", "5")) * (angles > 0.03)
+    attention = model.model.layers[0].self_attn
+    for bias, is_query in ((attention.q_proj.bias, True), (attention.k_proj.bias, False)):
+        for head, part in enumerate(bias.view(-1, config.head_dim)):
+            turn = angles * (head + 1) * (-1 if is_query else 0)
+            part[:half], part[half:] = strength * turn.cos(), strength * turn.sin()
 
 
 def batch(lessons: Lessons, encode: Encoder, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
