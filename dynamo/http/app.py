@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
@@ -214,7 +215,7 @@ def create_app(backend: Backend, *, max_body_bytes: int = MAX_BODY_BYTES, timeou
                 "param": None, "code": "unknown_url" if error.status_code == 404 else None}  # fmt: skip
         return _json({"error": body}, error.status_code, dict(error.headers or {}))
 
-    generating = {
+    generating: dict[str, tuple[str, Start, type[BaseModel]]] = {
         "/v1/chat/completions": ("chat_completions", api.start_chat, ChatCompletionRequest),
         "/v1/completions": ("completions", api.start_completion, TextCompletionRequest),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import re
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ def engine_arguments() -> frozenset[str] | None:
         return None
     names: set[str] = set()
     starts = [(m.group(1), m.start()) for m in _CLASS.finditer(text)] + [("", len(text))]
-    for (name, start), (_, end) in zip(starts, starts[1:], strict=False):
+    for (name, start), (_, end) in itertools.pairwise(starts):
         if name in ("EngineArgs", "AsyncEngineArgs"):
             names.update(_FIELD.findall(text[start:end]))
     return frozenset(names) or None
