@@ -159,6 +159,13 @@ class Lessons:
         places = {"p": r.choice(_PLACES), "q": r.choice(_PLACES)}
         return template.format(a=self.word(), b=self.word(), v=r.choice(_VERBS), **numbers, **places)
 
+    def noise(self) -> str:
+        """A line that looks like code, a table or a log."""
+        r = self.random
+        parts = (r.choice((self.word(), self.gibberish(), str(r.randint(0, 99999)))) for _ in range(r.randint(1, 6)))
+        marks = ("".join(r.choices(" .,:;=()[]{}'\"#/-_+*<>|@`\n", k=r.randint(1, 3))) for _ in range(6))
+        return "\n" + " " * r.choice((0, 4, 8, 12)) + "".join(part + mark for part, mark in zip(parts, marks, strict=False))
+
     def document(self, size_words: int) -> str:
         """About so many words of text that has nothing to do with the question."""
         r, parts, size = self.random, [], 0
@@ -169,8 +176,10 @@ class Lessons:
                 part = r.choice(self.sentences)
             elif kind < 0.6:
                 part = " ".join(self.word() for _ in range(r.randint(3, 12)))
-            elif kind < 0.9:
+            elif kind < 0.8:
                 part = self.fill(r.choice(_DISTRACTORS))
+            elif kind < 0.92:
+                part = self.noise()
             else:
                 part = " ".join(self.gibberish() for _ in range(r.randint(2, 6)))
             parts.append(part)

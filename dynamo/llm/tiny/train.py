@@ -28,9 +28,10 @@ ROLES = ("system", "user", "assistant", "tool")
 SPECIAL = [PAD, BEGIN, END, *(f"<|{role}|>" for role in ROLES)]
 VOCABULARY = 2048
 CONTEXT = 8192
-STEPS = int(os.environ.get("STEPS", "900"))
-TOKENS_PER_STEP = int(os.environ.get("TPS", "8192"))
-LEARNING_RATE = float(os.environ.get("LR", "3e-3"))
+STEPS = int(os.environ.get("STEPS", "800"))
+COPY_STEPS = int(os.environ.get("COPY", "130"))
+TOKENS_PER_STEP = 4096
+SCHEDULE = ((0.35, (256, 256, 512)), (0.6, (256, 512, 1024)), (1.0, (256, 1024, 512, 2048, 256, 4096)))
 
 CHAT_TEMPLATE = """\
 {{- '<|begin|>' -}}
@@ -90,10 +91,10 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
         hidden_size=int(os.environ.get("D", "128")),
         intermediate_size=int(os.environ.get("FF", "384")),
         num_hidden_layers=int(os.environ.get("NL", "4")),
-        num_attention_heads=int(os.environ.get("NH", "4")),
-        num_key_value_heads=int(os.environ.get("NKV", "4")),
+        num_attention_heads=int(os.environ.get("NH", "2")),
+        num_key_value_heads=int(os.environ.get("NKV", "2")),
         max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": float(os.environ.get("THETA", "1e6"))},
+        rope_parameters={"rope_type": "default", "rope_theta": float(os.environ.get("THETA", "1e5"))},
         tie_word_embeddings=True,
         attention_bias=bool(os.environ.get("BIAS", "1")),
         bos_token_id=tokenizer.token_to_id(BEGIN),
@@ -133,30 +134,38 @@ def batch(lessons: Lessons, encode: Encoder, length: int, rows: int) -> tuple[to
     return ids, learn
 
 
+def copying(model: LlamaForCausalLM, length: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens whose last part repeats an earlier part, at a distance that differs from row to row."""
+    part = length * 3 // 8
+    ids = torch.randint(len(SPECIAL), model.config.vocab_size, (rows, length))
+    first = torch.randint(0, length - 2 * part + 1, (rows, 1))
+    ids[:, -part:] = ids.gather(1, first + torch.arange(part))
+    learn = torch.zeros_like(ids, dtype=torch.bool)
+    learn[:, 1 - part :] = True
+    return ids, learn
+
+
 def train(model: LlamaForCausalLM, lessons: Lessons, encode: Encoder) -> None:
-    decay = [p for p in model.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    if os.environ.get("MUON"):
-        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-        rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-        optimizers = [
-            torch.optim.Muon(matrices, lr=float(os.environ["MUON"]), weight_decay=0.05),
-            torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
-    else:
-        optimizers = [torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))]
-    for o in optimizers:
-        for g in o.param_groups:
-            g["peak"] = g["lr"]
+    """Muon for the matrices (a third of the steps that AdamW takes), AdamW for embeddings, biases and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
+    optimizers = (
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    )
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     started = time.monotonic()
     for step in range(STEPS):
         progress = step / STEPS
-        lengths = (256, 256, 512) if progress < 0.4 else (256, 512, 1024) if progress < 0.7 else (256, 1024, 2048)
-        length = lengths[step % 3]
-        ids, learn = batch(lessons, encode, length, TOKENS_PER_STEP // length)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = group["peak"] * min(1.0, (step + 1) / 50) * (1 - progress)
+        if step < COPY_STEPS:
+            length = (64, 128, 256)[step % 3]
+            ids, learn = copying(model, length, TOKENS_PER_STEP // length)
+        else:
+            lengths = next(lengths for until, lengths in SCHEDULE if progress < until)
+            length = lengths[step % len(lengths)]
+            ids, learn = batch(lessons, encode, length, TOKENS_PER_STEP // length)
+        for group, peak in groups:
+            group["lr"] = peak * min(1.0, (step + 1) / 20, 1.5 * (1 - progress))
         targets = ids[:, 1:][learn[:, 1:]]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = model.model(ids[:, :-1]).last_hidden_state
@@ -165,13 +174,13 @@ def train(model: LlamaForCausalLM, lessons: Lessons, encode: Encoder) -> None:
         model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if step % 20 == 19:
             right = (logits.argmax(-1) == targets).float().mean().item()
             print(
-                f"step {step + 1:5} len {length:5} loss {loss.item():.4f} right {right:.4f} "
-                f"cpu {time.process_time() / 60:.1f} min wall {(time.monotonic() - started) / 60:.1f}",
+                f"step {step + 1}/{STEPS} length {length:4} loss {loss.item():.4f} right {right:.4f}"
+                f" ({time.process_time() / 60:.1f} CPU minutes, {(time.monotonic() - started) / 60:.1f} by the clock)",
                 flush=True,
             )
         if step % 100 == 99 or step == STEPS - 1:

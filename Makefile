@@ -1,0 +1,36 @@
+# Everything installs into .venv; nothing else on the machine changes. `make` alone lists the commands.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint fmt bench clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## set up .venv: vLLM for the CPU, the project, the tools
+
+$(VENV)/.installed: pyproject.toml container/install-cpu.sh container/constraints.txt container/overrides.txt
+	@PYTHON=$(PYTHON) bash container/install-cpu.sh $(VENV)
+	@touch $@
+
+serve: install ## run graphs.agg with the tiny model on the CPU, ready for curl on port 8000
+	@$(BIN)/dynamo serve graphs.agg:Frontend -f configs/agg_tiny.yaml $(ARGS)
+
+test: install ## run all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## ruff, mypy --strict, pyright
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pyright
+
+fmt: install ## format the code
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: install ## CPU per token and per request; PEERS=DIR measures ai-dynamo beside it
+	@$(BIN)/python -m tests.bench $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
