@@ -52,12 +52,15 @@ class Status:
         if self._fd is not None:
             os.set_inheritable(self._fd, False)
 
-    def tell(self, event: str, **fields: Any) -> None:
-        if self._fd is not None:
-            try:
-                os.write(self._fd, json.dumps({"event": event, **fields}).encode() + b"\n")
-            except OSError:
-                self._fd = None  # the supervisor has gone; this process will hear of it
+    def tell(self, event: str, **fields: Any) -> bool:
+        """True when a supervisor was told."""
+        if self._fd is None:
+            return False
+        try:
+            os.write(self._fd, json.dumps({"event": event, **fields}).encode() + b"\n")
+        except OSError:
+            self._fd = None  # the supervisor has gone; this process will hear of it
+        return self._fd is not None
 
     def progress(self, text: str) -> None:
         self.tell("progress", text=text)
@@ -110,6 +113,7 @@ class ServiceProcess:
         self.label = name if workers == 1 else f"{name}:{worker_id}"
         self.stopping = asyncio.Event()
         self.instance: Any = None
+        self._constructed = False
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -137,6 +141,7 @@ class ServiceProcess:
             targets = self.graph.targets[self.name]
             bind(self.instance, **{a: Remote(spec_of(targets[a]), caller) for a, caller in callers.items()})
             self.instance.__init__(**constructor_arguments(self.cls, self.config.get(self.name, {})))
+            self._constructed = True
             await self._call_hooks("start")
             if self.stopping.is_set():
                 return 0
@@ -210,7 +215,7 @@ class ServiceProcess:
     async def _shut_down(self, runtime: DistributedRuntime) -> None:
         started = time.monotonic()
         await runtime.drain(DRAIN_S)
-        if self.instance is not None:
+        if self._constructed:
             try:
                 await self._call_hooks("shutdown")
             except Exception:
@@ -238,8 +243,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         code = uvloop.run(run())
     except DynamoError as error:
-        status.tell("failed", error=error.message, hint=error.hint)
-        logger.error("%s", error)
+        if not status.tell("failed", error=error.message, hint=error.hint):
+            logger.error("%s", error)
         code = error.exit_code
     except Exception as error:
         status.tell("failed", error=f"{type(error).__name__}: {error}")

@@ -1,0 +1,62 @@
+"""Dynamo 1.6: its Rust frontend and its Rust mock engine, which find each other through files."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from dynamo.llm.models import tokenizer_dir
+from tests.bench.load import Client, Load, LoadError
+from tests.bench.processes import Process, StartError, free_port
+from tests.bench.system import Running
+
+NAME = "Dynamo 1.6.1"
+MODEL = "mock"
+START_LIMIT_S = 60.0
+UNPACED = 1_000_000  # its own pace, divided by this
+
+
+def start(environment: Path, run_dir: Path, paced: bool) -> Running:
+    port = free_port()
+    python = environment / "bin" / "python"
+    env = {
+        "DYN_FILE_KV": str(run_dir / "kv"),
+        "DYN_LOG": "warn",
+        "DYN_TCP_RPC_HOST": "127.0.0.1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+    began = time.perf_counter()
+    mocker = Process(
+        [python, "-m", "dynamo.mocker", "--discovery-backend", "file", "--model-path", tokenizer_dir("dynamo-tiny"),
+         "--model-name", MODEL, "--speedup-ratio", "1" if paced else str(UNPACED), "--num-workers", "1",
+         "--block-size", "16", "--max-num-seqs", "100000", "--max-num-batched-tokens", "10000000"],
+        run_dir / "mocker.log", env, run_dir,
+    )  # fmt: skip
+    frontend = Process(
+        [python, "-m", "dynamo.frontend", "--discovery-backend", "file", "--http-host", "127.0.0.1", "--http-port", str(port)],
+        run_dir / "frontend.log", env, run_dir,
+    )  # fmt: skip
+    running = Running(NAME, port, MODEL, [frontend, mocker], _role)
+    running.start_s = answers(running, began, START_LIMIT_S)
+    return running
+
+
+def _role(argv: list[str]) -> str:
+    return "Frontend" if "dynamo.frontend" in argv else "Mocker"
+
+
+def answers(running: Running, began: float, limit_s: float) -> float:
+    """Seconds from `began` until the first answer. Raises StartError and stops everything if it does not come."""
+    failed = ""
+    while time.perf_counter() - began < limit_s:
+        try:
+            asyncio.run(Client("127.0.0.1", running.port, running.model).run(Load(1, 1, 2, 4)))
+            return time.perf_counter() - began
+        except (OSError, LoadError) as error:
+            failed = str(error)
+            time.sleep(0.05)
+    running.stop()
+    logs = "\n".join(process.log.read_text(errors="replace")[-1000:] for process in running.processes)
+    raise StartError(f"{running.name} gave no answer within {limit_s:.0f} s: {failed}\n{logs}")

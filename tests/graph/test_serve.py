@@ -1,0 +1,179 @@
+"""`dynamo serve` with the mock engine: starting, stopping, what is killed and what is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+
+import httpx
+import openai
+import pytest
+
+from tests.graph.conftest import Served
+
+Start = Callable[..., Served]
+MOCK = ("-f", "configs/agg_mock.yaml")
+
+
+def chat(served: Served, text: str = "hello", **options: object) -> str:
+    answer = served.client().chat.completions.create(
+        model="dynamo-tiny",
+        messages=[{"role": "user", "content": text}],
+        temperature=0,
+        **{"max_tokens": 12, **options},  # type: ignore[call-overload]
+    )
+    return str(answer.choices[0].message.content)
+
+
+def test_each_service_reports_and_the_first_request_succeeds(serve_graph: Start) -> None:
+    served = serve_graph(*MOCK).ready()
+    assert chat(served)  # at once after "ready", no retries in the client
+    for name in ("VllmWorker", "Processor", "Frontend"):
+        assert re.search(rf"^{name} ready in [\d.]+ s", served.output, re.MULTILINE), served.output
+    assert served.stop() == 0
+
+
+def test_streamed_and_whole_answers_are_the_same(mock_graph: Served) -> None:
+    chunks = mock_graph.client().chat.completions.create(
+        model="dynamo-tiny",
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    text, usage = "", None
+    for chunk in chunks:
+        usage = chunk.usage or usage
+        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+    assert text == chat(mock_graph)
+    assert usage is not None
+    assert usage.completion_tokens == 12
+
+
+def test_both_workers_answer_the_same_and_take_turns(mock_graph: Served) -> None:
+    assert len({chat(mock_graph) for _ in range(6)}) == 1
+    assert len(mock_graph.pids("--service-name VllmWorker")) == 2
+
+
+def test_health_and_models(mock_graph: Served) -> None:
+    assert [m.id for m in mock_graph.client().models.list()] == ["dynamo-tiny"]
+    assert httpx.get(f"{mock_graph.url}/health").json()["status"] == "healthy"
+    assert httpx.get(f"{mock_graph.url}/live").status_code == 200
+    assert "dynamo_frontend_requests_total" in httpx.get(f"{mock_graph.url}/metrics").text
+
+
+def test_unknown_model_and_too_long_prompt(mock_graph: Served) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        mock_graph.client().chat.completions.create(model="gpt-x", messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 4096") as caught:
+        chat(mock_graph, "word " * 9000)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything(serve_graph: Start, number: int) -> None:
+    served = serve_graph(*MOCK).ready()
+    assert len(served.processes()) >= 5  # three services, nats-server, etcd
+    assert served.stop(number) == 0
+
+
+def test_running_streams_finish_on_sigterm(serve_graph: Start) -> None:
+    served = serve_graph(*MOCK).ready()
+    with served.client().chat.completions.create(
+        model="dynamo-tiny",
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=150,  # about a second of the mock's time
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ) as stream:
+        next(iter(stream))
+        served.process.send_signal(signal.SIGTERM)
+        finish = [choice.finish_reason for chunk in stream for choice in chunk.choices if choice.finish_reason]
+    assert finish == ["length"]
+    assert served.process.wait(20) == 0
+
+
+def test_kill_9_of_serve_leaves_nothing_and_the_next_start_works(serve_graph: Start) -> None:
+    served = serve_graph(*MOCK).ready()
+    assert served.stop(signal.SIGKILL) == -signal.SIGKILL
+    again = serve_graph(*MOCK).ready()
+    assert chat(again)
+    again.stop()
+
+
+@pytest.mark.parametrize("service", ["VllmWorker", "Processor", "Frontend"])
+def test_a_killed_service_comes_back(serve_graph: Start, service: str) -> None:
+    served = serve_graph(*MOCK).ready()
+    before = len(served.output)
+    (pid,) = served.pids(f"--service-name {service}")
+    os.kill(pid, signal.SIGKILL)
+    served.wait_for(f"{service} ready again", 20, after=before)
+    assert chat(served)
+    served.stop()
+
+
+def test_one_of_two_workers_killed_under_load(serve_graph: Start) -> None:
+    """New requests never go to the dead one; those it was answering end with an error, not with a false success."""
+    served = serve_graph(*MOCK, "--VllmWorker.ServiceArgs.workers=2").ready()
+    expected = chat(served)
+    os.kill(served.pids("--service-name VllmWorker")[0], signal.SIGKILL)
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        assert chat(served) == expected
+    served.stop()
+
+
+def test_killed_nats_and_etcd_come_back(serve_graph: Start) -> None:
+    served = serve_graph(*MOCK).ready()
+    expected = chat(served)
+    for server in ("etcd", "nats"):
+        before = len(served.output)
+        (pid,) = served.pids(f"/{server}")
+        os.kill(pid, signal.SIGKILL)
+        served.wait_for(f"{server} died; restarting it", 5, after=before)
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                assert chat(served) == expected
+                break
+            except openai.APIStatusError as error:
+                assert error.status_code == 503, error  # never anything else
+                assert time.monotonic() < deadline
+    served.stop()
+
+
+def test_two_graphs_on_one_machine(serve_graph: Start, mock_graph: Served) -> None:
+    served = serve_graph(*MOCK).ready()
+    assert chat(served) == chat(mock_graph)
+    served.stop()
+    assert chat(mock_graph)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--Frontend.endpoint=dynamo.Other.chat"], "Frontend.endpoint: dynamo.Other.chat is not in this graph"),
+        (["--Common.model=./no-such-model"], "model directory ./no-such-model does not exist"),
+        (["--VllmWorker.ServiceArgs.resources.gpu=64"], "VllmWorker wants 64 GPUs"),
+        (["--VllmWorker.engine=mok"], "VllmWorker.engine"),
+    ],
+)
+def test_a_start_that_cannot_work_says_why_and_leaves_nothing(
+    serve_graph: Start, arguments: list[str], error: str
+) -> None:
+    served = serve_graph(*MOCK, *arguments)
+    assert served.process.wait(20) == 1
+    assert error in served.output
+    assert "hint: " in served.output
+    assert "Traceback" not in served.output
+    if " in /" in served.output:
+        assert not served.processes()
+
+
+def test_a_taken_port_is_known_before_anything_starts(serve_graph: Start, mock_graph: Served) -> None:
+    served = serve_graph(*MOCK, f"--Frontend.port={mock_graph.port}")
+    assert served.process.wait(20) == 1
+    assert served.output.startswith(f"error: cannot listen on 127.0.0.1:{mock_graph.port}")
