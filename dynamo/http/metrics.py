@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ITL_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+
+Status = Literal["success", "error", "disconnect"]
+
+
+class _Tokens:
+    """What is counted for every token of a model: plain numbers, a tenth of the cost of prometheus_client's objects."""
+
+    __slots__ = ("gaps", "gaps_s", "output")
+
+    def __init__(self) -> None:
+        self.output = 0
+        self.gaps = [0] * (len(_ITL_SECONDS) + 1)  # one for each bucket, the last without a limit
+        self.gaps_s = 0.0
+
+
+class _TokenCollector(Collector):
+    def __init__(self) -> None:
+        self.models: dict[str, _Tokens] = {}
+
+    def of(self, model: str) -> _Tokens:
+        found = self.models.get(model)
+        if found is None:
+            found = self.models[model] = _Tokens()
+        return found
+
+    def collect(self) -> Iterable[Metric]:
+        itl = HistogramMetricFamily(
+            "dynamo_frontend_inter_token_latency_seconds", "Time between two tokens of a stream.", labels=["model"]
+        )
+        output = CounterMetricFamily("dynamo_frontend_output_tokens", "Output tokens, as they come.", labels=["model"])
+        for model, tokens in self.models.items():
+            limits = [*map(str, map(float, _ITL_SECONDS)), "+Inf"]
+            itl.add_metric([model], list(zip(limits, accumulate(tokens.gaps), strict=True)), tokens.gaps_s)
+            output.add_metric([model], tokens.output)
+        yield itl
+        yield output
 
 
 class Metrics:
@@ -20,19 +61,19 @@ class Metrics:
         self.registry = CollectorRegistry()
         kw: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
-            "dynamo_frontend_requests", "Requests by outcome.", ["model", "endpoint", "request_type", "status"], **kw
+            "dynamo_frontend_requests",
+            "Requests by outcome: success, error or disconnect.",
+            ["model", "endpoint", "request_type", "status"],
+            **kw,
         )
         self.in_flight = Gauge("dynamo_frontend_inflight_requests", "Requests being answered.", ["model"], **kw)
+        self.queued = Gauge("dynamo_frontend_queued_requests", "Requests without a token so far.", ["model"], **kw)
+        self.disconnected = Gauge("dynamo_frontend_disconnected_clients", "Clients that left before the end.", **kw)
         self.duration = Histogram(
             "dynamo_frontend_request_duration_seconds", "Whole request.", ["model"], buckets=_SECONDS, **kw
         )
-        self.ttft = Histogram("dynamo_frontend_time_to_first_token_seconds", "TTFT.", ["model"], buckets=_SECONDS, **kw)
-        self.itl = Histogram(
-            "dynamo_frontend_inter_token_latency_seconds",
-            "ITL: mean of each stream, weighted by its tokens in _sum and _count.",
-            ["model"],
-            buckets=_ITL_SECONDS,
-            **kw,
+        self.ttft = Histogram(
+            "dynamo_frontend_time_to_first_token_seconds", "TTFT of streams.", ["model"], buckets=_SECONDS, **kw
         )
         self.isl = Histogram(
             "dynamo_frontend_input_sequence_tokens", "Prompt tokens.", ["model"], buckets=_TOKENS, **kw
@@ -40,48 +81,71 @@ class Metrics:
         self.osl = Histogram(
             "dynamo_frontend_output_sequence_tokens", "Output tokens.", ["model"], buckets=_TOKENS, **kw
         )
-        self.cached = Counter("dynamo_frontend_cached_tokens", "Prompt tokens found in a KV cache.", ["model"], **kw)
-        self.disconnects = Counter("dynamo_frontend_disconnects", "Clients that left early.", ["model"], **kw)
+        self.cached = Histogram(
+            "dynamo_frontend_cached_tokens", "Prompt tokens found in a KV cache.", ["model"], buckets=_TOKENS, **kw
+        )
+        self.tokens = _TokenCollector()
+        self.registry.register(self.tokens)
+
+    def refused(self, endpoint: str) -> None:
+        """Count a request that failed before it was clear which model it is for."""
+        self.requests.labels("", endpoint, "unary", "error").inc()
 
     def exposition(self) -> tuple[bytes, str]:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
 class Observation:
-    """One request's times and counts; `done` records them once."""
+    """One request's times and counts, from when it is accepted until `done`. `started`: `time.monotonic()`."""
 
-    __slots__ = ("_endpoint", "_first", "_kind", "_last", "_metrics", "_model", "_started", "recorded")
+    __slots__ = ("_endpoint", "_first", "_kind", "_last", "_metrics", "_model", "_open", "_started", "_tokens")
 
-    def __init__(self, metrics: Metrics, model: str, endpoint: str, *, stream: bool) -> None:
+    def __init__(self, metrics: Metrics, model: str, endpoint: str, *, stream: bool, started: float) -> None:
         self._metrics, self._model, self._endpoint = metrics, model, endpoint
         self._kind = "stream" if stream else "unary"
-        self._started = time.monotonic()
+        self._started = started
         self._first = self._last = 0.0
-        self.recorded = False
+        self._tokens = metrics.tokens.of(model)
+        self._open = True
         metrics.in_flight.labels(model).inc()
+        metrics.queued.labels(model).inc()
 
-    def token(self) -> None:
-        """A step's tokens have arrived."""
-        self._last = time.monotonic()
-        if not self._first:
-            self._first = self._last
+    @property
+    def heard(self) -> float:
+        """`time.monotonic()` of the last token; 0 before the first."""
+        return self._last
 
-    def done(self, status: str, prompt_tokens: int = 0, output_tokens: int = 0, cached_tokens: int = 0) -> None:
-        """`status`: success, error or disconnect."""
-        if self.recorded:
+    def tokens(self, count: int) -> None:
+        """So many tokens have arrived together."""
+        if not count:
             return
-        self.recorded = True
+        now, found = time.monotonic(), self._tokens
+        found.output += count
+        if self._first:
+            gap = (now - self._last) / count
+            found.gaps[bisect_left(_ITL_SECONDS, gap)] += count
+            found.gaps_s += now - self._last
+        else:
+            self._first = now
+            self._metrics.queued.labels(self._model).dec()
+        self._last = now
+
+    def done(self, status: Status, prompt_tokens: int = 0, output_tokens: int = 0, cached_tokens: int = 0) -> None:
+        """Record it; only the first call counts."""
+        if not self._open:
+            return
+        self._open = False
         m, model = self._metrics, self._model
         m.in_flight.labels(model).dec()
         m.requests.labels(model, self._endpoint, self._kind, status).inc()
         m.duration.labels(model).observe(time.monotonic() - self._started)
         if status == "disconnect":
-            m.disconnects.labels(model).inc()
-        if self._first:
+            m.disconnected.inc()
+        if not self._first:
+            m.queued.labels(model).dec()
+            return
+        if self._kind == "stream":
             m.ttft.labels(model).observe(self._first - self._started)
-            m.isl.labels(model).observe(prompt_tokens)
-            m.osl.labels(model).observe(output_tokens)
-            if cached_tokens:
-                m.cached.labels(model).inc(cached_tokens)
-            if output_tokens > 1 and self._kind == "stream":
-                m.itl.labels(model).observe((self._last - self._first) / (output_tokens - 1))
+        m.isl.labels(model).observe(prompt_tokens)
+        m.osl.labels(model).observe(output_tokens)
+        m.cached.labels(model).observe(cached_tokens)

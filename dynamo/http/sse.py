@@ -2,28 +2,35 @@
 
 Headers and the end of a stream go through ASGI. The chunks between are written straight to uvicorn's transport from the
 callback that brings a token: 10 to 12 µs a chunk, 5 of them the kernel's, where an ASGI `send` takes 25 to 40. Where the
-server is not uvicorn they go through `send`, from a queue.
+server is not uvicorn they go through `send`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
-from starlette.types import Receive, Send
+from starlette.types import Receive, Scope, Send
 
+from dynamo.errors import EngineError
 from dynamo.http import failure
 from dynamo.http.answer import Answer, merged
 from dynamo.http.metrics import Observation
 from dynamo.llm.protocol import Delta
-from dynamo.wire.stream import Channel, Stream
+from dynamo.wire.stream import Stream
+
+log = logging.getLogger(__name__)
 
 SLOW_BYTES = 64 << 10
 """Unsent bytes above which a client counts as slow: its deltas are merged until it has read."""
 SLOW_RETRY_S = 0.05
-FIRST_BYTE_S = 10.0
-"""After this long without a token the headers are sent, so that proxies do not give up on a long prefill."""
+MERGE_ABOVE = 64
+"""Deltas kept for a slow client before they are merged into one for each choice."""
+SILENCE_S = 10.0
+"""After this long without a token the headers are sent, then a comment each time, so that proxies do not give up."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -35,9 +42,38 @@ SSE_HEADERS: Headers = [
 JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
 
 
-def direct_transport(send: Send) -> asyncio.Transport | None:
-    """uvicorn's transport behind an ASGI `send` that no middleware has wrapped; None for other servers."""
-    return getattr(getattr(send, "__self__", None), "transport", None)
+class Direct:
+    """uvicorn's connection behind an ASGI `send`. Bytes written here go out at once, between those of `send`."""
+
+    __slots__ = ("_chunked", "_cycle", "_transport")
+
+    def __init__(self, cycle: Any, *, chunked: bool) -> None:
+        self._cycle, self._chunked = cycle, chunked
+        self._transport: asyncio.Transport = cycle.transport
+
+    @classmethod
+    def of(cls, send: Send, scope: Scope) -> Direct | None:
+        """None where a middleware has wrapped `send`, and for servers other than uvicorn."""
+        cycle = getattr(send, "__self__", None)
+        if getattr(cycle, "transport", None) is None or not hasattr(cycle, "chunked_encoding"):
+            return None
+        return cls(cycle, chunked=scope["http_version"] != "1.0")
+
+    def before_headers(self) -> None:
+        """uvicorn would send chunks to HTTP/1.0 clients too, who know none: their body ends with the connection."""
+        if not self._chunked:
+            self._cycle.chunked_encoding = False
+
+    @property
+    def closed(self) -> bool:
+        return self._transport.is_closing()
+
+    @property
+    def behind(self) -> bool:
+        return self._transport.get_write_buffer_size() > SLOW_BYTES
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
 
 async def respond_json(send: Send, status: int, body: bytes, headers: Headers) -> None:
@@ -46,77 +82,82 @@ async def respond_json(send: Send, status: int, body: bytes, headers: Headers) -
     await send({"type": "http.response.body", "body": body})
 
 
-async def respond_error(send: Send, error: BaseException, headers: Headers) -> None:
-    await respond_json(send, failure.status_of(error), failure.body(error), [*failure.headers(error), *headers])
+async def respond_error(send: Send, error: BaseException, headers: Headers | None = None) -> None:
+    found = [*failure.headers(error), *(headers or ())]
+    await respond_json(send, failure.status_of(error), failure.body(error), found)
 
 
-class Reading:
-    """One answer in the making: reads the stream of deltas, notices when the client leaves."""
+class Whole:
+    """One answer as one JSON body: reads the stream of deltas, notices when the client leaves."""
 
-    def __init__(
-        self,
-        receive: Receive,
-        send: Send,
-        stream: Stream[Delta],
-        answer: Answer,
-        observation: Observation,
-        headers: Headers,
-    ) -> None:
-        self._receive, self._send, self._headers = receive, send, headers
-        self._stream, self._answer, self._observation = stream, answer, observation
-        self._loop = asyncio.get_running_loop()
-        self._finished: asyncio.Future[None] = self._loop.create_future()
+    def __init__(self, receive: Receive, send: Send, stream: Stream[Delta], answer: Answer, seen: Observation) -> None:
+        self._receive, self._send = receive, send
+        self._stream, self._answer, self._observation = stream, answer, seen
+        self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._error: BaseException | None = None
         self._left = False
 
+    async def run(self) -> None:
+        async with self._reading():
+            await self._finished
+            if self._left:
+                return
+            if self._error is not None:
+                await respond_error(self._send, self._error)
+            else:
+                await respond_json(self._send, 200, self._answer.whole(), [])
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[None]:
+        """The stream is read and the client watched inside; however it ends, the stream does too and is counted."""
+        watch = asyncio.get_running_loop().create_task(self._watch_client())
+        try:
+            self._stream.pipe(self._item, self._end)
+            yield
+        except asyncio.CancelledError:  # the server stops and waits no longer
+            self._left = self._left or not self._finished.done()
+            raise
+        finally:
+            self._stream.cancel()
+            watch.cancel()
+            self._record()
+
     async def _watch_client(self) -> None:
         """uvicorn reports a disconnect here, and ends this wait when the response is complete."""
-        while True:
-            message: MutableMapping[str, Any] = await self._receive()
-            if message["type"] == "http.disconnect":
-                break
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._leave()
+
+    def _leave(self) -> None:
         if not self._finished.done():
             self._left = True
             self._stream.cancel()
-            self._finished.set_result(None)
+            self._finish()
+
+    def _item(self, delta: Delta) -> None:
+        self._observation.tokens(len(delta.token_ids))
+        self._answer.add(delta)
 
     def _end(self, error: BaseException | None) -> None:
+        if error is None and not self._answer.complete:
+            error = EngineError("the answer ended before it was complete")
         self._error = error
+        self._finish()
+
+    def _finish(self) -> None:
         if not self._finished.done():
             self._finished.set_result(None)
 
     def _record(self) -> None:
         status = "disconnect" if self._left else "error" if self._error is not None else "success"
+        if self._error is not None and failure.status_of(self._error) >= 500:
+            log.warning("%s", failure.text(self._error))
         answer = self._answer
         self._observation.done(status, answer.prompt_tokens, answer.output_tokens, answer.cached_tokens)
 
 
-class Whole(Reading):
-    """The answer as one JSON body."""
-
-    def _item(self, delta: Delta) -> None:
-        self._observation.token()
-        self._answer.add(delta)
-
-    async def run(self) -> None:
-        watch = self._loop.create_task(self._watch_client())
-        try:
-            self._stream.pipe(self._item, self._end)
-            await self._finished
-            if self._left:
-                return
-            if self._error is not None:
-                await respond_error(self._send, self._error, self._headers)
-            else:
-                await respond_json(self._send, 200, self._answer.whole(), self._headers)
-        finally:
-            self._stream.cancel()
-            watch.cancel()
-            self._record()
-
-
-class Events(Reading):
-    """The answer as server-sent events."""
+class Events(Whole):
+    """One answer as server-sent events. An error before the first delta still gets a status code of its own."""
 
     def __init__(
         self,
@@ -124,139 +165,127 @@ class Events(Reading):
         send: Send,
         stream: Stream[Delta],
         answer: Answer,
-        observation: Observation,
-        headers: Headers,
-        *,
-        transport: asyncio.Transport | None,
-        choices: int,
+        seen: Observation,
+        direct: Direct | None,
     ) -> None:
-        super().__init__(receive, send, stream, answer, observation, headers)
-        self._transport, self._choices = transport, choices
-        self._first: asyncio.Future[None] = self._loop.create_future()
+        super().__init__(receive, send, stream, answer, seen)
+        self._direct = direct
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()  # `run` has something to do
         self._waiting: list[Delta] = []  # deltas that could not be written yet
-        self._open = False
+        self._open = False  # the headers are out
         self._retry: asyncio.TimerHandle | None = None
-        self._more: asyncio.Event | None = None  # set when `send` has something to do
+        self._silence: asyncio.TimerHandle | None = None
+        self._heard = seen.heard
+
+    async def run(self) -> None:
+        async with self._reading():
+            self._silence = self._loop.call_later(SILENCE_S, self._break_silence)
+            try:
+                await self._news.wait()
+                if self._left:
+                    return
+                if self._error is not None and not self._waiting:
+                    await respond_error(self._send, self._error)
+                    return
+                await self._headers()
+                await (self._write_through() if self._direct is None else self._write_directly(self._direct))
+                if not self._left:
+                    await self._close()
+            finally:
+                self._silence.cancel()
+                if self._retry is not None:
+                    self._retry.cancel()
+
+    async def _headers(self) -> None:
+        if self._direct is not None:
+            self._direct.before_headers()
+        await self._send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+
+    async def _write_directly(self, direct: Direct) -> None:
+        """From here to the end, `_item` writes by itself. Nothing is awaited before, or a later delta could go first."""
+        direct.write(self._answer.opening() + self._take_waiting())
+        self._open = True
+        await self._finished
+        last = b"" if self._left else self._last()
+        if last and not direct.closed:
+            direct.write(last)
+
+    async def _write_through(self) -> None:
+        chunk = self._answer.opening()
+        self._open = True
+        while True:
+            self._news.clear()
+            chunk += self._take_waiting()
+            if self._finished.done():
+                break
+            if chunk:
+                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+                chunk = b""
+            await self._news.wait()
+        if not self._left:
+            await self._send({"type": "http.response.body", "body": chunk + self._last(), "more_body": True})
+
+    def _last(self) -> bytes:
+        if self._error is not None:
+            return self._take_waiting() + b"data: " + failure.body(self._error) + b"\n\n"
+        return self._take_waiting() + self._answer.closing()
+
+    async def _close(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    # -- callbacks: none of them waits
 
     def _item(self, delta: Delta) -> None:
-        self._observation.token()
-        if not self._open or self._waiting:
-            self._waiting.append(delta)
-            self._begin()
-        elif self._transport is None:
-            self._waiting.append(delta)
-            if self._more is not None:
-                self._more.set()
-        elif self._transport.get_write_buffer_size() > SLOW_BYTES:
-            self._waiting.append(delta)
-            self._retry = self._loop.call_later(SLOW_RETRY_S, self._catch_up)
+        self._observation.tokens(len(delta.token_ids))
+        direct = self._direct
+        if direct is None or not self._open:
+            self._keep(delta)
+            self._news.set()
+        elif direct.closed:  # uvicorn tells nobody where a pipelined request waits behind this one
+            self._leave()
+        elif self._waiting or direct.behind:
+            self._keep(delta)
+            if self._retry is None:
+                self._retry = self._loop.call_later(SLOW_RETRY_S, self._catch_up, direct)
         else:
             chunk = self._answer.chunk(delta)
             if chunk:
-                self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                direct.write(chunk)
 
-    def _begin(self) -> None:
-        if not self._first.done():
-            self._first.set_result(None)
+    def _finish(self) -> None:
+        super()._finish()
+        self._news.set()
 
-    def _end(self, error: BaseException | None) -> None:
-        super()._end(error)
-        self._begin()
-        if self._more is not None:
-            self._more.set()
-
-    def _catch_up(self) -> None:
-        """Write what a slow client missed, as soon as it has read what it had."""
-        if self._transport is None or self._transport.is_closing() or self._finished.done():
-            return
-        if self._transport.get_write_buffer_size() > SLOW_BYTES:
+    def _keep(self, delta: Delta) -> None:
+        self._waiting.append(delta)
+        if len(self._waiting) > MERGE_ABOVE + self._answer.choices:
             self._waiting = merged(self._waiting)
-            self._retry = self._loop.call_later(SLOW_RETRY_S, self._catch_up)
-            return
-        chunk = self._take_waiting()
-        if chunk:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
     def _take_waiting(self) -> bytes:
         waiting, self._waiting = self._waiting, []
-        if len(waiting) > 2 * self._choices:
+        if len(waiting) > 2 * self._answer.choices:
             waiting = merged(waiting)
         return b"".join(map(self._answer.chunk, waiting))
 
-    async def run(self) -> None:
-        watch = self._loop.create_task(self._watch_client())
-        timer = self._loop.call_later(FIRST_BYTE_S, self._begin)
-        try:
-            self._stream.pipe(self._item, self._end)
-            await self._first
-            if self._error is not None and not self._waiting:
-                await respond_error(self._send, self._error, self._headers)
-                return
-            await self._send({"type": "http.response.start", "status": 200, "headers": [*SSE_HEADERS, *self._headers]})
-            await self._body(self._answer.opening(self._choices) + self._take_waiting())
-            if self._transport is None:
-                await self._send_as_they_come()
-            else:
-                # what came during the sends above goes first, then the callback writes by itself
-                chunk = self._take_waiting()
-                self._open = True
-                if chunk:
-                    await self._body(chunk)
-            await self._finished
-            if not self._left:
-                last = self._take_waiting()
-                if self._error is not None:
-                    last += b"data: " + failure.body(self._error) + b"\n\n"
-                else:
-                    last += self._answer.closing()
-                await self._send({"type": "http.response.body", "body": last, "more_body": False})
-        finally:
-            timer.cancel()
-            if self._retry is not None:
-                self._retry.cancel()
-            self._stream.cancel()
-            watch.cancel()
-            self._record()
-
-    async def _send_as_they_come(self) -> None:
-        self._open, self._more = True, asyncio.Event()
-        while not self._finished.done():
+    def _catch_up(self, direct: Direct) -> None:
+        """Write what a slow client missed, as soon as it has read what it had."""
+        self._retry = None
+        if self._finished.done():
+            return  # `run` writes the rest
+        if direct.closed:
+            self._leave()
+        elif direct.behind:
+            self._retry = self._loop.call_later(SLOW_RETRY_S, self._catch_up, direct)
+        else:
             chunk = self._take_waiting()
             if chunk:
-                await self._body(chunk)
-            await self._more.wait()
-            self._more.clear()
+                direct.write(chunk)
 
-    async def _body(self, body: bytes) -> None:
-        if body:
-            await self._send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-def merge(streams: list[Stream[Delta]], choices: int) -> Stream[Delta]:
-    """Several prompts' streams as one: prompt i's choices get the indexes from i * `choices`. The first error ends all."""
-    if len(streams) == 1:
-        return streams[0]
-
-    def cancel() -> None:
-        for stream in streams:
-            stream.cancel()
-
-    out: Channel[Delta] = Channel(on_cancel=cancel)
-    left = len(streams)
-
-    def end(error: BaseException | None) -> None:
-        nonlocal left
-        left -= 1
-        if error is not None:
-            out.end(error)
-            cancel()
-        elif left == 0:
-            out.end()
-
-    def add(offset: int, delta: Delta) -> None:
-        delta.index += offset
-        out.push(delta)
-
-    for i, stream in enumerate(streams):
-        stream.pipe(lambda delta, offset=i * choices: add(offset, delta), end)  # type: ignore[misc]
-    return Stream(out)
+    def _break_silence(self) -> None:
+        self._silence = self._loop.call_later(SILENCE_S, self._break_silence)
+        if self._observation.heard == self._heard and not self._finished.done():
+            self._news.set()
+            if self._open and self._direct is not None and not self._direct.closed and not self._waiting:
+                self._direct.write(b": waiting\n\n")
+        self._heard = self._observation.heard

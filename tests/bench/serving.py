@@ -254,4 +254,4 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def _median(runs: Sequence[Measured], name: str) -> float:
-    return statistics.median(getattr(run, name) for run in runs)
+    return float(statistics.median(getattr(run, name) for run in runs))

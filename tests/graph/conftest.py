@@ -28,6 +28,7 @@ class Served:
         self.log = log
         command = [sys.executable, "-m", "dynamo", "serve", graph, "--infra", "embedded", "--port", str(self.port)]
         self.started = time.monotonic()
+        self._seen: set[int] = set()
         with log.open("wb") as output:
             self.process = subprocess.Popen([*command, *arguments], cwd=cwd, stdout=output, stderr=output)
 
@@ -60,18 +61,32 @@ class Served:
         return found[1]
 
     def processes(self) -> dict[int, str]:
-        """pid -> command line of everything that belongs to this graph; engine cores and servers too."""
-        mark, found = self.run_dir.encode(), {}
+        """pid -> command line of everything that belongs to this graph: below `dynamo serve`, or of its environment.
+
+        Both, since orphans have another parent, and vLLM's engine core overwrites its environment with its title.
+        """
+        mark = self.run_dir.encode()
+        commands, parents, found = {}, {}, {self.process.pid, *self._seen}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
+            pid = int(entry.name)
             try:
                 command = (entry / "cmdline").read_bytes()
-                if command and (mark in command or mark in (entry / "environ").read_bytes()):
-                    found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                if not command or stat[0] == "Z":
+                    continue
+                commands[pid], parents[pid] = command.replace(b"\0", b" ").decode(errors="replace"), int(stat[1])
+                if mark in command or mark in (entry / "environ").read_bytes():
+                    found.add(pid)
             except OSError:
                 continue
-        return found
+        size = 0
+        while size != len(found):
+            size = len(found)
+            found |= {pid for pid, parent in parents.items() if parent in found}
+        self._seen |= {pid for pid in found if pid in commands and pid != self.process.pid}
+        return {pid: commands[pid] for pid in found if pid in commands and pid != self.process.pid}
 
     def pids(self, what: str) -> list[int]:
         return [pid for pid, command in self.processes().items() if what in command]
@@ -81,13 +96,13 @@ class Served:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, wait, and see that nothing is left two seconds later at the most."""
-        mark = self.processes  # the run directory is gone from disk afterwards, not from the output
+        assert self.processes()
         self.process.send_signal(number)
         code = self.process.wait(40)
         deadline = time.monotonic() + 2
-        while mark() and time.monotonic() < deadline:
+        while self.processes() and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not mark(), mark()
+        assert not self.processes()
         return code
 
 

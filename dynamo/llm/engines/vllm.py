@@ -64,7 +64,7 @@ class VllmEngine:
             # on the CPU its warnings are about what we choose on purpose: eager mode, no Triton, no preloaded libraries
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if cpu else "WARNING")
             warnings.filterwarnings("ignore", category=FutureWarning)
-            logging.getLogger("torch").setLevel(logging.ERROR)
+            os.environ.setdefault("TORCH_LOGS", "-all")
             logging.getLogger("vllm").setLevel(logging.ERROR if cpu else logging.WARNING)
         if cpu:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))

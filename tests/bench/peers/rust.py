@@ -35,7 +35,8 @@ def start(environment: Path, run_dir: Path, paced: bool) -> Running:
         run_dir / "mocker.log", env, run_dir,
     )  # fmt: skip
     frontend = Process(
-        [python, "-m", "dynamo.frontend", "--discovery-backend", "file", "--http-host", "127.0.0.1", "--http-port", str(port)],
+        [python, "-m", "dynamo.frontend", "--discovery-backend", "file", "--http-host", "127.0.0.1", "--http-port",
+         str(port)],
         run_dir / "frontend.log", env, run_dir,
     )  # fmt: skip
     running = Running(NAME, port, MODEL, [frontend, mocker], _role)

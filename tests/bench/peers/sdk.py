@@ -43,11 +43,11 @@ def start(environment: Path, run_dir: Path, paced: bool) -> Running:
             "--initial-advertise-peer-urls", etcd_peer, "--initial-cluster", f"default={etcd_peer}")  # fmt: skip
         time.sleep(1.5)
         run("serve", bin_dir / "dynamo", "serve", "sdk_graph:Processor", cwd=Path(__file__).parent)
-        register = [str(bin_dir / "llmctl"), "http", "add", "chat-models", MODEL, "bench.Processor.chat/completions"]
+        register = [str(bin_dir / "llmctl"), "http", "add", "chat-models", MODEL, "dynamo.Processor.chat/completions"]
         done = subprocess.run(register, env=env, cwd=run_dir, capture_output=True, text=True, timeout=30, check=False)
         if done.returncode:
             raise StartError(f"llmctl failed: {done.stdout}{done.stderr}")
-        run("http", bin_dir / "http", "--host", "127.0.0.1", "-p", str(port), "--namespace", "bench")
+        run("http", bin_dir / "http", "--host", "127.0.0.1", "-p", str(port), "--namespace", "dynamo")
         running.start_s = answers(running, began, START_LIMIT_S)
     except BaseException:
         running.stop()

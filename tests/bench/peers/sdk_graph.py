@@ -14,7 +14,7 @@ from dynamo.sdk import depends, endpoint, service
 PREFILL_S, STEP_S = (0.0165, 0.00574) if os.environ.get("BENCH_PACED") else (0.0, 0.0)
 
 
-@service(dynamo={"namespace": "bench"})
+@service(dynamo={"namespace": "dynamo"})
 class Worker:
     @endpoint()
     async def generate(self, request: Any) -> AsyncIterator[Any]:
@@ -24,7 +24,7 @@ class Worker:
             yield {"word": f"word{number % 100} "}
 
 
-@service(dynamo={"namespace": "bench"})
+@service(dynamo={"namespace": "dynamo"})
 class Processor:
     worker = depends(Worker)
 
