@@ -54,6 +54,8 @@ def show(summary: dict[str, Any], console: Console) -> None:
             )
         table.add_section()
     console.print(table)
+    for failure in summary["failures"]:
+        console.print(f"[red]failed:[/] {failure}")
     for name, seconds in summary["start_s"].items():
         console.print(f"start to ready: {name}: {seconds:.2f} s")
     for pace, added in summary["ttft_added_ms"].items():

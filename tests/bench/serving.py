@@ -8,27 +8,32 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import uvloop
 
 from dynamo.llm.engines.mock import MockEngine
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
-from tests.bench.load import Client, Load, percentile
+from tests.bench.load import Client, Load, LoadError, percentile
 from tests.bench.peers import rust, sdk
 from tests.bench.processes import CpuMeter, Process, free_port
 from tests.bench.system import Running, System
 
+T = TypeVar("T")
+
+OURS = "ours"
 REPOSITORY = Path(__file__).parents[2]
 START_LIMIT_S = 60.0
 VLLM_START_LIMIT_S = 240.0
 WARM_UP = 2  # requests a connection before a point is measured
 DIRECT_CALLS = 100
+PEER_TRIES = 3  # Dynamo 0.3 puts an instance aside for seconds after an error, which may come under load
+PEER_PAUSE_S = 5.0
 
 
 class Point(NamedTuple):
@@ -74,6 +79,8 @@ class Results:
     start_s: dict[str, float] = field(default_factory=dict)
     direct_ttft_ms: dict[str, float] = field(default_factory=dict)
     """of our mock engine called in this process: `unpaced`, `paced`"""
+    failures: list[str] = field(default_factory=list)
+    """what peers failed at; a failure of ours ends everything"""
 
     def add(self, point: str, system: str, measured: Measured) -> None:
         self.runs.setdefault(point, {}).setdefault(system, []).append(measured)
@@ -97,7 +104,7 @@ def start_graph(run_dir: Path, paced: bool, *, config: str = "agg_mock", env: di
     except BaseException:
         process.stop()
         raise
-    return Running("ours", port, "dynamo-tiny", [process], _role, seconds)
+    return Running(OURS, port, "dynamo-tiny", [process], _role, seconds)
 
 
 def _role(argv: list[str]) -> str:
@@ -108,7 +115,7 @@ def _role(argv: list[str]) -> str:
 
 def systems(peers: Path | None) -> list[System]:
     """Ours, and those of the peers that are installed under `peers`."""
-    found = [System("ours", start_graph)]
+    found = [System(OURS, start_graph)]
     known: list[tuple[str, str, Callable[[Path, Path, bool], Running]]] = [
         (rust.NAME, "dynamo-1.6", rust.start),
         (sdk.NAME, "dynamo-0.3", sdk.start),
@@ -156,9 +163,10 @@ async def _measure(server: Running, load: Load) -> Measured:
     )
 
 
-async def _warm_up(server: Running, load: Load) -> None:
+async def _warm_up(server: Running, load: Load) -> bool:
     warm = Load(load.streams, load.streams * WARM_UP, min(load.output_tokens, 16), streaming=load.streaming)
     await Client("127.0.0.1", server.port, server.model).run(warm)
+    return True
 
 
 def measure(wanted: Sequence[System], points: Sequence[Point], repetitions: int, say: Callable[[str], None]) -> Results:
@@ -170,19 +178,36 @@ def measure(wanted: Sequence[System], points: Sequence[Point], repetitions: int,
             continue
         with _started(wanted, paced, results) as running:
             for point in chosen:
-                for server in running:
-                    uvloop.run(_warm_up(server, point.load))
+                able = [
+                    server for server in running if _try(server, partial(_warm_up, server, point.load), point, results)
+                ]
                 for repetition in range(repetitions):
-                    for server in running:
-                        measured = uvloop.run(_measure(server, point.load))
-                        results.add(point.name, server.name, measured)
-                        say(
-                            f"{point.name}: {server.name} {repetition + 1}/{repetitions}: "
-                            f"{measured.total_cpu_us:.1f} µs, {measured.tokens_per_s:,.0f} tokens/s"
-                        )
+                    for server in able:
+                        measured = _try(server, partial(_measure, server, point.load), point, results)
+                        if measured is not None:
+                            results.add(point.name, server.name, measured)
+                            say(
+                                f"{point.name}: {server.name} {repetition + 1}/{repetitions}: "
+                                f"{measured.total_cpu_us:.1f} µs, {measured.tokens_per_s:,.0f} tokens/s"
+                            )
     for pace, ratio in (("unpaced", 0), ("paced", 1)):
         results.direct_ttft_ms[pace] = uvloop.run(_direct_ttft_ms(ratio, DIRECT_CALLS if ratio == 0 else 10))
     return results
+
+
+def _try(server: Running, work: Callable[[], Coroutine[Any, Any, T]], point: Point, results: Results) -> T | None:
+    """The work's result. A peer that fails gets more tries and is then left out: None."""
+    for tried in range(PEER_TRIES):
+        try:
+            done: T = uvloop.run(work())
+            return done
+        except LoadError as error:
+            if server.name == OURS:
+                raise
+            if tried == PEER_TRIES - 1:
+                results.failures.append(f"{point.name}: {server.name}: {error}")
+            time.sleep(PEER_PAUSE_S)
+    return None
 
 
 async def _direct_ttft_ms(speedup: float, calls: int) -> float:
@@ -239,14 +264,19 @@ def summary(results: Results) -> dict[str, Any]:
                 "duration_p99_ms": median("duration_p99_ms"),
                 "client_cpu_us": median("client_cpu_us"),
             }
-        ours = rows["ours"]
+        ours = rows[OURS]
         for system, row in rows.items():
-            if system != "ours":
+            if system != OURS:
                 ours.setdefault("cpu_of_peer", {})[system] = ours["total_cpu_us"] / row["total_cpu_us"]
         points[point] = rows
-    out: dict[str, Any] = {"points": points, "start_s": results.start_s, "direct_ttft_ms": results.direct_ttft_ms}
+    out: dict[str, Any] = {
+        "points": points,
+        "start_s": results.start_s,
+        "direct_ttft_ms": results.direct_ttft_ms,
+        "failures": results.failures,
+    }
     added = {
-        pace: points[point]["ours"]["ttft_p50_ms"] - results.direct_ttft_ms[pace]
+        pace: points[point][OURS]["ttft_p50_ms"] - results.direct_ttft_ms[pace]
         for pace, point in (("unpaced", "1 stream"), ("paced", "1 stream, paced"))
         if point in points
     }
