@@ -45,7 +45,7 @@ LLAMA_8B = {
 CONTEXT, BATCHED_TOKENS, BLOCK = 8192, 16384, 64
 POINTS = ((1, 8), (16, 96), (64, 256), (128, 512))  # streams, requests
 INPUT_WORDS, OUTPUT_TOKENS = 600, 128
-READY_S = 400.0
+READY_S = 260.0
 
 
 def write_model(folder: Path) -> None:

@@ -30,6 +30,8 @@ from dynamo.wire.stream import Channel, Stream
 
 log = logging.getLogger(__name__)
 
+STALL_S = 120.0
+"""How long the engine may be silent while requests run. A long prefill on a slow CPU takes tens of seconds."""
 CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of this
 _PR_SET_PDEATHSIG = 1
 _ENVIRONMENT = {
@@ -52,6 +54,7 @@ class VllmEngine:
         self._llm: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._stats = EngineStats(0, 0, 0.0, 0, 0)
+        self._last_output = 0.0
 
     async def start(self) -> EngineInfo:
         """Blocks the event loop for as long as vLLM takes to import and load: it must stay in the main thread."""
@@ -119,6 +122,8 @@ class VllmEngine:
 
     def generate(self, request: GenerateRequest) -> Stream[Delta]:
         channel: Channel[Delta] = Channel()
+        if not self._tasks:
+            self._last_output = time.monotonic()
         task = asyncio.get_running_loop().create_task(self._generate(request, channel))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -135,6 +140,7 @@ class VllmEngine:
                 priority=request.sampling.priority,
             )
             async for output in outputs:
+                self._last_output = time.monotonic()
                 for choice in output.outputs:
                     if not (choice.token_ids or choice.text or choice.finish_reason):
                         continue
@@ -221,10 +227,16 @@ class VllmEngine:
         return self._stats
 
     async def check_health(self) -> None:
+        """vLLM notices an engine core that died; one that is stopped or hangs it does not."""
         try:
             await self._llm.check_health()
         except Exception as error:
             raise _translate(error) from error
+        for pid in _children():
+            if _state(pid) in ("T", "t"):
+                raise EngineError(f"vLLM's process {pid} is stopped", hint="the worker is being restarted")
+        if self._tasks and time.monotonic() - self._last_output > STALL_S:
+            raise EngineError(f"vLLM has answered nothing for {STALL_S:.0f} s", hint="the worker is being restarted")
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -232,6 +244,22 @@ class VllmEngine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._llm is not None:
             self._llm.shutdown()
+
+
+def _children() -> list[int]:
+    """Processes that this one has started: the engine core, and on GPUs its workers."""
+    try:
+        tasks = os.listdir("/proc/self/task")
+        return [int(p) for t in tasks for p in Path(f"/proc/self/task/{t}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def to_argv(arguments: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:

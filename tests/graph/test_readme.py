@@ -1,0 +1,98 @@
+"""The README's commands and programs, run as they stand."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynamo.llm import tiny
+from tests.graph.conftest import ROOT, Served
+
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def block(kind: str, containing: str) -> str:
+    found = [text for language, text in BLOCKS if language == kind and containing in text]
+    assert len(found) == 1, f"{len(found)} {kind} blocks contain {containing!r}"
+    return found[0]
+
+
+def run(command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PATH": path, "HOME": "/nonexistent"},
+        timeout=60,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(240)
+def test_the_first_request(tiny_graph: Served) -> None:
+    command = block("bash", "/v1/chat/completions").replace("localhost:8000", f"127.0.0.1:{tiny_graph.port}")
+    answer = json.loads(run(command).stdout)
+    assert answer["choices"][0]["message"]["content"] == tiny.faq()["What is an inference graph?"]
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(240)
+def test_the_openai_client(tiny_graph: Served) -> None:
+    program = block("python", "from openai import OpenAI").replace("localhost:8000", f"127.0.0.1:{tiny_graph.port}")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == tiny.faq()["What is a prefix hit?"]
+
+
+def test_every_dry_run_prints_a_configuration() -> None:
+    commands = [line.partition("#")[0].strip() for line in block("bash", "graphs.agg:Frontend").splitlines()]
+    assert len(commands) >= 4
+    for command in commands:
+        done = run(command if "--dry-run" in command else f"{command} --dry-run")
+        assert done.returncode == 0, done.stderr
+        last = done.stdout.splitlines()[-1]
+        assert json.loads(last.removeprefix("DYNAMO_SERVICE_CONFIG=")).keys() >= {"Frontend", "VllmWorker"}
+
+
+def test_shown_files_are_the_files() -> None:
+    source = (ROOT / "graphs/agg.py").read_text("utf-8")
+    assert source.endswith(block("python", "Frontend.link(Processor)"))
+    for name in re.findall(r"`(configs/\w+\.yaml)`", README):
+        assert yaml.safe_load((ROOT / name).read_text("utf-8"))
+    for name in re.findall(r"^\d+\..*?`((?:dynamo|components)/[\w/.]+)`", README, re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_error_shown_is_the_error(tmp_path: Path) -> None:
+    lines = (ROOT / "configs/agg.yaml").read_text("utf-8").splitlines()
+    number = next(i for i, line in enumerate(lines) if line.strip().startswith("block-size") and i > 25)
+    lines[number] = lines[number].replace("block-size", "blok-size")
+    (tmp_path / "agg.yaml").write_text("\n".join(lines))
+    done = run(f"dynamo serve graphs.agg:Frontend -f {tmp_path}/agg.yaml --dry-run")
+    shown = block("text", "blok-size").splitlines()
+    told = done.stderr.replace(f"{tmp_path}/agg.yaml", "configs/agg.yaml").splitlines()
+    assert told[:2] == shown
+    assert done.returncode == 1
+
+
+async def test_the_service_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    scope: dict[str, object] = {"__name__": "readme"}
+    exec(compile(block("python", "class Shout"), "README.md", "exec"), scope)
+    shout = scope["Shout"](mark="?")  # type: ignore[operator]
+    assert [word async for word in shout.speak("hello there")] == ["HELLO?", "THERE?"]
+
+
+def test_make_targets_that_the_readme_names_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z]+)`?", README)) <= targets
