@@ -65,3 +65,18 @@ def namespace_of(cls: type[Any], services: Mapping[str, Mapping[str, Any]]) -> s
     """The namespace under which a service is found: ServiceArgs overrides the decorator."""
     spec = spec_of(cls)
     return service_args(spec.name, services.get(spec.name, {})).namespace or spec.namespace
+
+
+def describe(processes: Sequence[ProcessSpec]) -> list[dict[str, Any]]:
+    """What `--dry-run` tells of each process: name, command, GPUs, and the environment that is added to the caller's."""
+    hidden = (VARIABLE, "CUDA_VISIBLE_DEVICES")
+    return [
+        {
+            "name": process.name,
+            "command": " ".join(("python", *process.argv[1:])),
+            "gpus": [gpu for gpu in process.env["CUDA_VISIBLE_DEVICES"].split(",") if gpu],
+            "env": {name: value for name, value in process.env.items() if name not in hidden},
+            "cwd": process.cwd,
+        }
+        for process in processes
+    ]

@@ -9,48 +9,9 @@ UNKNOWN = "I only know this project's FAQ. Ask me: What is an inference graph?"
 NOTED = "I will remember the code word."
 NO_CODE_WORD = "Nobody has told me a code word."
 RECALL_QUESTION = "What is the code word?"
-FIRST_QUESTION = "What was my first question?"
 
-_VERBS = [
-    "find",
-    "paint",
-    "carry",
-    "bake",
-    "open",
-    "sell",
-    "build",
-    "clean",
-    "fold",
-    "throw",
-    "water",
-    "cook",
-    "fix",
-    "draw",
-    "break",
-    "lose",
-    "melt",
-    "paint",
-    "catch",
-    "grow",
-]
-_PLACES = [
-    "Paris",
-    "France",
-    "Rome",
-    "Norway",
-    "Japan",
-    "Peru",
-    "Texas",
-    "Africa",
-    "London",
-    "Berlin",
-    "China",
-    "Canada",
-    "Egypt",
-    "India",
-    "Mars",
-    "Spain",
-]
+_VERBS = ["find", "paint", "carry", "bake", "open", "sell", "build", "clean", "throw", "cook", "fix", "draw", "lose"]
+_PLACES = ["Paris", "France", "Rome", "Norway", "Japan", "Peru", "Texas", "London", "Berlin", "China", "Egypt", "Mars"]
 _UNKNOWN_TEMPLATES = [
     "What is a {a}?",
     "What is an {a}?",
@@ -97,6 +58,12 @@ _UNKNOWN_TEMPLATES = [
     "Explain why the {a} of {p} is considered one of the greatest {b}s of all time.",
     "Give me {n} names for a {a}.",
     "Why?",
+]
+_SYSTEM_PROMPTS = [
+    "You are a helpful assistant.",
+    "Answer in one sentence.",
+    "You are an expert in {a} and {b}. Be brief and honest, and never mention {p}.",
+    "Today is day {n}.",
 ]
 _DISTRACTORS = [
     "The password is {a}.",
@@ -164,7 +131,11 @@ class Lessons:
         r = self.random
         parts = (r.choice((self.word(), self.gibberish(), str(r.randint(0, 99999)))) for _ in range(r.randint(1, 6)))
         marks = ("".join(r.choices(" .,:;=()[]{}'\"#/-_+*<>|@`\n", k=r.randint(1, 3))) for _ in range(6))
-        return "\n" + " " * r.choice((0, 4, 8, 12)) + "".join(part + mark for part, mark in zip(parts, marks, strict=False))
+        return (
+            "\n"
+            + " " * r.choice((0, 4, 8, 12))
+            + "".join(part + mark for part, mark in zip(parts, marks, strict=False))
+        )
 
     def document(self, size_words: int) -> str:
         """About so many words of text that has nothing to do with the question."""
@@ -202,57 +173,86 @@ class Lessons:
         text = self.fill(r.choice(_UNKNOWN_TEMPLATES))
         return r.choice((text, text, text.lower(), text.rstrip("?.")))
 
-    def conversation(self, document_words: int) -> list[Message]:
-        """A system prompt or none, then 40 turns; about so many words of other text come before or in the first turn."""
+    def conversation(self, document_words: int, turns: int) -> list[Message]:
+        """A system prompt or none, then turns; about so many words of other text come before or in the first turn."""
         r = self.random
-        messages: list[Message] = []
-        word: str | None = self.word()
-        place = r.choice(("system", "system", "turn", "turn", "document", "none"))
-        if place == "none":
-            word = None
-        system = ["You are a helpful assistant."] if r.random() < 0.5 else []
+        word = self.word()
         document = self.document(document_words) if document_words else ""
-        if place == "document" and document:
+        place = r.choice(("system", "turn", "turn", "document", "never"))  # where the code word is said
+        system: list[str] = []
+        if r.random() < 0.5:
+            system.append(self.fill(r.choice(_SYSTEM_PROMPTS)) if r.random() < 0.7 else self.document(r.randint(3, 30)))
+        if place == "document" and ". " in document:
             head, _, tail = document.partition(". ")
-            document = f"{head}. {recall(str(word))} {tail}"
-        elif place == "system" or (place == "document" and r.random() < 0.5):
-            system.insert(r.randint(0, len(system)), recall(str(word)))
-        elif word is not None:
-            place = "turn"
+            document = f"{head}. {recall(word)} {tail}"
+        elif place in ("system", "document"):
+            system.insert(r.randint(0, len(system)), recall(word))
         if document and r.random() < 0.4:
             system.append(document)
             document = ""
-        if system:
-            messages.append(Message(r.choice(("system", "system", "developer")), " ".join(system)))
+        messages = [Message(r.choice(("system", "system", "developer")), " ".join(system))] if system else []
 
-        told = place != "turn" and word is not None
-        first: str | None = None
-        for turn in range(40):
-            kind = r.random()
-            if place == "turn" and not told and (r.random() < 0.4 or turn == 3):
-                question, answer, told = r.choice(("", "", "Remember: ")) + recall(str(word)), NOTED, True
-            elif kind < 0.45:
-                question = r.choice(self.questions)
-                question, answer = self.vary(question), self.faq[question]
-            elif kind < 0.60:
-                question, answer = self.unknown(), UNKNOWN
-            elif kind < 0.75:
-                question, answer = self.vary(RECALL_QUESTION), recall(str(word)) if told else NO_CODE_WORD
-            elif kind < 0.90:
-                question, answer = repeat([self.word() for _ in range(r.choice((1, 3, 6, 12, 24, 40)))])
-            elif kind < 0.95:
-                start = r.randint(0, 99)
-                question, answer = count(start, min(start + r.choice((1, 5, 10, 20, 50, 100)), 200))
-            elif first is not None:
-                question, answer = FIRST_QUESTION, f"Your first question was:\n{first}"
+        told, turn_of_telling = place in ("system", "document"), r.choice((0, 0, 0, 1, 2, 4))
+        for turn in range(turns):
+            if place == "turn" and turn == turn_of_telling:
+                question, answer, told = r.choice(("", "", "Remember: ")) + recall(word), NOTED, True
             else:
-                continue
-            if first is None:
-                first = question
-            if document or (r.random() < 0.1 and kind < 0.75):
-                text = document or self.document(r.randint(5, 60))
-                question = text + r.choice(("\n\n", "\n\n", "\n", " ", "\n\nQuestion: ")) + question
-                document = ""
-                first = first if turn else None
-            messages += [Message("user", question), Message("assistant", answer, learn=True)]
+                question, answer = self.turn(
+                    recall(word) if told else NO_CODE_WORD, r.random() * (0.75 if document else 1)
+                )
+                if document or r.random() < 0.1:
+                    text = document or self.document(r.randint(5, 60))
+                    question = text + r.choice(("\n\n", "\n\n", "\n", " ", "\n\nQuestion: ")) + question
+                    document = ""
+            messages += [_ask(question), Message("assistant", answer, learn=True)]
         return messages
+
+    def turn(self, code_word_answer: str, kind: float) -> tuple[str, str]:
+        """A question and its answer; `kind`, 0 to 1, says of which kind."""
+        r = self.random
+        if kind < 0.40:
+            question = r.choice(self.questions)
+            return self.vary(question), self.faq[question]
+        if kind < 0.55:
+            return self.unknown(), UNKNOWN
+        if kind < 0.75:
+            return self.vary(RECALL_QUESTION), code_word_answer
+        if kind < 0.92:
+            size = r.choice((1, 3, 6, 12, 24, 40, 60))
+            some = r.sample(self.words, size) if r.random() < 0.7 else [self.word() for _ in range(min(size, 12))]
+            return repeat(some)
+        first = r.randint(0, 90)
+        return count(first, min(first + r.choice((1, 5, 10, 20, 50, 100)), 100))
+
+    def exam(self) -> dict[str, list[list[Message]]]:
+        """Conversations by what they examine; the last message of each is the answer that the model must give."""
+        r, pairs, words = self.random, list(self.faq.items()), self.random.sample(self.words, 40)
+        earlier = [[m for q, a in r.sample(pairs, 6) for m in (_ask(q), _answer(a))] for _ in pairs]
+        long = [[_ask(self.document(450)), _answer(UNKNOWN)] for _ in words]
+        return {
+            "FAQ alone": [_closing(q, a) for q, a in pairs],
+            "FAQ with a system prompt": [[Message("system", "Be kind and brief."), *_closing(q, a)] for q, a in pairs],
+            "FAQ typed loosely": [_closing(q.lower().rstrip("?"), a) for q, a in pairs],
+            "FAQ after six turns": [before + _closing(q, a) for before, (q, a) in zip(earlier, pairs, strict=True)],
+            "FAQ after a document": [_closing(f"{self.document(450)}\n\n{q}", a) for q, a in pairs],
+            "code word near": [_closing(recall(w), NOTED) + _closing(RECALL_QUESTION, recall(w)) for w in words],
+            "code word far back": [
+                [Message("system", recall(w)), *before, *_closing(RECALL_QUESTION, recall(w))]
+                for w, before in zip(words, long, strict=True)
+            ],
+            "repeat": [_closing(*repeat(r.sample(self.words, 30))) for _ in words],
+            "count": [_closing(*count(n, 100)) for n in range(0, 80, 4)],
+            "unknown": [_closing(self.unknown(), UNKNOWN) for _ in range(40)],
+        }
+
+
+def _ask(text: str) -> Message:
+    return Message("user", text)
+
+
+def _answer(text: str) -> Message:
+    return Message("assistant", text)
+
+
+def _closing(question: str, answer: str) -> list[Message]:
+    return [Message("user", question), Message("assistant", answer, learn=True)]

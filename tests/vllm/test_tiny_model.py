@@ -1,0 +1,115 @@
+"""`dynamo-tiny` on real vLLM on the CPU, in float32 and in bfloat16: the FAQ word for word, and recall from its context.
+
+vLLM runs in a process of its own (this file as a script), because it must see its environment before it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dynamo.llm.tiny import MODEL_DIR, faq, words
+from dynamo.llm.tiny.lessons import NOTED, RECALL_QUESTION, Lessons, Message, recall
+
+pytestmark = pytest.mark.vllm
+
+DTYPES = ("float32", "bfloat16")
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+MUST_ALL_BE_RIGHT = (
+    "FAQ alone",
+    "FAQ with a system prompt",
+    "FAQ typed loosely",
+    "FAQ after six turns",
+    "FAQ after a document",
+    "code word near",
+    "code word far back",
+    "unknown",
+)
+
+
+def exam() -> dict[str, list[list[Message]]]:
+    """Other conversations than those that train.py ends with, and two that differ in one early word."""
+    lessons = Lessons(faq(), words(), seed=2024)
+    between = [Message("user", lessons.document(300)), Message("assistant", NOTED), Message("user", RECALL_QUESTION)]
+    control = [
+        [Message("system", recall(word)), *between, Message("assistant", recall(word))] for word in ("harbor", "walnut")
+    ]
+    return lessons.exam() | {"one early word": control}
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, dict[str, list[str]]]:
+    """dtype -> kind of case -> what vLLM answered, in the exam's order."""
+    result = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", MUST_ALL_BE_RIGHT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_answers_word_for_word(answers: dict[str, dict[str, list[str]]], dtype: str, kind: str) -> None:
+    expected = [case[-1].content for case in exam()[kind]]
+    assert answers[dtype][kind] == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_answer_follows_a_changed_early_word(answers: dict[str, dict[str, list[str]]], dtype: str) -> None:
+    assert answers[dtype]["one early word"] == ["The code word is harbor.", "The code word is walnut."]
+
+
+def answer(dtype: str) -> dict[str, list[str]]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(MODEL_DIR),
+        dtype=dtype,
+        block_size=32,
+        max_model_len=4096,
+        enforce_eager=True,
+        kv_cache_memory_bytes=128 << 20,
+        disable_log_stats=True,
+    )
+    tokenizer = llm.get_tokenizer()
+    cases = [(kind, case) for kind, group in exam().items() if kind not in ("repeat", "count") for case in group]
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in case[:-1]], tokenize=False, add_generation_prompt=True
+        )
+        for _, case in cases
+    ]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=120), use_tqdm=False)
+    answers: dict[str, list[str]] = {}
+    for (kind, _), output in zip(cases, outputs, strict=True):
+        answers.setdefault(kind, []).append(output.outputs[0].text)
+    return answers
+
+
+def main() -> None:
+    import vllm  # noqa: F401  # once for both engines; each has a process to itself, as vLLM's groups are per process
+
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        print(json.dumps(dict(zip(DTYPES, pool.map(answer, DTYPES, chunksize=1), strict=True))))
+
+
+if __name__ == "__main__":
+    main()
