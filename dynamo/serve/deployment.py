@@ -18,7 +18,7 @@ from dynamo import log
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import constructor_arguments, declared
 from dynamo.errors import DynamoError
-from dynamo.serve import gpus, infra, ports
+from dynamo.serve import announcement, gpus, infra, ports
 from dynamo.serve.child import Event, ProcessSpec
 from dynamo.serve.console import Console
 from dynamo.serve.plan import RUN_DIR, plan
@@ -38,12 +38,19 @@ INFRA_RESTARTS = 20
 def check(graph: Graph, resolved: Resolved, options: ServeOptions) -> None:
     """Raises ConfigError for what would fail later: GPUs that are not there, a port that is taken."""
     plan(graph, resolved.services, working_dir=options.working_dir, visible_gpus=gpus.visible(), environment={})
+    address = _entry_address(graph, resolved)
+    if address is not None:
+        ports.check(*address)
+
+
+def _entry_address(graph: Graph, resolved: Resolved) -> tuple[str, int] | None:
+    """Host and port of the entry service; None where it has no such settings, or runs elsewhere (`--depends`)."""
     found = declared(graph.entry)
-    if found is None or not {"host", "port"} <= found.settings.keys():
-        return
+    if found is None or not {"host", "port"} <= found.settings.keys() or graph.entry not in graph.services.values():
+        return None
     settings = {name: setting.default for name, setting in found.settings.items()}
     settings.update(constructor_arguments(graph.entry, resolved.services.get(graph.entry.__name__, {})))
-    ports.check(settings["host"], settings["port"])
+    return settings["host"], settings["port"]
 
 
 def run(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
@@ -91,7 +98,8 @@ async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir:
             spare=lambda: [process.pid for process in servers.processes.values()],
         )
         try:
-            return await supervisor.run()
+            with announcement.write(run_dir, graph.spec, _entry_address(graph, resolved), servers.env):
+                return await supervisor.run()
         finally:
             await revoker.close()
     finally:

@@ -86,14 +86,21 @@ class Results:
         self.runs.setdefault(point, {}).setdefault(system, []).append(measured)
 
 
-def start_graph(run_dir: Path, paced: bool, *, config: str = "agg_mock", env: dict[str, str] | None = None) -> Running:
+def start_graph(
+    run_dir: Path,
+    paced: bool,
+    *,
+    config: str = "agg_mock",
+    repository: Path = REPOSITORY,
+    env: dict[str, str] | None = None,
+) -> Running:
     """`dynamo serve` of graphs.agg with its own NATS and etcd, when it says that it is ready."""
     port = free_port()
     settings = [f"--VllmWorker.speedup-ratio={int(paced)}"] if config == "agg_mock" else []
     process = Process(
         [sys.executable, "-m", "dynamo", "serve", "graphs.agg:Frontend", "-f", f"configs/{config}.yaml", "--infra",
          "embedded", "--host", "127.0.0.1", "--port", str(port), *settings],
-        run_dir / "serve.log", {"DYN_LOG": "warn", **(env or {})}, REPOSITORY,
+        run_dir / "serve.log", {"DYN_LOG": "warn", **(env or {})}, repository,
     )  # fmt: skip
     try:
         seconds = process.wait_for(
@@ -203,7 +210,7 @@ def _try(server: Running, work: Callable[[], Coroutine[Any, Any, T]], point: Poi
             return done
         except LoadError as error:
             if server.name == OURS:
-                raise
+                raise LoadError(f"{point.name}: {error}") from None
             if tried == PEER_TRIES - 1:
                 results.failures.append(f"{point.name}: {server.name}: {error}")
             time.sleep(PEER_PAUSE_S)

@@ -1,0 +1,68 @@
+"""`graph.json` in a graph's run directory: what `dynamo status` and others of this user need to find a running graph.
+
+The supervisor holds a lock on it for as long as it lives, so that a file left behind by `kill -9` is told from one of a
+graph that runs, whatever became of its process id.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+FILE = "graph.json"
+
+
+class RunningGraph(NamedTuple):
+    """One `dynamo serve` on this machine. `env` has NATS_SERVER and ETCD_ENDPOINTS; `started` is Unix time in seconds."""
+
+    graph: str
+    pid: int
+    url: str
+    started: float
+    run_dir: str
+    env: Mapping[str, str]
+
+
+def write(run_dir: Path, spec: str, address: tuple[str, int] | None, env: Mapping[str, str]) -> IO[str]:
+    """Write the file and hold its lock until the returned file is closed."""
+    file = (run_dir / FILE).open("w", encoding="utf-8")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    found = RunningGraph(spec, os.getpid(), _url(address), time.time(), str(run_dir), env)
+    json.dump(found._asdict(), file, indent=2)
+    file.flush()
+    return file
+
+
+def _url(address: tuple[str, int] | None) -> str:
+    if address is None:
+        return ""
+    host = "127.0.0.1" if address[0] in ("0.0.0.0", "::", "") else address[0]
+    return f"http://{f'[{host}]' if ':' in host else host}:{address[1]}"
+
+
+def running(directory: Path | None = None) -> list[RunningGraph]:
+    """The graphs of this user that run now, oldest first; `directory` is where run directories are made."""
+    directory = directory or Path(tempfile.gettempdir())
+    found = [_read(path) for path in directory.glob(f"dynamo-*/{FILE}")]
+    return sorted((graph for graph in found if graph is not None), key=lambda graph: graph.started)
+
+
+def _read(path: Path) -> RunningGraph | None:
+    try:
+        if path.stat().st_uid != os.geteuid():
+            return None
+        with path.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                given: dict[str, Any] = json.load(file)
+                return RunningGraph(**{name: given[name] for name in RunningGraph._fields})
+    except (OSError, ValueError, KeyError, TypeError):  # gone meanwhile, or another version's
+        pass
+    return None
