@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from components.processor import Processor
 from components.worker import VllmWorker
-from dynamo.errors import ConfigError
+from dynamo.errors import ConfigError, TransportError
 from dynamo.llm.protocol import MODELS_PREFIX, ChatRequest, CompletionRequest, Delta, ModelCard, ServedModel
 from dynamo.sdk import (
     Service,
@@ -43,6 +45,8 @@ class Frontend(Service):
         host: str = "127.0.0.1",
         port: int = 8000,
         timeout_s: float | None = None,
+        cors_origins: list[str] | None = None,
+        api_keys: list[str] | None = None,
     ) -> None:
         """
         Args:
@@ -51,6 +55,9 @@ class Frontend(Service):
             host: address to listen on; 0.0.0.0 for all.
             port: port to listen on.
             timeout_s: each request's deadline in seconds; None: no limit.
+            cors_origins: sites whose pages may call this server from a browser, "*" for all; None: none.
+            api_keys: clients send one of these as a bearer token; None: those of DYN_API_KEYS (commas between), and
+                without that variable everybody is answered.
         """
         names = [served_model_name] if isinstance(served_model_name, str) else served_model_name
         self.served_model_names = names or []
@@ -60,7 +67,10 @@ class Frontend(Service):
             raise ConfigError(
                 f"Frontend.endpoint: {endpoint} is not in this graph", hint=f"use {component}.chat/completions"
             )
-        self.cards: dict[str, ModelCard] = {}
+        self.cors_origins = cors_origins
+        self.api_keys = api_keys if api_keys is not None else os.environ.get("DYN_API_KEYS", "").split(",")
+        self.api_keys = [key.strip() for key in self.api_keys if key.strip()]
+        self._served: list[ServedModel] = []
         self.server: HttpServer | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -73,13 +83,30 @@ class Frontend(Service):
         runtime = dynamo_context.get("runtime")
         if runtime is not None:
             self._following = asyncio.get_running_loop().create_task(self._follow_models(runtime))
-        self.server = HttpServer(create_app(self, timeout_s=self.timeout_s), self.host, self.port)
+        app = create_app(self, timeout_s=self.timeout_s, cors_origins=self.cors_origins, api_keys=self.api_keys)
+        self.server = HttpServer(app, self.host, self.port)
         await self.server.start()
         dynamo_context["url"] = self.server.url
 
     async def _follow_models(self, runtime: DistributedRuntime) -> None:
-        async for cards in runtime.follow(MODELS_PREFIX):
-            self.cards = {key: msgspec.json.decode(value, type=ModelCard) for key, value in cards.items()}
+        try:
+            async for cards in runtime.follow(MODELS_PREFIX):
+                self.take_cards(cards)
+        except TransportError as error:
+            log.error("the list of models is no longer followed: %s", error)
+
+    def take_cards(self, cards: Mapping[str, bytes]) -> None:
+        """The workers' model cards, by etcd key. One that cannot be read is left out: its worker is of another version."""
+        found: dict[str, ServedModel] = {}
+        for key in sorted(cards):
+            try:
+                card = msgspec.json.decode(cards[key], type=ModelCard)
+            except msgspec.MsgspecError as error:
+                log.warning("model card %s is ignored: %s", key, error)
+                continue
+            for name in self.served_model_names or [card.name]:
+                found.setdefault(name, ServedModel(name, card.source, card.context_length, card.created))
+        self._served = list(found.values())
 
     def chat(self, request: ChatRequest) -> Stream[Delta]:
         return self.processor.chat(request)
@@ -89,13 +116,7 @@ class Frontend(Service):
 
     def models(self) -> list[ServedModel]:
         """Models that can answer now: a worker has a card in etcd, and a Processor is there."""
-        if not instance_ids(self.processor):
-            return []
-        found: dict[str, ServedModel] = {}
-        for card in self.cards.values():
-            for name in self.served_model_names or [card.name]:
-                found.setdefault(name, ServedModel(name, card.source, card.context_length, card.created))
-        return list(found.values())
+        return self._served if instance_ids(self.processor) else []
 
     @readiness
     def ready(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Literal
 
+import msgspec
+
 from components.worker import VllmWorker
 from dynamo.llm.models import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
@@ -56,23 +58,22 @@ class Processor(Service):
         return self._generate(await self.preprocessor.chat(request))
 
     async def _completion(self, request: CompletionRequest) -> Stream[Delta]:
-        prompt = await self.preprocessor.completion(request)
-        stream = self._generate(prompt)
-        return self._echo(stream, prompt.token_ids) if request.echo else stream
+        stream = self._generate(await self.preprocessor.completion(request))
+        return _echoed(self.preprocessor.prompt_text(request), stream) if request.echo else stream
 
     def _generate(self, request: GenerateRequest) -> Stream[Delta]:
         choose = random if self.router == "random" else round_robin
         return choose(self.worker).generate(request)
 
-    def _echo(self, stream: Stream[Delta], token_ids: list[int]) -> Stream[Delta]:
-        """Put the prompt's text in front of each choice's first delta."""
-        text = self.preprocessor.tokenizer.decode(token_ids)
-        seen: set[int] = set()
 
-        def add(delta: Delta) -> Delta:
-            if delta.index not in seen:
-                seen.add(delta.index)
-                delta.text = text + delta.text
+def _echoed(prompt: str, stream: Stream[Delta]) -> Stream[Delta]:
+    """Put the prompt's text in front of each choice's first delta."""
+    seen: set[int] = set()
+
+    def add(delta: Delta) -> Delta:
+        if delta.index in seen:
             return delta
+        seen.add(delta.index)
+        return msgspec.structs.replace(delta, text=prompt + delta.text)
 
-        return stream.map(add)
+    return stream.map(add)

@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from dynamo.serve.infra import Infra, ensure
 
 
-@pytest.fixture(scope="session")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def infra(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Infra]:
     """NATS and etcd of the whole session: use keys and subjects of your own, and never stop or restart them."""
     infra = await ensure(tmp_path_factory.mktemp("infra"), "embedded")

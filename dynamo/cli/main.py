@@ -13,10 +13,24 @@ import dynamo
 from dynamo.cli.errors import INTERRUPTED, report
 from dynamo.errors import DynamoError
 
-COMMANDS = {
-    "serve": ("dynamo.cli.serve:serve", "Start an inference graph, or show how it would start."),
+SECTIONS = {
+    "Graphs": {
+        "serve": ("dynamo.cli.serve:serve", "Start an inference graph, or show how it would start."),
+        "run": ("dynamo.cli.run:run", "Chat with a model in the terminal."),
+        "init": ("dynamo.cli.init:init", "Make a new graph project that runs at once."),
+    },
+    "What runs": {
+        "status": ("dynamo.cli.status:status", "Show running graphs: instances, models, load."),
+        "llmctl": ("dynamo.cli.llmctl:llmctl", "List, add and remove models."),
+    },
+    "This machine": {
+        "env": ("dynamo.cli.env:env", "Show versions, hardware and settings, for a bug report."),
+        "completion": ("dynamo.cli.completion:completion", "Print the script that completes `dynamo` in a shell."),
+    },
 }
-"""Subcommand -> where it is, and its line in `dynamo --help`, which imports none of them."""
+"""Section of `dynamo --help` -> subcommand -> where it is, and its line in the help, which imports none of them."""
+
+COMMANDS = {name: where for commands in SECTIONS.values() for name, (where, _) in commands.items()}
 
 
 class _Commands(click.Group):
@@ -26,13 +40,14 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, summary) for name, (_, summary) in commands.items()])
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,15 +62,18 @@ def group(ctx: click.Context) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console command; returns the exit code. `arguments` are those of the process unless given."""
+    return invoke(group, "dynamo", arguments)
+
+
+def invoke(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a command as the process's own, under `name`; returns the exit code."""
     try:
-        code = group.main(
-            args=None if arguments is None else list(arguments), prog_name="dynamo", standalone_mode=False
-        )
+        code = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (DynamoError, click.ClickException) as error:
         return report(error)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left, as in `dynamo serve ... --dry-run | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -17,6 +18,7 @@ from dynamo.config.options import Infra, ServeOptions
 from dynamo.config.origin import shown
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import Declared, check, declared, knows
+from dynamo.errors import ConfigError
 
 if TYPE_CHECKING:
     from dynamo.sdk.graph import Graph
@@ -28,8 +30,9 @@ class _ServeCommand(click.Command):
     """Takes `--Service.key value` out of the command line, so that click stays strict about all the rest."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[OVERRIDES], rest = overrides.split(args)
-        return super().parse_args(ctx, rest)
+        if not ctx.resilient_parsing:  # a shell that completes half a line wants no errors
+            ctx.meta[OVERRIDES], args = overrides.split(args)
+        return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return [*super().collect_usage_pieces(ctx), "[--Service.key=value ...]"]
@@ -50,6 +53,15 @@ class _ServeCommand(click.Command):
     show_envvar=True,
     metavar="NAME",
     help="Run this service of the graph alone, in the foreground.",
+)
+@click.option(
+    "--depends",
+    "elsewhere",
+    multiple=True,
+    envvar="DYNAMO_SERVE_DEPENDS",
+    show_envvar=True,
+    metavar="NAME=VALUE",
+    help="Do not start service NAME: it runs elsewhere, and is found through etcd. Can be given several times.",
 )
 @click.option(
     "-p",
@@ -82,6 +94,13 @@ class _ServeCommand(click.Command):
     show_envvar=True,
     help="NATS and etcd: `external` uses running ones, `embedded` starts private ones, `auto` whichever it can.",
 )
+@click.option(
+    "--target",
+    type=click.Choice(["dynamo"]),
+    default="dynamo",
+    show_default=True,
+    help="Where the graph runs: `dynamo` is processes on this machine.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, start nothing.")
 @click.pass_context
 def serve(
@@ -89,10 +108,12 @@ def serve(
     graph: str,
     config_file: Path | None,
     service_name: str | None,
+    elsewhere: tuple[str, ...],
     port: int | None,
     host: str | None,
     working_dir: Path,
     infra: str,
+    target: str,
     dry_run: bool,
 ) -> int:
     """Start the inference graph GRAPH: every service as processes on this machine, and HTTP in front.
@@ -111,13 +132,17 @@ def serve(
       dynamo serve graphs.agg:Frontend -f configs/agg.yaml --VllmWorker.ServiceArgs.workers=2
       dynamo serve graphs.agg:Frontend -f configs/agg_mock.yaml          # no GPU, no model weights
       dynamo serve graphs.agg:Frontend --service-name VllmWorker         # one service, to debug it
+      dynamo serve graphs.agg:Frontend --depends VllmWorker=elsewhere    # the workers run on other machines
     """
     from dynamo.sdk.graph import load
 
-    options = ServeOptions(working_dir, service_name, cast(Infra, infra), host, port, dry_run)
     found = load(graph, working_dir)
     if service_name is not None:
         found.service(service_name)
+    started = _without(found, elsewhere)
+    if elsewhere:
+        infra = _shared(infra)
+    options = ServeOptions(working_dir, service_name, cast(Infra, infra), host, port, dry_run)
     services = {name: declared(cls) for name, cls in found.services.items()}
     layers = [document.load(config_file)] if config_file else []
     layers += _entry_layers(ctx, found, services)
@@ -127,10 +152,12 @@ def serve(
     if dry_run:
         click.echo(render(resolved.services))
         click.echo(render_origins(resolved), err=True)
+        if elsewhere:
+            click.echo(f"Started here: {', '.join(started.services)}", err=True)
         return 0
     from dynamo.serve import run
 
-    return run(graph, found, resolved, options)
+    return run(graph, started, resolved, options)
 
 
 def render(services: Mapping[str, Any]) -> str:
@@ -147,6 +174,34 @@ def render_origins(resolved: Resolved) -> str:
     keys, values = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
     lines = (f"  {key:<{keys}}  {value:<{values}}  {source}" for key, value, source in rows)
     return "\n".join(["Where each value comes from:", *lines])
+
+
+def _without(graph: Graph, elsewhere: Sequence[str]) -> Graph:
+    """The graph less the services that `--depends` names. Raises ConfigError, as upstream with exit code 1."""
+    names = set()
+    for given in elsewhere:
+        name, equals, _ = given.partition("=")
+        if not equals or not name:
+            raise ConfigError(
+                "Invalid format for --depends option. Use format 'name=value'",
+                hint=f"write --depends {name or 'NAME'}=elsewhere",
+            )
+        graph.service(name)
+        names.add(name)
+    services = {name: cls for name, cls in graph.services.items() if name not in names}
+    if not services:
+        raise ConfigError("--depends leaves no service to start", hint="name those that run elsewhere only")
+    return replace(graph, services=services)
+
+
+def _shared(infra: str) -> str:
+    """Services elsewhere are found through a NATS and an etcd that they use too, never through private ones."""
+    if infra == "embedded":
+        raise ConfigError(
+            "--depends needs the NATS and etcd of the services elsewhere, and --infra embedded starts private ones",
+            hint="set NATS_SERVER and ETCD_ENDPOINTS, and leave --infra out",
+        )
+    return "external"
 
 
 def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, Declared | None]) -> list[Layer]:

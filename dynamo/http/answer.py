@@ -13,9 +13,11 @@ from typing import Any
 
 import orjson
 
+from dynamo import __version__
 from dynamo.llm.protocol import Delta, TokenLogprob
 
 _TEXT = "\0text\0"
+FINGERPRINT = f"dynamo-{__version__}"
 DONE = b"data: [DONE]\n\n"
 
 
@@ -24,13 +26,14 @@ def _event(value: Any) -> bytes:
 
 
 class Answer(ABC):
-    """One answer being rendered; counts tokens on the way. `index` of a delta is the choice it belongs to."""
+    """One answer of so many choices being rendered; counts tokens on the way. A delta's `index` is its choice."""
 
     object = ""
     chunk_object = ""
 
-    def __init__(self, request_id: str, model: str, *, include_usage: bool = False) -> None:
-        self.id, self.model, self.created = request_id, model, int(time.time())
+    def __init__(self, answer_id: str, model: str, choices: int = 1, *, include_usage: bool = False) -> None:
+        self.id, self.model, self.created = answer_id, model, int(time.time())
+        self.choices = choices
         self.include_usage = include_usage
         self.prompt_tokens = self.output_tokens = self.cached_tokens = 0
         self._around: dict[int, tuple[bytes, bytes]] = {}
@@ -38,9 +41,14 @@ class Answer(ABC):
         self._logprobs: dict[int, list[TokenLogprob]] = {}
         self._finished: dict[int, Delta] = {}
 
+    @property
+    def complete(self) -> bool:
+        """Every choice has its finish reason."""
+        return len(self._finished) >= self.choices
+
     # -- as a stream
 
-    def opening(self, choices: int) -> bytes:
+    def opening(self) -> bytes:
         """What is sent before the first delta."""
         return b""
 
@@ -72,13 +80,13 @@ class Answer(ABC):
         self._texts.setdefault(delta.index, []).append(delta.text)
         if delta.logprobs:
             self._logprobs.setdefault(delta.index, []).extend(delta.logprobs)
-        if delta.finish_reason is not None:
-            self._finished[delta.index] = delta
 
     def whole(self) -> bytes:
         choices = [
-            self._whole_choice(index, "".join(texts), self._logprobs.get(index), self._finished.get(index))
-            for index, texts in sorted(self._texts.items())
+            self._whole_choice(
+                index, "".join(self._texts.get(index, ())), self._logprobs.get(index), self._finished.get(index)
+            )
+            for index in range(self.choices)
         ]
         return orjson.dumps({**self._head(self.object), "choices": choices, "usage": self.usage()})
 
@@ -94,12 +102,20 @@ class Answer(ABC):
 
     def _count(self, delta: Delta) -> None:
         self.output_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self._finished[delta.index] = delta
         if delta.prompt_tokens is not None:
             self.prompt_tokens += delta.prompt_tokens
             self.cached_tokens += delta.cached_tokens or 0
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+        }
 
     def _chunk_of(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = {**self._head(self.chunk_object), "choices": [choice]}
@@ -134,14 +150,22 @@ def _end(finish: Delta | None) -> dict[str, Any]:
 
 
 class ChatAnswer(Answer):
+    """`top_logprobs`: alternatives shown for each token. Engines may give more, the chosen token among them."""
+
     object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def opening(self, choices: int) -> bytes:
+    def __init__(
+        self, answer_id: str, model: str, choices: int = 1, *, include_usage: bool = False, top_logprobs: int = 0
+    ) -> None:
+        super().__init__(answer_id, model, choices, include_usage=include_usage)
+        self.top_logprobs = top_logprobs
+
+    def opening(self) -> bytes:
         """The role, in a chunk of its own for each choice, as OpenAI sends it."""
         role = {"role": "assistant", "content": ""}
         return b"".join(
             _event(self._chunk_of({"index": i, "delta": role, "logprobs": None, "finish_reason": None}))
-            for i in range(choices)
+            for i in range(self.choices)
         )
 
     def _choice(
@@ -150,7 +174,7 @@ class ChatAnswer(Answer):
         choice = {
             "index": index,
             "delta": {} if text is None else {"content": text},
-            "logprobs": _chat_logprobs(logprobs),
+            "logprobs": _chat_logprobs(logprobs, self.top_logprobs),
         }
         return {**choice, **_end(finish)} if finish else {**choice, "finish_reason": None}
 
@@ -158,14 +182,19 @@ class ChatAnswer(Answer):
         self, index: int, text: str, logprobs: list[TokenLogprob] | None, finish: Delta | None
     ) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": _chat_logprobs(logprobs), **_end(finish)}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": _chat_logprobs(logprobs, self.top_logprobs),
+            **_end(finish),
+        }
 
 
 class TextAnswer(Answer):
     object = chunk_object = "text_completion"
 
-    def __init__(self, request_id: str, model: str, *, include_usage: bool = False) -> None:
-        super().__init__(request_id, model, include_usage=include_usage)
+    def __init__(self, answer_id: str, model: str, choices: int = 1, *, include_usage: bool = False) -> None:
+        super().__init__(answer_id, model, choices, include_usage=include_usage)
         self._offsets: dict[int, int] = {}
 
     def _choice(
@@ -195,7 +224,7 @@ class TextAnswer(Answer):
         }
 
 
-def _chat_logprobs(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None:
+def _chat_logprobs(logprobs: list[TokenLogprob] | None, top: int) -> dict[str, Any] | None:
     if logprobs is None:
         return None
 
@@ -204,26 +233,30 @@ def _chat_logprobs(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None
 
     return {
         "content": [
-            {**entry(p.token, p.logprob), "top_logprobs": [entry(t, lp) for t, _, lp in p.top]} for p in logprobs
+            {**entry(p.token, p.logprob), "top_logprobs": [entry(t, lp) for t, _, lp in p.top[:top]]} for p in logprobs
         ],
         "refusal": None,
     }
 
 
 def merged(deltas: Iterable[Delta]) -> list[Delta]:
-    """The same text in at most one delta for each choice: what a reader that fell behind gets."""
-    found: dict[int, Delta] = {}
+    """The same text in one delta for each choice: what a reader that fell behind gets. The given ones stay as they are."""
+    of_choice: dict[int, list[Delta]] = {}
     for delta in deltas:
-        known = found.get(delta.index)
-        if known is None:
-            found[delta.index] = Delta(*(getattr(delta, name) for name in Delta.__struct_fields__))
-            continue
-        known.text += delta.text
-        known.token_ids = known.token_ids + delta.token_ids
-        known.finish_reason, known.stop_reason = delta.finish_reason, delta.stop_reason
-        if delta.logprobs:
-            known.logprobs = (known.logprobs or []) + delta.logprobs
-        if delta.prompt_tokens is not None:
-            known.prompt_tokens = (known.prompt_tokens or 0) + delta.prompt_tokens
-            known.cached_tokens = (known.cached_tokens or 0) + (delta.cached_tokens or 0)
-    return list(found.values())
+        of_choice.setdefault(delta.index, []).append(delta)
+    return [same[0] if len(same) == 1 else _joined(same) for same in of_choice.values()]
+
+
+def _joined(deltas: list[Delta]) -> Delta:
+    first, last = deltas[0], deltas[-1]
+    logprobs = [position for delta in deltas for position in delta.logprobs or ()]
+    return Delta(
+        "".join([delta.text for delta in deltas]),
+        [token for delta in deltas for token in delta.token_ids],
+        first.index,
+        last.finish_reason,
+        last.stop_reason,
+        next((delta.prompt_tokens for delta in deltas if delta.prompt_tokens is not None), None),
+        next((delta.cached_tokens for delta in deltas if delta.cached_tokens is not None), None),
+        logprobs or None,
+    )

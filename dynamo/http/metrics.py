@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
+
+log = logging.getLogger(__name__)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ITL_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
@@ -121,24 +124,27 @@ class Observation:
             return
         now, found = time.monotonic(), self._tokens
         found.output += count
-        if self._first:
+        if not self._first:
+            self._first = now
+            self._metrics.queued.labels(self._model).dec()
+        elif self._kind == "stream":
             gap = (now - self._last) / count
             found.gaps[bisect_left(_ITL_SECONDS, gap)] += count
             found.gaps_s += now - self._last
-        else:
-            self._first = now
-            self._metrics.queued.labels(self._model).dec()
         self._last = now
 
     def done(self, status: Status, prompt_tokens: int = 0, output_tokens: int = 0, cached_tokens: int = 0) -> None:
-        """Record it; only the first call counts."""
+        """Record it, with one line in the log; only the first call counts."""
         if not self._open:
             return
         self._open = False
         m, model = self._metrics, self._model
+        taken_s = time.monotonic() - self._started
         m.in_flight.labels(model).dec()
         m.requests.labels(model, self._endpoint, self._kind, status).inc()
-        m.duration.labels(model).observe(time.monotonic() - self._started)
+        m.duration.labels(model).observe(taken_s)
+        log.info("%s %s: %s in %.3f s, tokens %d in (%d cached), %d out",
+                 self._endpoint, self._kind, status, taken_s, prompt_tokens, cached_tokens, output_tokens)  # fmt: skip
         if status == "disconnect":
             m.disconnected.inc()
         if not self._first:

@@ -8,7 +8,6 @@ server is not uvicorn they go through `send`.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,17 +17,16 @@ from starlette.types import Receive, Scope, Send
 from dynamo.errors import EngineError
 from dynamo.http import failure
 from dynamo.http.answer import Answer, merged
-from dynamo.http.metrics import Observation
+from dynamo.http.metrics import Observation, Status
 from dynamo.llm.protocol import Delta
 from dynamo.wire.stream import Stream
-
-log = logging.getLogger(__name__)
 
 SLOW_BYTES = 64 << 10
 """Unsent bytes above which a client counts as slow: its deltas are merged until it has read."""
 SLOW_RETRY_S = 0.05
 MERGE_ABOVE = 64
-"""Deltas kept for a slow client before they are merged into one for each choice."""
+"""Deltas kept for a slow client before they are merged into one for each choice; later an eighth of the tokens that wait,
+so that the copying stays in proportion to the text."""
 SILENCE_S = 10.0
 """After this long without a token the headers are sent, then a comment each time, so that proxies do not give up."""
 
@@ -73,7 +71,8 @@ class Direct:
         return self._transport.get_write_buffer_size() > SLOW_BYTES
 
     def write(self, data: bytes) -> None:
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if data:  # an empty chunk would be the last one
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
 
 async def respond_json(send: Send, status: int, body: bytes, headers: Headers) -> None:
@@ -102,6 +101,7 @@ class Whole:
             await self._finished
             if self._left:
                 return
+            self._check_complete()
             if self._error is not None:
                 await respond_error(self._send, self._error)
             else:
@@ -139,21 +139,24 @@ class Whole:
         self._answer.add(delta)
 
     def _end(self, error: BaseException | None) -> None:
-        if error is None and not self._answer.complete:
-            error = EngineError("the answer ended before it was complete")
         self._error = error
         self._finish()
+
+    def _check_complete(self) -> None:
+        """To be called when all deltas are in the answer."""
+        if self._error is None and not self._answer.complete:
+            self._error = EngineError("the answer ended before it was complete")
 
     def _finish(self) -> None:
         if not self._finished.done():
             self._finished.set_result(None)
 
     def _record(self) -> None:
-        status = "disconnect" if self._left else "error" if self._error is not None else "success"
-        if self._error is not None and failure.status_of(self._error) >= 500:
-            log.warning("%s", failure.text(self._error))
-        answer = self._answer
+        answer, error = self._answer, self._error
+        status: Status = "disconnect" if self._left else "error" if error is not None else "success"
         self._observation.done(status, answer.prompt_tokens, answer.output_tokens, answer.cached_tokens)
+        if error is not None and not self._left:
+            failure.report(error)
 
 
 class Events(Whole):
@@ -173,6 +176,7 @@ class Events(Whole):
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()  # `run` has something to do
         self._waiting: list[Delta] = []  # deltas that could not be written yet
+        self._merge_above = MERGE_ABOVE
         self._open = False  # the headers are out
         self._retry: asyncio.TimerHandle | None = None
         self._silence: asyncio.TimerHandle | None = None
@@ -185,6 +189,8 @@ class Events(Whole):
                 await self._news.wait()
                 if self._left:
                     return
+                if self._finished.done() and not self._waiting:
+                    self._check_complete()
                 if self._error is not None and not self._waiting:
                     await respond_error(self._send, self._error)
                     return
@@ -207,9 +213,8 @@ class Events(Whole):
         direct.write(self._answer.opening() + self._take_waiting())
         self._open = True
         await self._finished
-        last = b"" if self._left else self._last()
-        if last and not direct.closed:
-            direct.write(last)
+        if not self._left and not direct.closed:
+            direct.write(self._last())
 
     async def _write_through(self) -> None:
         chunk = self._answer.opening()
@@ -227,9 +232,11 @@ class Events(Whole):
             await self._send({"type": "http.response.body", "body": chunk + self._last(), "more_body": True})
 
     def _last(self) -> bytes:
+        rest = self._take_waiting()
+        self._check_complete()
         if self._error is not None:
-            return self._take_waiting() + b"data: " + failure.body(self._error) + b"\n\n"
-        return self._take_waiting() + self._answer.closing()
+            return rest + b"data: " + failure.body(self._error) + b"\n\n"
+        return rest + self._answer.closing()
 
     async def _close(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -249,9 +256,7 @@ class Events(Whole):
             if self._retry is None:
                 self._retry = self._loop.call_later(SLOW_RETRY_S, self._catch_up, direct)
         else:
-            chunk = self._answer.chunk(delta)
-            if chunk:
-                direct.write(chunk)
+            direct.write(self._answer.chunk(delta))
 
     def _finish(self) -> None:
         super()._finish()
@@ -259,11 +264,12 @@ class Events(Whole):
 
     def _keep(self, delta: Delta) -> None:
         self._waiting.append(delta)
-        if len(self._waiting) > MERGE_ABOVE + self._answer.choices:
+        if len(self._waiting) > self._merge_above + self._answer.choices:
             self._waiting = merged(self._waiting)
+            self._merge_above = max(MERGE_ABOVE, sum(len(kept.token_ids) for kept in self._waiting) // 8)
 
     def _take_waiting(self) -> bytes:
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._merge_above = self._waiting, [], MERGE_ABOVE
         if len(waiting) > 2 * self._answer.choices:
             waiting = merged(waiting)
         return b"".join(map(self._answer.chunk, waiting))
@@ -278,9 +284,7 @@ class Events(Whole):
         elif direct.behind:
             self._retry = self._loop.call_later(SLOW_RETRY_S, self._catch_up, direct)
         else:
-            chunk = self._take_waiting()
-            if chunk:
-                direct.write(chunk)
+            direct.write(self._take_waiting())
 
     def _break_silence(self) -> None:
         self._silence = self._loop.call_later(SILENCE_S, self._break_silence)

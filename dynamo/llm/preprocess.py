@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dynamo.errors import ContextLengthError, RequestError
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, GenerateRequest, Sampling
-from dynamo.llm.tokenizer import Tokenizer, text_parts
+from dynamo.llm.tokenizer import Tokenizer
 from dynamo.log import request_id
 
 
@@ -16,8 +16,8 @@ class Preprocessor:
 
     async def chat(self, request: ChatRequest) -> GenerateRequest:
         """Raises RequestError for messages that the template refuses, ContextLengthError for too many tokens."""
-        prompt = self.tokenizer.render(
-            text_parts(request.messages),
+        prompt = self.tokenizer.template.render(
+            request.messages,
             tools=request.tools,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
@@ -25,29 +25,34 @@ class Preprocessor:
         )
         # the template has written the special tokens already
         tokens = await self.tokenizer.encode(prompt, add_special_tokens=False)
-        return self._limit(tokens, request.sampling, request.stream)
+        return self._limited(tokens, request.sampling, request.stream, "messages")
 
     async def completion(self, request: CompletionRequest) -> GenerateRequest:
         """Raises RequestError for an empty prompt or foreign token ids, ContextLengthError for too many tokens."""
-        if isinstance(request.prompt, str):
-            return self._limit(await self.tokenizer.encode(request.prompt), request.sampling, request.stream)
-        for token in request.prompt:
-            if not 0 <= token < self.tokenizer.vocabulary_size:
-                raise RequestError(f"prompt: the model has no token {token}", param="prompt")
-        return self._limit(request.prompt, request.sampling, request.stream)
+        prompt = request.prompt
+        tokens = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if tokens is prompt and tokens:
+            foreign = next((t for t in (min(tokens), max(tokens)) if not 0 <= t < self.tokenizer.vocabulary_size), None)
+            if foreign is not None:
+                raise RequestError(f"the model has no token {foreign}", param="prompt")
+        return self._limited(tokens, request.sampling, request.stream, "prompt")
 
-    def _limit(self, tokens: list[int], sampling: Sampling, stream: bool) -> GenerateRequest:
+    def prompt_text(self, request: CompletionRequest) -> str:
+        """What `echo` puts in front of the completion."""
+        return request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(request.prompt)
+
+    def _limited(self, tokens: list[int], sampling: Sampling, stream: bool, param: str) -> GenerateRequest:
         if not tokens:
-            raise RequestError("the prompt is empty", param="prompt")
+            raise RequestError("the prompt is empty", param=param)
         room = self.context_length - len(tokens)
         wanted = sampling.max_tokens
         if room < 1 or (wanted is not None and wanted > room):
-            asked = f" and {wanted} for the completion" if wanted is not None else ""
+            asked = len(tokens) + (wanted or 0)
             raise ContextLengthError(
-                f"This model's maximum context length is {self.context_length} tokens. However, you requested "
-                f"{len(tokens)} tokens in the prompt{asked}.",
+                f"This model's maximum context length is {self.context_length} tokens. However, you requested {asked} "
+                f"tokens ({len(tokens)} in the {param}, {wanted or 0} in the completion).",
                 hint="shorten the prompt or lower max_tokens",
-                param="messages",
+                param=param,
             )
         if wanted is None:
             sampling.max_tokens = room

@@ -97,8 +97,6 @@ class Delta(msgspec.Struct, array_like=True):
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     logprobs: list[TokenLogprob] | None = None
-    prompt_text: str | None = None
-    """the prompt as text, in the first delta of a completion that asked for `echo`"""
 
 
 class ModelCard(msgspec.Struct):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import time
 import uuid
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from dynamo import log
-from dynamo.errors import DeadlineError, DynamoError, NoInstancesError, TransportError, UnavailableError
+from dynamo.errors import DynamoError, NoInstancesError, TransportError, UnavailableError
 from dynamo.runtime.peers import Peer, Peers
+from dynamo.transport.caller import CallerConnection
 from dynamo.transport.nats import Nats
 from dynamo.wire import codec, frames, scope
 from dynamo.wire.failure import Failure, unpack
@@ -24,10 +27,15 @@ logger = logging.getLogger(__name__)
 
 ACK_TIMEOUT_S = 2.0
 """How long an instance may take to accept a request before another one is tried."""
-WAIT_FOR_INSTANCE_S = 1.0
-"""How long a call waits when no instance is available, which bridges the restart of a quick service."""
+ACK_BYTES_PER_S = 10e6
+"""A request's body must arrive before the instance can accept it: what a slow network does at least."""
+PATIENCE_S = 1.0
+"""How long a call waits for an instance, or for NATS: it bridges the restart of a quick service."""
+NAMED_PATIENCE_S = 0.2
+"""The same for an instance that the caller named: it can name another one sooner."""
+RETRY_PAUSE_S = 0.05
 TRIES = 4
-_ENVELOPE_BYTES = 512
+"""Instances that are tried though `PATIENCE_S` is over, because each took long to refuse."""
 _NIL = msgspec.Raw(codec.encode(None))
 
 _decode_failure = msgspec.msgpack.Decoder(Failure).decode
@@ -40,10 +48,12 @@ class Client:
         self.address = address
         self._nats, self._peers = nats, peers
         self._instances: dict[InstanceId, tuple[Instance, Peer]] = {}
+        self._ready: list[tuple[Instance, Peer]] = []
         self._next = random.randrange(1 << 16)
         self._changed = asyncio.Event()
         self._opening: set[asyncio.Task[None]] = set()
-        peers.on_change(self._changed.set)
+        self._closed = False
+        peers.on_change(self._update)
 
     @property
     def name(self) -> str:
@@ -54,28 +64,32 @@ class Client:
         known = self._instances.get(instance.id)
         peer = known[1] if known is not None else self._peers.join(instance)
         self._instances[instance.id] = (instance, peer)
-        self._changed.set()
+        self._update()
 
     def leave(self, instance_id: InstanceId) -> None:
-        """Called by discovery when the instance deregistered or its lease ended."""
+        """Called by discovery when the instance deregistered or its lease ended; its running streams go on."""
         if self._instances.pop(instance_id, None) is not None:
             self._peers.leave(instance_id)
-            self._changed.set()
+            self._update()
+
+    def _update(self) -> None:
+        self._ready = [known for known in self._instances.values() if known[1].available]
+        self._changed.set()
 
     def instance_ids(self) -> list[int]:
         """Ids of the instances that can be called now."""
-        return [i for i, (_, peer) in self._instances.items() if peer.available]
+        return [instance.instance_id for instance, _ in self._ready]
 
     async def wait_for_instances(self, count: int = 1, timeout_s: float | None = None) -> list[int]:
         """Wait until `count` instances can be called. Raises NoInstancesError after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
-                while len(self.instance_ids()) < count:
+                while len(self._ready) < count:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
             raise NoInstancesError(
-                f"{len(self.instance_ids())} of {count} instances of {self.name} after {timeout_s} s"
+                f"{len(self._ready)} of {count} instances of {self.name} after {timeout_s} s"
             ) from None
         return self.instance_ids()
 
@@ -83,110 +97,133 @@ class Client:
         """Send a request; the result is a `Stream` of items or, for a unary endpoint, a `Reply`.
 
         `choice` is "round_robin", "random" or an instance id. An instance that does not accept is replaced by another
-        one, up to `TRIES` times and within the request's deadline; an instance that is named is not replaced.
+        one, for `PATIENCE_S` and within the request's deadline; an instance that is named is not replaced. A request
+        may run twice where the first instance's acceptance was lost; the caller gets the items of one run only.
         """
         channel: Channel[Any] = Channel()
         task = asyncio.get_running_loop().create_task(self._open(channel, request, choice, decode))
+        channel.on_cancel = task.cancel
         self._opening.add(task)
-        task.add_done_callback(self._opening.discard)
-        channel.on_cancel = task.cancel  # type: ignore[assignment]  # its result does not matter
+
+        def opened(task: asyncio.Task[None]) -> None:
+            self._opening.discard(task)
+            if task.cancelled():  # by `close`; if it was the consumer, nobody hears of this
+                channel.end(self._shut())
+
+        task.add_done_callback(opened)
         return (Stream if streaming else Reply)(channel, task)
+
+    async def close(self) -> None:
+        """Calls that are being opened, and later ones, fail."""
+        self._closed = True
+        opening = list(self._opening)
+        for task in opening:
+            task.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
 
     async def _open(self, channel: Channel[Any], request: Any, choice: str | int, decode: codec.Decode) -> None:
         try:
-            body = codec.encode(request)
-            refused: set[InstanceId] = set()
-            for attempt in range(TRIES):
-                left = scope.time_left_s()
-                try:
-                    if await self._send(channel, body, choice, decode, left, refused):
-                        break
-                except (UnavailableError, TransportError) as error:
-                    if attempt == TRIES - 1 or isinstance(choice, int) or channel.done:
-                        raise
-                    logger.debug("%s: try %d: %s", self.name, attempt + 1, error)
-            if left is not None and not channel.done:
-                self._expire(channel, left)
-        except asyncio.CancelledError:
-            channel.cancel()
-            raise
+            if self._closed:
+                raise self._shut()
+            await self._send_to_any(channel, codec.encode(request), choice, decode)
         except Exception as error:
             channel.end(error)
 
-    def _expire(self, channel: Channel[Any], left_s: float) -> None:
-        """The callee keeps the deadline too; this is for one that hangs."""
-
-        def expired() -> None:
-            if not channel.done:
-                cancel = channel.on_cancel
-                channel.end(DeadlineError(f"no answer from {self.name} within the request's deadline"))
-                cancel()
-
-        asyncio.get_running_loop().call_later(left_s + 0.1, expired)
+    async def _send_to_any(self, channel: Channel[Any], body: bytes, choice: str | int, decode: codec.Decode) -> None:
+        give_up = time.monotonic() + (NAMED_PATIENCE_S if isinstance(choice, int) else PATIENCE_S)
+        refused: set[InstanceId] = set()
+        failure: DynamoError | None = None
+        for attempt in itertools.count(1):
+            left_s = scope.time_left_s()
+            try:
+                await self._nats.wait_connected(min(give_up - time.monotonic(), left_s or PATIENCE_S))
+                instance, peer = await self._pick(choice, refused, give_up, left_s)
+            except (NoInstancesError, TransportError) as error:
+                raise failure or error from None
+            connection = peer.connection
+            if connection is None:
+                continue  # lost since
+            try:
+                await self._send(instance, connection, channel, body, decode, scope.time_left_s())
+                return
+            except (UnavailableError, TransportError) as error:
+                logger.debug("%s: try %d at %x: %s", self.name, attempt, instance.id, error.message)
+                refused.add(instance.id)
+                failure = error
+                if attempt >= TRIES and time.monotonic() > give_up:
+                    raise
 
     async def _send(
         self,
+        instance: Instance,
+        connection: CallerConnection,
         channel: Channel[Any],
         body: bytes,
-        choice: str | int,
         decode: codec.Decode,
         left_s: float | None,
-        refused: set[InstanceId],
-    ) -> bool:
-        instance, peer = await self._pick(choice, left_s, refused)
-        connection = peer.connection
-        if connection is None:
-            return False
-        incoming = connection.receive(decode, channel)
-        large = len(body) > self._nats.max_payload_bytes - _ENVELOPE_BYTES
-        if large:
-            connection.control(frames.BODY, (incoming.sid, body))
+    ) -> None:
+        """Returns when the instance has accepted. Raises what it refused with, or TransportError."""
+        incoming = connection.receive(decode, channel, left_s)
         envelope = Request(
             id=log.request_id.get() or uuid.uuid4().hex,
-            peer=self._peers.own_id,
+            connection=connection.id,
             sid=incoming.sid,
             timeout_s=left_s,
-            body=_NIL if large else msgspec.Raw(body),
-            body_ahead=large,
+            body=msgspec.Raw(body),
         )
+        payload = codec.encode(envelope)
+        timeout_s = ACK_TIMEOUT_S
         try:
-            answer = await self._nats.request(
-                instance.subject, codec.encode(envelope), min(ACK_TIMEOUT_S, left_s or ACK_TIMEOUT_S)
-            )
+            if len(payload) > self._nats.max_payload_bytes:
+                connection.control(frames.BODY, (incoming.sid, body))
+                envelope.body, envelope.body_ahead = _NIL, True
+                payload = codec.encode(envelope)
+                timeout_s += len(body) / ACK_BYTES_PER_S
+            if left_s is not None:
+                timeout_s = min(timeout_s, left_s)
+            answer = await self._nats.request(instance.subject, payload, timeout_s, incoming.reply)
             if answer:
                 raise unpack(_decode_failure(answer))
-            if incoming.lost:
-                raise TransportError(f"lost the connection to {self.name} while it accepted the request")
         except DynamoError:
-            connection.forget(incoming.sid)
-            refused.add(instance.id)
+            if not incoming.accepted:  # with items here, only the acceptance was lost: a retry would repeat them
+                connection.forget(incoming)
+                raise
+        except BaseException:
+            connection.forget(incoming)
             raise
         incoming.accepted = True
-        return True
+        channel.on_cancel = partial(connection.forget, incoming)
 
-    async def _pick(self, choice: str | int, left_s: float | None, refused: set[InstanceId]) -> tuple[Instance, Peer]:
-        give_up = time.monotonic() + min(WAIT_FOR_INSTANCE_S, left_s or WAIT_FOR_INSTANCE_S)
+    async def _pick(
+        self, choice: str | int, refused: set[InstanceId], give_up: float, left_s: float | None
+    ) -> tuple[Instance, Peer]:
+        """Instances that refused come again when no other is left, after a pause. Raises NoInstancesError."""
+        if left_s is not None:
+            give_up = min(give_up, time.monotonic() + left_s)
         while True:
             if isinstance(choice, int):
                 known = self._instances.get(InstanceId(choice))
-                if known is not None and known[1].available:
-                    return known
+                ready = [known] if known is not None and known[1].available else []
+                if known is not None and known[1].stopping:
+                    raise self._nobody(choice)
             else:
-                ready = [k for k in self._instances.values() if k[1].available]
-                ready = [k for k in ready if k[0].id not in refused] or ready
-                if ready:
-                    if choice == "random":
-                        return random.choice(ready)
-                    self._next += 1
-                    return ready[self._next % len(ready)]
-            left = give_up - time.monotonic()
-            if left <= 0:
+                ready = self._ready
+            if refused:
+                ready = [known for known in ready if known[0].id not in refused]
+            if ready:
+                if choice == "random":
+                    return random.choice(ready)
+                self._next += 1
+                return ready[self._next % len(ready)]
+            wait_s = give_up - time.monotonic()
+            if wait_s <= 0:
                 raise self._nobody(choice)
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), left)
+                async with asyncio.timeout(min(wait_s, RETRY_PAUSE_S) if refused else wait_s):
+                    await self._changed.wait()
             except TimeoutError:
-                raise self._nobody(choice) from None
+                refused.clear()
 
     def _nobody(self, choice: str | int) -> NoInstancesError:
         if isinstance(choice, int):
@@ -197,3 +234,6 @@ class Client:
         return NoInstancesError(
             f"no instance of {self.name} is available", hint="it is starting, restarting or was not deployed"
         )
+
+    def _shut(self) -> UnavailableError:
+        return UnavailableError(f"the client of {self.name} is closed", hint="this process is stopping")

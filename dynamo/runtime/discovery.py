@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import msgspec
 
-from dynamo.transport.etcd import Delete, Etcd, Put, Snapshot
+from dynamo.errors import TransportError
+from dynamo.transport.etcd import Delete, Etcd, Event, Put, Snapshot
 from dynamo.wire.messages import Instance, InstanceId, instances_prefix
 
 log = logging.getLogger(__name__)
@@ -17,7 +18,22 @@ log = logging.getLogger(__name__)
 RESET_GRACE_S = 8.0
 """How long instances stay that are missing from an etcd which came back empty: their owners register again meanwhile."""
 
+RETRY_S = 0.5
+
 _decode = msgspec.json.Decoder(Instance).decode
+
+
+async def watch(etcd: Etcd, prefix: str) -> AsyncGenerator[Event, None]:
+    """`Etcd.watch_prefix` that also outlives an etcd which is away at the start, or refuses for a time."""
+    while True:
+        try:
+            async with aclosing(etcd.watch_prefix(prefix)) as events:
+                async for event in events:
+                    yield event
+            return  # the client was closed
+        except TransportError as error:
+            log.warning("cannot follow %s in etcd, trying again: %s", prefix, error)
+            await asyncio.sleep(RETRY_S)
 
 
 class Discovery:
@@ -36,9 +52,9 @@ class Discovery:
         self._missing: dict[str, asyncio.TimerHandle] = {}
 
     async def run(self) -> None:
-        """Follow etcd until cancelled. Raises TransportError when etcd cannot be reached at the start."""
+        """Follow etcd until cancelled, or until its client closes."""
         try:
-            async with aclosing(self._etcd.watch_prefix(self._prefix)) as events:
+            async with aclosing(watch(self._etcd, self._prefix)) as events:
                 async for event in events:
                     if isinstance(event, Put):
                         self._join(event.key, event.value)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import random
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,18 +18,20 @@ import msgspec
 
 from dynamo.errors import TransportError
 from dynamo.runtime.client import Client
-from dynamo.runtime.discovery import Discovery
+from dynamo.runtime.discovery import Discovery, watch
+from dynamo.runtime.micro import announce
 from dynamo.runtime.peers import Peers, host_id
 from dynamo.runtime.server import Endpoint, Server
 from dynamo.transport.etcd import Delete, Etcd, Put
+from dynamo.transport.listener import StreamListener
 from dynamo.transport.nats import DEFAULT_URL, Nats
-from dynamo.transport.stream import StreamListener
 from dynamo.wire import codec
-from dynamo.wire.messages import Instance, subject
+from dynamo.wire.messages import Instance, instances_prefix, subject
 
 log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 10
+REVOKE_TIMEOUT_S = 1.0
 DEFAULT_ETCD = "http://localhost:2379"
 STREAM_PORTS = range(20000, 32768)  # below the range that the kernel gives to outgoing connections
 
@@ -54,9 +57,9 @@ class DistributedRuntime:
         self._run_dir = run_dir
         self._connecting = asyncio.Lock()
         self._clients: dict[tuple[str, str, str], Client] = {}
-        self._watching: set[asyncio.Task[None]] = set()
+        self._watching: list[asyncio.Task[None]] = []
         self._registered: list[str] = []
-        self._ready = False
+        self._ready = self._closed = False
         self.peers = Peers()
         self.listener = StreamListener()
 
@@ -65,16 +68,21 @@ class DistributedRuntime:
         async with self._connecting:
             if self._ready:
                 return
-            self.etcd = Etcd.connect(self.etcd_endpoints)
-            self.nats, self.lease = await asyncio.gather(
-                Nats.connect(self.nats_url, name=self.name), self.etcd.lease(LEASE_TTL_S)
-            )
-            self.server = Server(self.nats, self.listener)
-            unix = self._run_dir / f"{self.lease.id:x}.sock" if self._run_dir is not None else None
-            await self._listen(unix)
+            if self._closed:
+                raise TransportError("this runtime is closed")
+            async with AsyncExitStack() as opened:
+                self.etcd = Etcd.connect(self.etcd_endpoints)
+                opened.push_async_callback(self.etcd.close)
+                self.nats = await Nats.connect(self.nats_url, name=self.name)
+                opened.push_async_callback(self.nats.close)
+                self.lease = await self.etcd.lease(LEASE_TTL_S)
+                self.server = Server(self.nats, self.listener)
+                await self._listen()
+                await announce(self.nats, self.server, self.instance_id)
+                opened.pop_all()
             self._ready = True
 
-    async def _listen(self, unix: Path | None) -> None:
+    async def _listen(self) -> None:
         host = advertised_host(self.nats_url)
         for port in random.sample(STREAM_PORTS, 50):
             try:
@@ -86,8 +94,12 @@ class DistributedRuntime:
             raise TransportError(
                 f"no free port for streams on {host}", hint="set DYN_HOST_IP to an address of this host"
             )
-        if unix is not None:
-            await self.listener.listen(unix=unix)
+        if self._run_dir is not None:
+            unix = self._run_dir / f"{self.lease.id:x}.sock"
+            try:
+                await self.listener.listen(unix=unix)
+            except OSError as error:  # such as a path of more than 107 bytes
+                log.warning("streams go over TCP only: %s: %s", unix, error)
 
     @property
     def instance_id(self) -> int:
@@ -100,7 +112,8 @@ class DistributedRuntime:
         if address not in self._clients:
             client = self._clients[address] = Client(address, self.nats, self.peers)
             discovery = Discovery(self.etcd, address, client.join, client.leave)
-            self._follow(discovery.run(), f"discovery of {client.name}")
+            task = asyncio.get_running_loop().create_task(discovery.run(), name=f"discovery of {client.name}")
+            self._watching.append(task)
         return self._clients[address]
 
     async def serve(
@@ -109,8 +122,9 @@ class DistributedRuntime:
         """Serve a method under an address: subscribed on NATS first, then registered in etcd."""
         await self.connect()
         topic = subject(namespace, component, endpoint, self.instance_id)
-        served = Endpoint(endpoint, method, codec.decoder(request_type), f"{self.name} {endpoint}")
-        await self.server.add(served, topic)
+        address = (namespace, component, endpoint)
+        where = f"{self.name} {endpoint}"
+        await self.server.add(Endpoint(address, topic, _with_argument(method), codec.decoder(request_type), where))
         await self.nats.flush()
         instance = Instance(
             namespace=namespace,
@@ -121,7 +135,7 @@ class DistributedRuntime:
             streams=self.listener.addresses,
             host=host_id(),
         )
-        await self.publish(f"instances/{namespace}/{component}/{endpoint}:{self.instance_id:x}", instance)
+        await self.publish(f"{instances_prefix(*address)}{self.instance_id:x}", instance)
 
     async def publish(self, key: str, value: Any) -> None:
         """Put a value (as JSON) under a key that lives as long as this process."""
@@ -134,7 +148,7 @@ class DistributedRuntime:
         """All keys of etcd under a prefix, again after every change; the last state while etcd is away."""
         await self.connect()
         view: dict[str, bytes] = {}
-        async with aclosing(self.etcd.watch_prefix(prefix)) as events:
+        async with aclosing(watch(self.etcd, prefix)) as events:
             async for event in events:
                 if isinstance(event, Put):
                     view[event.key] = event.value
@@ -142,18 +156,7 @@ class DistributedRuntime:
                     view.pop(event.key, None)
                 else:
                     view = dict(event.items)
-                yield view
-
-    def _follow(self, work: Any, what: str) -> None:
-        async def run() -> None:
-            try:
-                await work
-            except TransportError as error:
-                log.error("%s ended: %s", what, error)
-
-        task = asyncio.get_running_loop().create_task(run(), name=what)
-        self._watching.add(task)
-        task.add_done_callback(self._watching.discard)
+                yield dict(view)
 
     async def deregister(self) -> None:
         """Take this process out of discovery; what runs here goes on."""
@@ -174,21 +177,35 @@ class DistributedRuntime:
             await self.server.drain(limit_s)
 
     async def close(self) -> None:
-        """Close everything; running calls are cut."""
-        if not self._ready:
-            return
-        self._ready = False
+        """Close everything, for ever; running calls are cut."""
+        async with self._connecting:
+            self._closed = True
+            if not self._ready:
+                return
+            self._ready = False
+        await self.server.close()
+        try:
+            async with asyncio.timeout(REVOKE_TIMEOUT_S):
+                await self.lease.revoke()
+        except (TransportError, TimeoutError) as error:
+            log.debug("lease not revoked: %r", error)
         for task in self._watching:
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
+        await asyncio.gather(*(client.close() for client in self._clients.values()))
         await self.peers.close()
         await self.listener.close()
         await self.nats.close()
-        try:
-            await self.lease.revoke()
-        except TransportError as error:
-            log.debug("lease not revoked: %s", error)
         await self.etcd.close()
+
+
+def _with_argument(method: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A method that takes no request is called without."""
+    try:
+        takes = len(inspect.signature(method).parameters)
+    except (TypeError, ValueError):  # a builtin
+        return method
+    return method if takes else lambda _: method()
 
 
 def advertised_host(nats_url: str) -> str:

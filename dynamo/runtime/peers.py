@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import time
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 from dynamo.errors import TransportError
-from dynamo.transport import stream
-from dynamo.transport.stream import CallerConnection
+from dynamo.transport.caller import CallerConnection, connect
 from dynamo.wire.messages import Instance, InstanceId
 
 log = logging.getLogger(__name__)
@@ -18,6 +20,7 @@ log = logging.getLogger(__name__)
 RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+@functools.cache
 def host_id() -> str:
     """The same for all processes of one running kernel: a unix socket may be reachable between them."""
     try:
@@ -29,65 +32,70 @@ def host_id() -> str:
 class Peer:
     """One process that may be called. `available` while connected and not stopping."""
 
-    def __init__(self, instance: Instance, own_id: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, instance: Instance, on_change: Callable[[], None]) -> None:
         self.id = instance.id
         self.instance = instance
         self.connection: CallerConnection | None = None
         self.stopping = False
-        self._own_id, self._on_change = own_id, on_change
-        self._task = asyncio.get_running_loop().create_task(self._keep(), name=f"peer {instance.id:x}")
+        self._on_change = on_change
         self._lost = asyncio.Event()
+        self.task = asyncio.get_running_loop().create_task(self._keep(), name=f"peer {instance.id:x}")
 
     @property
     def available(self) -> bool:
-        return self.connection is not None and not self.stopping
+        return self.connection is not None and self.connection.alive and not self.stopping
 
     async def _keep(self) -> None:
         """Connect, and again whenever the connection is lost, as long as the instance is registered."""
-        attempt = 0
+        failures = 0
         same_host = self.instance.host == host_id()
         while True:
             self._lost.clear()
+            started = time.monotonic()
             try:
-                self.connection = await stream.connect(
-                    self.instance.streams,
-                    self._own_id,
-                    same_host=same_host,
-                    on_lost=self._on_lost,
-                    on_bye=self._on_bye,
+                self.connection = await connect(
+                    self.instance.streams, same_host=same_host, on_lost=self._on_lost, on_bye=self._on_bye
                 )
+                self._on_change()
+                await self._lost.wait()
+                if time.monotonic() - started > RETRY_S[-1]:
+                    failures = 0
             except TransportError as error:
                 log.debug("%s/%s %x: %s", self.instance.component, self.instance.endpoint, self.id, error)
-                await asyncio.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
-                attempt += 1
-                continue
-            attempt = 0
-            self._on_change()
-            await self._lost.wait()
+            self.connection = None
+            await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
+            failures += 1
 
     def _on_lost(self, connection: CallerConnection) -> None:
+        self._lost.set()  # if it is lost before `connect` returned it, `_keep` sees that then
         if self.connection is connection:
             self.connection = None
-        self._lost.set()
-        self._on_change()
+            self._on_change()
 
     def _on_bye(self) -> None:
         self.stopping = True
         self._on_change()
 
-    def close(self) -> None:
-        """Open no more connections; streams that still run on the present one finish."""
-        self._task.cancel()
-        if self.connection is not None and not self.connection.incoming:
-            self.connection.close()
+    def retire(self) -> None:
+        """Open no more connections; streams that still run on the present one finish, then it closes."""
+        self.task.cancel()
+        if self.connection is not None:
+            self.connection.retire()
+
+    async def close(self) -> None:
+        """Close the connection; what runs on it ends with WorkerLostError."""
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        if self.connection is not None:
+            self.connection.abort()
 
 
 class Peers:
     """All peers, shared by the clients of a process: several endpoints of one process share its connection."""
 
     def __init__(self) -> None:
-        self.own_id = uuid.uuid4().hex
         self._peers: dict[InstanceId, tuple[Peer, int]] = {}
+        self._retired: weakref.WeakSet[Peer] = weakref.WeakSet()
         self._listeners: list[Callable[[], None]] = []
 
     def on_change(self, listener: Callable[[], None]) -> None:
@@ -100,7 +108,7 @@ class Peers:
     def join(self, instance: Instance) -> Peer:
         peer, users = self._peers.get(instance.id, (None, 0))
         if peer is None:
-            peer = Peer(instance, self.own_id, self._changed)
+            peer = Peer(instance, self._changed)
         self._peers[instance.id] = (peer, users + 1)
         return peer
 
@@ -109,12 +117,10 @@ class Peers:
         if users > 1:
             self._peers[instance_id] = (peer, users - 1)
         else:
-            peer.close()
+            peer.retire()
+            self._retired.add(peer)  # its connection refers to it while it lives
 
     async def close(self) -> None:
-        tasks = [peer._task for peer, _ in self._peers.values()]
-        for peer, _ in self._peers.values():
-            peer.close()
-            if peer.connection is not None:
-                peer.connection.close()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        peers = [*(peer for peer, _ in self._peers.values()), *self._retired]
+        self._peers.clear()
+        await asyncio.gather(*(peer.close() for peer in peers))

@@ -7,8 +7,8 @@ import contextvars
 import inspect
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ import msgspec
 
 from dynamo.errors import DeadlineError, DynamoError, RequestError, TransportError, UnavailableError
 from dynamo.log import request_id
+from dynamo.transport.listener import Outgoing, StreamListener
 from dynamo.transport.nats import Nats
-from dynamo.transport.stream import WINDOW_ITEMS, Outgoing, StreamListener
 from dynamo.wire import codec, scope
 from dynamo.wire.failure import pack
 from dynamo.wire.messages import Request
@@ -35,15 +35,118 @@ Respond = Callable[[bytes], Awaitable[None]]
 class Endpoint:
     """A method under an address. `method` gives an awaitable, an async iterator or a `Stream`."""
 
-    name: str
+    address: tuple[str, str, str]
+    """namespace, component, endpoint"""
+    subject: str
     method: Callable[[Any], Any]
     decode: codec.Decode
     where: str
     """for error notes: `VllmWorker:1 generate`"""
     requests: int = 0
     errors: int = 0
+    last_error: str = ""
     processing_s: float = 0.0
-    in_flight: dict[int, Outgoing] = field(default_factory=dict)
+    running: set[Call] = field(default_factory=set)
+
+    def failed(self, error: BaseException) -> None:
+        self.errors += 1
+        self.last_error = str(error)
+
+
+class Call:
+    """One request that was accepted: the method's run and the stream that takes its items to the caller."""
+
+    __slots__ = ("_context", "_server", "_started", "_stop", "_timer", "endpoint", "outgoing")
+
+    def __init__(self, server: Server, endpoint: Endpoint, request: Request, outgoing: Outgoing) -> None:
+        self.endpoint, self.outgoing = endpoint, outgoing
+        self._server = server
+        self._started = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+        self._stop: Callable[[], Any] | None = None
+        self._context = contextvars.copy_context()
+        self._context.run(request_id.set, request.id)
+        if request.timeout_s is None:
+            self._context.run(scope.deadline.set, None)
+        else:
+            self._context.run(scope.deadline.set, self._started + request.timeout_s)
+            self._timer = asyncio.get_running_loop().call_later(request.timeout_s, self._expire)
+        outgoing.on_cancel = self.cut
+        endpoint.running.add(self)
+
+    def run(self, argument: Any) -> None:
+        """Call the method. A `Stream` that it gives costs no task: its items are piped."""
+        if self not in self.endpoint.running:
+            return  # cut before it began
+        try:
+            result = self._context.run(self.endpoint.method, argument)
+        except Exception as error:
+            self.finish(error)
+            return
+        if isinstance(result, Stream):
+            self._stop = result.cancel
+            self.outgoing.on_read = result.consumed
+            result.pipe(self.outgoing.send, self.finish, counted=False)
+        elif inspect.isawaitable(result):
+            work = result if inspect.iscoroutine(result) else _wait_for(result)
+            self._spawn(work, self._returned)
+        elif isinstance(result, AsyncIterable):
+            self._spawn(self._send_all(result), self._ended)
+        else:
+            found = type(result).__name__
+            self.finish(TypeError(f"{self.endpoint.where} returned a {found}, not an async iterator or awaitable"))
+
+    def _spawn(self, work: Coroutine[Any, Any, Any], done: Callable[[asyncio.Task[Any]], None]) -> None:
+        task = self._server.spawn(work, self._context)
+        task.add_done_callback(done)
+        self._stop = task.cancel
+
+    def _returned(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self.outgoing.send(task.result())
+        self._ended(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.finish(UnavailableError("the call was cancelled") if task.cancelled() else task.exception())
+
+    async def _send_all(self, items: AsyncIterable[Any]) -> None:
+        outgoing = self.outgoing
+        async with aclosing(items) if isinstance(items, AsyncGenerator) else nullcontext():
+            async for item in items:
+                outgoing.send(item)
+                if outgoing.full:
+                    await outgoing.room()
+                if outgoing.closed:
+                    return
+
+    def _expire(self) -> None:
+        self.cut(DeadlineError(f"{self.endpoint.where} did not finish within the request's deadline"))
+
+    def cut(self, error: Exception | None = None) -> None:
+        """End it before its time; `error` goes to the caller if it is still there."""
+        self.finish(error)
+        stop, self._stop = self._stop, None
+        if stop is not None:
+            try:
+                stop()
+            except Exception:  # the endpoint's own on_cancel
+                log.exception("%s: cancelling failed", self.endpoint.where)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """The end, whatever brought it about; a second one does nothing."""
+        endpoint = self.endpoint
+        if self not in endpoint.running:
+            return
+        endpoint.running.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        endpoint.processing_s += time.monotonic() - self._started
+        if error is not None:
+            endpoint.failed(error)
+            if not isinstance(error, DynamoError):
+                self._context.run(log.error, "%s failed: %r", endpoint.where, error, exc_info=error)
+        self.outgoing.end(error, endpoint.where)
+        self._server.ended()
 
 
 class Server:
@@ -51,52 +154,65 @@ class Server:
 
     def __init__(self, nats: Nats, listener: StreamListener) -> None:
         self._nats, self._listener = nats, listener
-        self.endpoints: dict[str, Endpoint] = {}
+        self.endpoints: dict[str, Endpoint] = {}  # by subject
         self.draining = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
 
-    async def add(self, endpoint: Endpoint, subject: str) -> None:
-        """Take requests on `subject`; they may arrive before this returns."""
-        self.endpoints[endpoint.name] = endpoint
+    async def add(self, endpoint: Endpoint) -> None:
+        """Take requests on the endpoint's subject; they may arrive before this returns."""
+        self.endpoints[endpoint.subject] = endpoint
 
-        async def handle(data: bytes, respond: Respond) -> None:
+        async def handle(_: str, data: bytes, respond: Respond) -> None:
             try:
                 request = _decode_request(data)
-            except msgspec.MsgspecError as error:  # a caller of another version
+            except (msgspec.MsgspecError, ValueError) as error:  # a caller of another version
                 await respond(codec.encode(pack(RequestError(f"{endpoint.where}: bad envelope: {error}"))))
                 return
-            if request.peer in self._listener.connections:
+            connection = self._listener.connections.get(request.connection)
+            if connection is None or (request.body_ahead and not connection.has_body(request.sid)):
+                # something is still on its way; other requests must not wait behind it
+                self.spawn(self._accept(endpoint, request, respond))
+            else:
                 await self._accept(endpoint, request, respond)
-            else:  # its HELLO is still on the way; others must not wait behind it
-                self._spawn(self._accept(endpoint, request, respond))
 
-        await self._nats.subscribe(subject, handle, queue=QUEUE_GROUP)
+        await self._nats.subscribe(endpoint.subject, handle, queue=QUEUE_GROUP)
 
     @property
     def active(self) -> int:
         """Calls that are running."""
-        return sum(len(e.in_flight) for e in self.endpoints.values())
+        return sum(len(endpoint.running) for endpoint in self.endpoints.values())
 
     async def drain(self, limit_s: float) -> None:
         """Refuse new requests, tell the callers, and wait until the running ones are done, at most `limit_s`."""
         self.draining = True
         self._listener.bye()
-        self._idle.clear()
-        if self.active:
+        if self.active and limit_s > 0:
             log.info("draining: %d requests are running", self.active)
+            self._idle.clear()
             try:
-                await asyncio.wait_for(self._idle.wait(), limit_s)
+                async with asyncio.timeout(limit_s):
+                    await self._idle.wait()
             except TimeoutError:
                 log.warning("draining: gave up on %d requests after %.0f s", self.active, limit_s)
-        for endpoint in self.endpoints.values():
-            for outgoing in list(endpoint.in_flight.values()):
-                outgoing.end(UnavailableError("the service is stopping"))
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.close()
 
-    def _spawn(self, work: Any, context: contextvars.Context | None = None) -> asyncio.Task[None]:
+    async def close(self) -> None:
+        """Cut what runs."""
+        self.draining = True
+        for endpoint in self.endpoints.values():
+            for call in list(endpoint.running):
+                call.cut(UnavailableError("the service is stopping"))
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def ended(self) -> None:
+        if self.draining and not self.active:
+            self._idle.set()
+
+    def spawn(self, work: Coroutine[Any, Any, Any], context: contextvars.Context | None = None) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -104,122 +220,41 @@ class Server:
 
     async def _accept(self, endpoint: Endpoint, request: Request, respond: Respond) -> None:
         try:
-            if self.draining:
-                raise UnavailableError(f"{endpoint.where} is stopping")
-            connection = await self._listener.connection(request.peer)
+            connection = await self._listener.connection(request.connection)
             if connection is None:
                 raise TransportError(f"{endpoint.where}: the caller's stream connection did not arrive")
-            body: bytes | msgspec.Raw | None = request.body
-            if request.body_ahead:
-                body = connection.bodies.pop(request.sid, None)
+            body: Any = await connection.body(request.sid) if request.body_ahead else request.body
             if body is None:
                 raise TransportError(f"{endpoint.where}: the request's body did not arrive")
-            argument = endpoint.decode(body)
+            if self.draining:
+                raise UnavailableError(f"{endpoint.where} is stopping")
+            argument = self._decode(endpoint, body)
         except DynamoError as error:
-            endpoint.errors += 1
             await respond(codec.encode(pack(error, endpoint.where)))
             return
-        await respond(b"")
-        outgoing = connection.open(request.sid)
-        if outgoing.closed:
-            return
-        endpoint.requests += 1
-        key = id(outgoing)
-        endpoint.in_flight[key] = outgoing
-        started = time.monotonic()
-        timer: asyncio.TimerHandle | None = None
-
-        def finish(error: BaseException | None = None) -> None:
-            if timer is not None:
-                timer.cancel()
-            if endpoint.in_flight.pop(key, None) is None:
-                return
-            endpoint.processing_s += time.monotonic() - started
-            if error is not None:
-                endpoint.errors += 1
-                if not isinstance(error, DynamoError):
-                    log.error("%s failed: %r", endpoint.where, error, exc_info=error)
-            outgoing.end(error, endpoint.where)
-            if self.draining and not self.active:
-                self._idle.set()
-
-        context = contextvars.copy_context()
-        context.run(request_id.set, request.id)
-        context.run(scope.deadline.set, None if request.timeout_s is None else started + request.timeout_s)
-        cancel = self._run(endpoint, argument, outgoing, finish, context)
-
-        def cancelled() -> None:
-            cancel()
-            finish()
-
-        outgoing.on_cancel = cancelled
-        if request.timeout_s is not None and key in endpoint.in_flight:
-
-            def expired() -> None:
-                finish(DeadlineError(f"{endpoint.where} did not finish within the request's deadline"))
-                cancel()
-
-            timer = asyncio.get_running_loop().call_later(request.timeout_s, expired)
-
-    def _run(
-        self,
-        endpoint: Endpoint,
-        argument: Any,
-        outgoing: Outgoing,
-        finish: Callable[[BaseException | None], None],
-        context: contextvars.Context,
-    ) -> Callable[[], Any]:
-        """Start the method; how to cancel it comes back. A `Stream` costs no task: its items are piped."""
-        try:
-            result = context.run(endpoint.method, argument)
-        except Exception as error:
-            finish(error)
-            return lambda: None
-        if isinstance(result, Stream):
-            result.pipe(outgoing.send, finish)
-            return result.cancel
-        if inspect.isawaitable(result):
-            return self._spawn(_unary(result, outgoing, finish), context).cancel
-        if hasattr(result, "__aiter__"):
-            return self._spawn(_generate(result, outgoing, finish), context).cancel
-        finish(TypeError(f"{endpoint.where} returned a {type(result).__name__}, not an async iterator or awaitable"))
-        return lambda: None
-
-
-async def _unary(result: Awaitable[Any], outgoing: Outgoing, finish: Callable[[BaseException | None], None]) -> None:
-    try:
-        outgoing.send(await result)
-    except asyncio.CancelledError:
-        finish(UnavailableError("the call was cancelled"))
-        raise
-    except Exception as error:
-        finish(error)
-    else:
-        finish(None)
-
-
-async def _generate(
-    items: AsyncIterator[Any], outgoing: Outgoing, finish: Callable[[BaseException | None], None]
-) -> None:
-    try:
-        if isinstance(items, AsyncGenerator):
-            async with aclosing(items):
-                await _send_all(items, outgoing)
+        call = Call(self, endpoint, request, connection.open(request.sid))
+        if call.outgoing.closed:
+            call.finish()
         else:
-            await _send_all(items, outgoing)
-    except asyncio.CancelledError:
-        finish(UnavailableError("the call was cancelled"))
-        raise
-    except Exception as error:
-        finish(error)
-    else:
-        finish(None)
-
-
-async def _send_all(items: AsyncIterator[Any], outgoing: Outgoing) -> None:
-    async for item in items:
-        outgoing.send(item)
-        if outgoing._ahead >= WINDOW_ITEMS:
-            await outgoing.room()
-        if outgoing.closed:
+            endpoint.requests += 1
+        try:
+            await respond(b"")
+        except Exception as error:
+            call.cut(TransportError(f"{endpoint.where}: cannot answer over NATS: {error}"))
             return
+        call.run(argument)
+
+    def _decode(self, endpoint: Endpoint, body: codec.Data) -> Any:
+        try:
+            return endpoint.decode(body)
+        except Exception as error:
+            endpoint.requests += 1
+            endpoint.failed(error)
+            if isinstance(error, DynamoError):
+                raise
+            log.exception("%s: the request's type failed", endpoint.where)  # a __post_init__ of its own
+            raise RequestError(f"{endpoint.where}: invalid request: {error!r}") from error
+
+
+async def _wait_for(result: Awaitable[Any]) -> Any:
+    return await result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
 
@@ -25,36 +24,46 @@ class Caller(Protocol):
     def instance_ids(self) -> list[int]: ...
 
 
-@dataclass(frozen=True)
 class Remote:
     """Stands behind a dependency in a running process: endpoints are called over the wire, nothing else exists."""
 
-    spec: ServiceSpec
-    caller: Caller
-    choice: Choice = "round_robin"
+    __slots__ = ("_caller", "_choice", "_spec")  # an endpoint may have any name that a method may have
 
-    def __getattr__(self, name: str) -> Callable[[Any], Stream[Any]]:
-        endpoint = self.spec.endpoints.get(name)
+    def __init__(self, spec: ServiceSpec, caller: Caller, choice: Choice = "round_robin") -> None:
+        self._spec, self._caller = spec, caller
+        self._choice: Choice = choice
+
+    def __getattr__(self, name: str) -> Callable[..., Stream[Any]]:
+        endpoint = self._spec.endpoints.get(name)
         if endpoint is None:
+            service = self._spec.name
             raise AttributeError(
-                f"{self.spec.name} has no endpoint {name!r}; endpoints: {', '.join(self.spec.endpoints) or 'none'}\n"
-                f"hint: mark {self.spec.name}.{name} with @endpoint, or keep the call inside {self.spec.name}"
+                f"{service} has no endpoint {name!r}; endpoints: {', '.join(self._spec.endpoints) or 'none'}\n"
+                f"hint: mark {service}.{name} with @endpoint, or keep the call inside {service}"
             )
-        return partial(_call, self.caller, endpoint, self.choice)
+        return partial(_call, self._caller, endpoint, self._choice)
+
+    def __repr__(self) -> str:
+        return f"<remote {self._spec.name}, {self._choice}>"
 
 
-def _call(caller: Caller, endpoint: EndpointSpec, choice: Choice, request: Any = None) -> Stream[Any]:
-    return caller.call(endpoint, request, choice)
+def _call(caller: Caller, endpoint: EndpointSpec, choice: Choice, /, *args: Any, **named: Any) -> Stream[Any]:
+    parameter = endpoint.parameter
+    if len(args) + len(named) > 1 or (parameter is None and args) or named.keys() - {parameter}:
+        takes = f"one request, {parameter}" if parameter else "no request"
+        raise TypeError(f"endpoint {endpoint.function.__qualname__} takes {takes}")
+    return caller.call(endpoint, named[parameter] if parameter and named else args[0] if args else None, choice)
 
 
 class Dependency(Generic[T]):
     """The descriptor that `depends()` returns. On an instance it is typed as the service itself."""
 
     def __init__(self, on: type[T]) -> None:
-        self.on, self.attribute = on, ""
+        self.on = on
+        self.attribute = self.slot = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.attribute = name
+        self.attribute, self.slot = name, f"_dynamo_dependency_{name}"
 
     @overload
     def __get__(self, instance: None, owner: Any = None) -> Dependency[T]: ...
@@ -64,7 +73,7 @@ class Dependency(Generic[T]):
         if instance is None:
             return self
         try:
-            return cast(T, instance.__dict__[_slot(self.attribute)])
+            return cast(T, instance.__dict__[self.slot])
         except KeyError:
             name = f"{type(instance).__name__}.{self.attribute}"
             raise GraphError(
@@ -77,10 +86,6 @@ class Dependency(Generic[T]):
         return f"depends({self.on.__name__})"
 
 
-def _slot(attribute: str) -> str:
-    return f"_dynamo_dependency_{attribute}"
-
-
 def depends(on: type[T], /) -> Dependency[T]:
     """Declare that this service calls `on`. `self.<attribute>` is then typed as `on` itself."""
     spec_of(on)
@@ -91,7 +96,11 @@ def dependencies(cls: type[Any]) -> dict[str, Dependency[Any]]:
     """attribute -> dependency of a service class, inherited ones included."""
     found: dict[str, Dependency[Any]] = {}
     for base in reversed(cls.__mro__):
-        found.update({name: value for name, value in vars(base).items() if isinstance(value, Dependency)})
+        for name, value in vars(base).items():
+            if isinstance(value, Dependency):
+                found[name] = value
+            else:
+                found.pop(name, None)  # a subclass put something else in its place
     return found
 
 
@@ -106,11 +115,11 @@ def bind(instance: object, **targets: object) -> None:
             raise GraphError(
                 f"{type(instance).__name__} has no dependency {attribute!r}; it has {', '.join(known) or 'none'}"
             )
-        instance.__dict__[_slot(attribute)] = target
+        instance.__dict__[known[attribute].slot] = target
 
 
 def _choose(client: T, choice: Choice) -> T:
-    return cast(T, replace(client, choice=choice)) if isinstance(client, Remote) else client
+    return cast(T, Remote(client._spec, client._caller, choice)) if isinstance(client, Remote) else client
 
 
 def direct(client: T, instance_id: int) -> T:
@@ -130,4 +139,4 @@ def round_robin(client: T) -> T:
 
 def instance_ids(client: object) -> list[int]:
     """Ids of the live instances behind a dependency; empty for a plain object in a test."""
-    return client.caller.instance_ids() if isinstance(client, Remote) else []
+    return client._caller.instance_ids() if isinstance(client, Remote) else []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_type_hints, overload
 
 from dynamo.errors import GraphError
@@ -14,6 +15,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 ENDPOINT_MARK = "__dynamo_endpoint__"
 HOOKS_MARK = "__dynamo_hooks__"
+NAME = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
+"""What may stand in etcd keys and NATS subjects."""
 
 Hook = Literal["start", "shutdown", "liveness", "readiness"]
 
@@ -27,9 +30,14 @@ class EndpointSpec:
     streaming: bool
     function: Callable[..., Any]
 
+    @property
+    def parameter(self) -> str | None:
+        """What the method calls its request; None if it takes none."""
+        names = list(inspect.signature(self.function).parameters)
+        return names[1] if len(names) > 1 else None
+
     def types(self) -> tuple[Any, Any]:
         """(request type, type of an item or of the result); Any where nothing usable is annotated."""
-        parameters = list(inspect.signature(self.function).parameters)
         try:
             hints = get_type_hints(self.function)
         except NameError as error:
@@ -37,31 +45,64 @@ class EndpointSpec:
                 f"endpoint {self.function.__qualname__}: annotation cannot be resolved: {error}",
                 hint="import the type at module level, outside `if TYPE_CHECKING:`",
             ) from None
-        request = hints.get(parameters[1], Any) if len(parameters) > 1 else Any
-        return request, item_type(hints.get("return", Any))
+        return hints.get(self.parameter or "", Any), item_type(hints.get("return", Any))
+
+
+def describe(method: Callable[..., Any], address: str) -> EndpointSpec:
+    return EndpointSpec(address, method.__name__, not inspect.iscoroutinefunction(method), method)
+
+
+def endpoints(cls: type[Any]) -> dict[str, EndpointSpec]:
+    """method name -> endpoint of a class, inherited ones included; an override stays one, unless it is None.
+
+    Raises GraphError when two methods have one address.
+    """
+    marked: dict[str, EndpointSpec] = {}
+    for base in reversed(cls.__mro__):
+        for name, value in vars(base).items():
+            spec = getattr(value, ENDPOINT_MARK, None)
+            if isinstance(spec, EndpointSpec):
+                marked[name] = spec
+    found: dict[str, EndpointSpec] = {}
+    for name, spec in marked.items():
+        function = getattr(cls, name)
+        if callable(function):
+            found[name] = spec if function is spec.function else replace(describe(function, spec.name), method=name)
+    addresses = [spec.name for spec in found.values()]
+    for name, spec in found.items():
+        if addresses.count(spec.name) > 1:
+            raise GraphError(f"{cls.__name__}.{name}: another endpoint has the name {spec.name!r} too")
+    return found
 
 
 @overload
 def endpoint(function: F, /) -> F: ...
 @overload
 def endpoint(*, name: str | None = None, transports: Any = None) -> Callable[[F], F]: ...
-def endpoint(function: Any = None, /, *, name: str | None = None, **_: Any) -> Any:
+def endpoint(function: Any = None, /, *, name: str | None = None, transports: Any = None) -> Any:
     """Make a method callable by other services, with or without parentheses.
 
     An `async def` that returns is a unary endpoint. One that yields, or a plain `def` that returns a `Stream` or another
     async iterator, is a streaming one. `name` is the address, by default the method's name; it may contain slashes.
+    `transports` is of the 0.3 SDK and has no effect. Raises GraphError for a name or a method that cannot be called.
     """
 
-    def mark(method: F) -> F:
-        if not callable(method):
-            raise GraphError(f"@endpoint goes on a method, not on {type(method).__name__}")
-        if not (name or method.__name__).replace("/", "").replace("_", "").replace("-", "").isalnum():
+    def mark(method: Any) -> Any:
+        if not inspect.isfunction(method):
+            raise GraphError(f"@endpoint goes on a method, not on a {type(method).__name__}")
+        address = method.__name__ if name is None else name
+        if not NAME.fullmatch(address):
             raise GraphError(
-                f"endpoint name {name!r} of {method.__qualname__}: letters, digits, '_', '-' and '/' only",
+                f"endpoint name {address!r} of {method.__qualname__}: letters, digits, '_', '-' and '/' only",
                 hint='give it a name such as "chat/completions"',
             )
-        streaming = not inspect.iscoroutinefunction(method)
-        setattr(method, ENDPOINT_MARK, EndpointSpec(name or method.__name__, method.__name__, streaming, method))
+        needed = [p for p in list(inspect.signature(method).parameters.values())[2:] if p.default is p.empty]
+        if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in needed):
+            raise GraphError(
+                f"endpoint {method.__qualname__} takes several parameters: a call carries one request",
+                hint="put them into one dataclass, Struct or pydantic model",
+            )
+        setattr(method, ENDPOINT_MARK, describe(method, address))
         return method
 
     return mark if function is None else mark(function)
@@ -118,10 +159,13 @@ def readiness(function: Any = None, /) -> Any:
 
 
 def hooks(cls: type[Any], kind: Hook) -> list[str]:
-    """Names of the methods marked with that hook, inherited ones included, base classes first, then in order."""
+    """Names of the methods marked with that hook, inherited ones included, base classes first, then in order.
+
+    A method that overrides a hook is one too; None in its place ends it.
+    """
     names: dict[str, None] = {}
     for base in reversed(cls.__mro__):
         for name, attribute in vars(base).items():
             if kind in getattr(attribute, HOOKS_MARK, ()):
                 names.setdefault(name)
-    return [n for n in names if kind in getattr(getattr(cls, n, None), HOOKS_MARK, ())]
+    return [name for name in names if callable(getattr(cls, name))]

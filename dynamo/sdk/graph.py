@@ -52,7 +52,13 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
     linked: dict[type[Any], dict[str, type[Any]]] = {}
     ends: set[type[Any]] = set()
     for edge in edges:
-        linked.setdefault(edge.source, {})[edge.attribute] = edge.target
+        chosen = linked.setdefault(edge.source, {}).setdefault(edge.attribute, edge.target)
+        if chosen is not edge.target:
+            raise GraphError(
+                f"{spec}: {edge.source.__name__}.{edge.attribute} is linked to {chosen.__name__} and to "
+                f"{edge.target.__name__}",
+                hint="keep one of the links",
+            )
         ends |= {edge.source, edge.target}
     services: dict[str, type[Any]] = {}
     targets: dict[str, dict[str, type[Any]]] = {}
@@ -85,17 +91,11 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
 
 def _import(name: str, working_dir: Path) -> ModuleType:
     if name.endswith(".py"):
-        path = (working_dir / name).resolve()
-        if not path.is_file():
-            raise GraphError(f"graph file {name} does not exist", hint=f"paths are relative to {working_dir.resolve()}")
-        found = importlib.util.spec_from_file_location(path.stem, path)
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        sys.modules[path.stem] = module
-        sys.path.insert(0, str(path.parent))
-        found.loader.exec_module(module)
-        return module
+        return _import_file(name, working_dir)
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise GraphError(
+            f"{name!r} is no name of a module", hint="write it as graphs.agg:Frontend or path/file.py:Frontend"
+        )
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -105,10 +105,39 @@ def _import(name: str, working_dir: Path) -> ModuleType:
                 f"graph module {name!r} not found",
                 hint=f"run from the directory that holds it, or pass --working-dir (now {working_dir.resolve()})",
             ) from None
+        package = missing.partition(".")[0]
+        if package in sys.modules:
+            what, hint = "does not exist", f"look for it in {package}"
+        else:
+            what, hint = "is not installed", f"pip install {package}"
         raise GraphError(
-            f"graph module {name!r} cannot be imported: it needs module {missing!r}, which is not installed",
-            hint=f"pip install {missing.partition('.')[0]}",
+            f"graph module {name!r} cannot be imported: it needs module {missing!r}, which {what}", hint=hint
         ) from error
+
+
+def _import_file(name: str, working_dir: Path) -> ModuleType:
+    path = (working_dir / name).resolve()
+    if not path.is_file():
+        raise GraphError(f"graph file {name} does not exist", hint=f"paths are relative to {working_dir.resolve()}")
+    directory, module_name = str(path.parent), path.stem
+    taken = sys.modules.get(module_name)
+    if taken is not None and getattr(taken, "__file__", None) == str(path):
+        return taken
+    if taken is not None or module_name in sys.stdlib_module_names:
+        module_name = f"graph_{module_name}"  # types.py, say, must not take the place of the library's
+    found = importlib.util.spec_from_file_location(module_name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    sys.modules[module_name] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
 
 
 def _attribute(module: ModuleType, attribute: str) -> type[Any]:
@@ -124,7 +153,7 @@ def _root(module: ModuleType, edges: list[Edge]) -> type[Any]:
     services = {name: value for name, value in vars(module).items() if is_service(value)}
     reached = {edge.target for edge in edges}
     reached |= {dep.on for cls in services.values() for dep in dependencies(cls).values()}
-    roots = [name for name, cls in services.items() if cls not in reached]
+    roots = list({cls: name for name, cls in services.items() if cls not in reached}.values())
     if len(roots) != 1:
         found = f"several root services: {', '.join(roots)}" if roots else "no root service"
         raise GraphError(

@@ -6,11 +6,11 @@ import difflib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard, TypeVar, overload
 
 from dynamo.errors import GraphError
-from dynamo.sdk.endpoint import ENDPOINT_MARK, EndpointSpec
+from dynamo.sdk.endpoint import NAME, EndpointSpec, endpoints
 
 C = TypeVar("C", bound="type[Any]")
 U = TypeVar("U")
@@ -50,7 +50,6 @@ class ServiceSpec:
     envs: Mapping[str, str]
     app: Any
     endpoints: Mapping[str, EndpointSpec]  # by method name
-    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def address(self) -> tuple[str, str]:
@@ -104,6 +103,9 @@ class Service:
                 f"{target.__name__} does not fulfill any dependencies required by {cls.__name__}",
                 hint=f"dependencies of {cls.__name__}: {listed}",
             )
+        exact = [name for name in fits if known[name].on is target]
+        if len(exact) == 1:
+            fits = exact
         if len(fits) > 1:
             raise GraphError(
                 f"{target.__name__} fulfills multiple dependencies required by {cls.__name__}: {', '.join(fits)}",
@@ -124,7 +126,13 @@ def parse_envs(envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> 
         return {}
     if isinstance(envs, Mapping):
         return {str(k): str(v) for k, v in envs.items()}
-    return {str(e["name"]): str(e["value"]) for e in envs}
+    try:
+        return {str(e["name"]): str(e["value"]) for e in envs}
+    except (KeyError, TypeError):
+        raise GraphError(
+            f"@service: envs: expected a mapping or a list of name and value, found {envs!r}",
+            hint='write {"NAME": "value"}',
+        ) from None
 
 
 @overload
@@ -166,26 +174,23 @@ def service(
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise GraphError(f"@service: workers: expected an integer of at least 1, found {workers!r}")
     options = dict(dynamo or {})
+    namespace = options.get("namespace") or DEFAULT_NAMESPACE
+    if not isinstance(namespace, str) or not NAME.fullmatch(namespace) or "/" in namespace:
+        raise GraphError(f"@service: namespace {namespace!r}: letters, digits, '_' and '-' only")
 
     def declare(found: type[Any]) -> type[Any]:
         if not isinstance(found, type):
             raise GraphError(f"@service goes on a class, not on {type(found).__name__}")
-        endpoints: dict[str, EndpointSpec] = {}
-        for base in reversed(found.__mro__):
-            for name, value in vars(base).items():
-                spec = getattr(value, ENDPOINT_MARK, None)
-                if isinstance(spec, EndpointSpec):
-                    endpoints[name] = spec
         spec = ServiceSpec(
             name=found.__name__,
-            namespace=options.get("namespace") or DEFAULT_NAMESPACE,
+            namespace=namespace,
             component_type=options.get("component_type"),
             resources=Resources.parse(resources or {}),
             workers=workers,
             image=image,
             envs=parse_envs(envs),
             app=app,
-            endpoints=endpoints,
+            endpoints=endpoints(found),
         )
         setattr(found, _SPEC, spec)
         for method in ("link", "dynamo_address"):

@@ -13,11 +13,13 @@ import msgspec
 
 from dynamo.errors import DynamoError, RemoteError
 
+MAX_ARGS_BYTES = 1 << 16
 _PLAIN = (str, int, float, bool, bytes, type(None))
+_NOTE = "raised in "
 
 
 class Failure(msgspec.Struct, array_like=True):
-    """`kind` is `module:qualname`; `args` are the exception's own arguments where they are plain data."""
+    """An exception. `kind` is `module:qualname`; `args` are what its class is called with, where they are plain data."""
 
     kind: str
     message: str
@@ -25,16 +27,45 @@ class Failure(msgspec.Struct, array_like=True):
     param: str | None = None
     args: list[Any] = []
     where: str = ""
+    base: str = ""
+    """the class of `dynamo.errors` that it derives from, for receivers that do not know `kind`"""
 
 
 def pack(error: BaseException, where: str = "") -> Failure:
-    kind = f"{type(error).__module__}:{type(error).__qualname__}"
-    args = list(error.args) if all(isinstance(a, _PLAIN) for a in error.args) else [str(error)]
-    note = next((n for n in getattr(error, "__notes__", ()) if n.startswith("raised in ")), "")
-    where = note.removeprefix("raised in ") or where
+    cls = type(error)
+    kind = f"{cls.__module__}:{cls.__qualname__}"
+    note = next((n for n in getattr(error, "__notes__", ()) if n.startswith(_NOTE)), "")
+    where = note.removeprefix(_NOTE) or where
+    message = _text(error)
     if isinstance(error, DynamoError):
-        return Failure(kind, error.message, error.hint, error.param, args, where)
-    return Failure(kind, str(error) or type(error).__name__, args=args, where=where)
+        base = next(c.__qualname__ for c in cls.__mro__ if c.__module__ == DynamoError.__module__)
+        hint, param = (None if v is None else _sendable(str(v)) for v in (error.hint, error.param))
+        return Failure(kind, message, hint, param, where=where, base=base)
+    return Failure(kind, message or cls.__name__, args=_arguments(error, message), where=where)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return _sendable(str(error.message if isinstance(error, DynamoError) else error))
+    except Exception:  # a broken __str__ must not hide the failure itself
+        return type(error).__name__
+
+
+def _sendable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()  # half a surrogate pair has no UTF-8
+
+
+def _arguments(error: BaseException, message: str) -> list[Any]:
+    """As pickle would call the class: `args` alone lacks OSError's file name."""
+    try:
+        reduced = error.__reduce__()
+        arguments = list(reduced[1]) if isinstance(reduced, tuple) and reduced[0] is type(error) else [message]
+        arguments = [_sendable(a) if isinstance(a, str) else a for a in arguments]
+        if all(type(a) in _PLAIN for a in arguments) and len(msgspec.msgpack.encode(arguments)) <= MAX_ARGS_BYTES:
+            return arguments
+    except Exception:
+        pass
+    return [message]
 
 
 def _find(kind: str) -> type[Exception] | None:
@@ -46,17 +77,25 @@ def _find(kind: str) -> type[Exception] | None:
 
 
 def unpack(failure: Failure) -> Exception:
-    cls = _find(failure.kind)
-    error: Exception | None = None
-    if cls is not None and issubclass(cls, DynamoError):
-        error = cls(failure.message, hint=failure.hint, param=failure.param)
-    elif cls is not None:
-        try:
-            error = cls(*failure.args)
-        except Exception:  # a constructor of its own shape: the message still gets through, as RemoteError
-            error = None
+    error = _build(_find(failure.kind), failure)
+    if error is None and failure.base:
+        error = _build(_find(f"{DynamoError.__module__}:{failure.base}"), failure)
     if error is None:
         error = RemoteError(f"{failure.kind.partition(':')[2]}: {failure.message}", hint=failure.hint)
     if failure.where:
-        error.add_note(f"raised in {failure.where}")
+        error.add_note(f"{_NOTE}{failure.where}")
     return error
+
+
+def _build(cls: type[Exception] | None, failure: Failure) -> Exception | None:
+    """None if the class is unknown or its constructor has a shape of its own."""
+    if cls is None:
+        return None
+    try:
+        if issubclass(cls, DynamoError):
+            error: Exception = cls(failure.message, hint=failure.hint, param=failure.param)
+        else:
+            error = cls(*failure.args)
+    except Exception:
+        return None
+    return error if isinstance(error, Exception) else None

@@ -1,6 +1,6 @@
 """Frames of the stream plane: 4 bytes length (big-endian, of what follows), 1 byte kind, msgpack body.
 
-HELLO   str                      who connects: the peer id that requests name
+HELLO   str                      first, and once: the id of this connection, which requests name
 DATA    [[sid ...], [item ...]]  the items of one engine step for all streams of this peer, in columns
 END     [sid ...]                these streams are complete
 ERROR   [sid, Failure]           this stream failed; its earlier items count
@@ -24,6 +24,9 @@ HEAD_BYTES = _HEAD.size
 
 
 def pack(kind: int, body: bytes) -> bytes:
+    """Raises ValueError for a body that no receiver would take."""
+    if len(body) >= MAX_FRAME_BYTES:
+        raise ValueError(f"{len(body)} bytes are too many for one message")
     return _HEAD.pack(len(body) + 1, kind) + body
 
 
@@ -35,7 +38,7 @@ class FrameReader:
 
     __slots__ = ("_on_frame", "_rest")
 
-    def __init__(self, on_frame: Callable[[int, bytes], None]) -> None:
+    def __init__(self, on_frame: Callable[[int, bytes | bytearray], None]) -> None:
         self._rest = bytearray()
         self._on_frame = on_frame
 
@@ -51,7 +54,7 @@ class FrameReader:
             end = start + 4 + length
             if size < end:
                 break
-            self._on_frame(kind, bytes(data[start + HEAD_BYTES : end]))
+            self._on_frame(kind, data[start + HEAD_BYTES : end])
             start = end
         if data is self._rest:
             del self._rest[:start]

@@ -13,8 +13,8 @@ class Request(msgspec.Struct, array_like=True):
     """What goes over NATS to an instance's subject."""
 
     id: str
-    peer: str
-    """stream-plane id of the caller"""
+    connection: str
+    """id of the caller's stream connection: a request that outlives it must not answer on the next one"""
     sid: int
     """the caller's number for this stream, unique per connection"""
     timeout_s: float | None
@@ -37,7 +37,6 @@ class Instance(msgspec.Struct):
     """addresses of the stream plane: `unix` path, `tcp` host:port"""
     host: str = ""
     """identity of the host, to know whether the unix socket can be reached"""
-    draining: bool = False
 
     @property
     def id(self) -> InstanceId:

@@ -8,9 +8,12 @@ queue between: that is how tokens cross a process in less than a microsecond.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Generic, TypeVar
+
+from dynamo.errors import RemoteError, UnavailableError
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -29,51 +32,80 @@ class Channel(Generic[T]):
     `on_consumed(n)` reports every `CREDIT_BATCH` items that were read: a producer elsewhere may send as many more.
     """
 
-    __slots__ = ("_consumed", "_items", "_on_end", "_on_item", "_waiter", "done", "error", "on_cancel", "on_consumed")
+    __slots__ = (
+        "_consumed",
+        "_counted",
+        "_items",
+        "_on_end",
+        "_on_item",
+        "_waiter",
+        "cancelled",
+        "done",
+        "error",
+        "on_cancel",
+        "on_consumed",
+    )
 
     def __init__(
-        self, on_cancel: Callable[[], None] = _nothing, on_consumed: Callable[[int], None] | None = None
+        self, on_cancel: Callable[[], Any] = _nothing, on_consumed: Callable[[int], None] | None = None
     ) -> None:
         self.on_cancel, self.on_consumed = on_cancel, on_consumed
-        self.done = False
+        self.done = self.cancelled = False
         self.error: BaseException | None = None
         self._items: deque[T] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._on_item: Callable[[T], None] | None = None
         self._on_end: Callable[[BaseException | None], None] | None = None
         self._consumed = 0
+        self._counted = True
 
     def push(self, item: T) -> None:
         if self.done:
             return
-        if self._on_item is not None:
-            self._count()
-            self._on_item(item)
+        on_item = self._on_item
+        if on_item is None:
+            self._items.append(item)
+            if self._waiter is not None:
+                self._wake()
             return
-        self._items.append(item)
-        if self._waiter is not None:
-            self._wake()
+        try:
+            on_item(item)
+        except Exception as error:
+            self._consumer_failed(error, self._on_end)
+        if self._counted:
+            self._consumed += 1
+            if self._consumed >= CREDIT_BATCH:
+                self.consumed(0)
 
     def end(self, error: BaseException | None = None) -> None:
         """No more items; with `error`, the consumer gets it after the items already pushed."""
         if self.done:
             return
         self.done, self.error = True, error
-        if self._on_end is not None:
-            self._on_end(error)
-            self._on_item = self._on_end = None
+        on_end, self._on_item, self._on_end = self._on_end, None, None
+        if on_end is not None:
+            on_end(error)
         elif self._waiter is not None:
             self._wake()
 
     def cancel(self) -> None:
-        """The consumer is gone: drop what is buffered, tell the producer. Harmless after the end."""
-        if not self.done:
-            self.done = True
-            self._items.clear()
-            self._on_item = self._on_end = None
-            if self._waiter is not None:
-                self._wake()
+        """The consumer is gone: drop what is buffered, tell the producer unless it has ended. Later calls do nothing."""
+        if self.cancelled:
+            return
+        told, self.done, self.cancelled = self.done, True, True
+        self._items.clear()
+        self._on_item = self._on_end = None
+        if self._waiter is not None:
+            self._wake()
+        if not told:
             self.on_cancel()
+
+    def consumed(self, items: int) -> None:
+        """The consumer, or whoever reads behind it, has read `items` more."""
+        self._consumed += items
+        if self._consumed >= CREDIT_BATCH and self.on_consumed is not None:
+            items, self._consumed = self._consumed, 0
+            self.on_consumed(items)
 
     @property
     def backlog(self) -> int:
@@ -84,41 +116,59 @@ class Channel(Generic[T]):
     def piped(self) -> bool:
         return self._on_item is not None
 
+    def _consumer_failed(self, error: Exception, on_end: Callable[[BaseException | None], None] | None) -> None:
+        """Nothing more goes to it but that error."""
+        self.cancel()
+        if on_end is not None:
+            on_end(error)
+
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def _count(self) -> None:
-        if self.on_consumed is not None:
-            self._consumed += 1
-            if self._consumed >= CREDIT_BATCH:
-                self.on_consumed(self._consumed)
-                self._consumed = 0
-
     async def _next(self) -> T:
         while not self._items:
             if self.done:
-                if self.error is not None:
-                    raise self.error
+                error, self.error = self.error, None  # once, as a generator would
+                if isinstance(error, (StopIteration, StopAsyncIteration)):
+                    raise RuntimeError(f"the stream's producer raised {type(error).__name__}") from error
+                if error is not None and not self.cancelled:
+                    raise error
                 raise StopAsyncIteration
+            if self._waiter is not None or self._on_item is not None:
+                raise RuntimeError("this stream is already being read elsewhere")
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             except asyncio.CancelledError:
+                self._waiter = None
                 self.cancel()
                 raise
-        self._count()
+        if self.on_consumed is not None:
+            self.consumed(1)
         return self._items.popleft()
 
-    def _pipe(self, on_item: Callable[[T], None], on_end: Callable[[BaseException | None], None]) -> None:
-        while self._items:
-            self._count()
-            on_item(self._items.popleft())
+    def _pipe(
+        self, on_item: Callable[[T], None], on_end: Callable[[BaseException | None], None], *, counted: bool
+    ) -> None:
+        if self._on_item is not None or self._waiter is not None:
+            raise RuntimeError("this stream is already being read elsewhere")
+        if self.cancelled:
+            on_end(UnavailableError("the stream was cancelled before it was read"))
+            return
+        while self._items and not self.cancelled:  # what `on_item` itself brings about comes behind them
+            try:
+                on_item(self._items.popleft())
+            except Exception as error:
+                self._consumer_failed(error, on_end)
+            if counted:
+                self.consumed(1)
         if self.done:
-            on_end(self.error)
+            if not self.cancelled:
+                on_end(self.error)
         else:
-            self._on_item, self._on_end = on_item, on_end
+            self._on_item, self._on_end, self._counted = on_item, on_end, counted
 
 
 class Stream(Generic[T]):
@@ -128,10 +178,11 @@ class Stream(Generic[T]):
     the producer, wherever it runs.
     """
 
-    __slots__ = ("__weakref__", "_channel", "_opened")
+    __slots__ = ("__weakref__", "_channel", "_loop", "_opened")
 
-    def __init__(self, channel: Channel[T], opened: Awaitable[None] | None = None) -> None:
+    def __init__(self, channel: Channel[T], opened: asyncio.Future[Any] | None = None) -> None:
         self._channel, self._opened = channel, opened
+        self._loop = _running_loop()
 
     def __aiter__(self) -> Stream[T]:
         return self
@@ -141,77 +192,107 @@ class Stream(Generic[T]):
 
     def __await__(self) -> Generator[Any, None, Stream[T]]:
         """Wait until the producer has accepted the call (errors before the first item are raised here)."""
-        if self._opened is not None:
-            yield from self._opened.__await__()
+        return self._accepted().__await__()
+
+    async def _accepted(self) -> Stream[T]:
+        channel, opened = self._channel, self._opened
+        if opened is not None and not opened.done():
+            try:
+                await asyncio.wait((opened,))
+            except asyncio.CancelledError:
+                channel.cancel()
+                raise
+        if channel.error is not None and not channel.backlog:
+            await channel._next()
         return self
 
     def __del__(self) -> None:
-        if not self._channel.done and not self._channel.piped:
-            self._channel.cancel()
+        channel, loop = self._channel, self._loop
+        if channel.done or channel.piped or loop is None or loop.is_closed():
+            return
+        if _running_loop() is loop:
+            channel.cancel()
+        else:  # the garbage collector runs in any thread
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(channel.cancel)
 
     def cancel(self) -> None:
-        """Stop now, from any callback; later items are dropped and iteration ends."""
+        """Stop now, from any callback: later items are dropped, iteration ends, a pipe hears nothing more."""
         self._channel.cancel()
 
     async def aclose(self) -> None:
         self._channel.cancel()
 
-    def pipe(self, on_item: Callable[[T], None], on_end: Callable[[BaseException | None], None]) -> None:
+    def pipe(
+        self,
+        on_item: Callable[[T], None],
+        on_end: Callable[[BaseException | None], None],
+        *,
+        counted: bool = True,
+    ) -> None:
         """Hand every item to `on_item` as it arrives, then None or the error to `on_end`; both must not block.
 
-        An exception out of `on_item` cancels the producer and goes to `on_end`.
+        An exception out of `on_item` cancels the producer and goes to `on_end`. Items count as read when `on_item`
+        returns; with `counted=False`, when `consumed` is called: so a producer elsewhere gets no further ahead of a
+        reader elsewhere than its window.
         """
-        channel = self._channel
+        self._channel._pipe(on_item, on_end, counted=counted)
 
-        def guarded(item: T) -> None:
-            try:
-                on_item(item)
-            except Exception as error:
-                channel.cancel()
-                on_end(error)
-
-        channel._pipe(guarded, on_end)
+    def consumed(self, items: int) -> None:
+        """Say that `items` more were read out of a pipe with `counted=False`."""
+        self._channel.consumed(items)
 
     def map(self, function: Callable[[T], U]) -> Stream[U]:
         """A stream of `function(item)`. An exception in `function` ends it with that error."""
-        out: Channel[U] = Channel(on_cancel=self._channel.cancel)
-        self.pipe(lambda item: out.push(function(item)), out.end)
+        out: Channel[U] = Channel(on_cancel=self._channel.cancel, on_consumed=self._channel.consumed)
+        push = out.push
+        self.pipe(lambda item: push(function(item)), out.end, counted=False)
         return Stream(out, self._opened)
 
     @classmethod
-    def opening(cls, source: Awaitable[Stream[T]]) -> Stream[T]:
+    def opening(cls, source: Coroutine[Any, Any, Stream[T]]) -> Stream[T]:
         """A stream now, for work that must be awaited before the items can start (tokenizing, asking a router)."""
-        out: Channel[T] = Channel()
+        task = asyncio.get_running_loop().create_task(source)
+        out: Channel[T] = Channel(on_cancel=task.cancel)
 
-        async def open_source() -> None:
-            try:
-                inner = await source
-            except asyncio.CancelledError:
-                out.cancel()
-                raise
-            except Exception as error:
+        def start(task: asyncio.Task[Stream[T]]) -> None:
+            if task.cancelled():
+                out.end(UnavailableError("the call was cancelled before it could start"))
+            elif (error := task.exception()) is not None:
                 out.end(error)
-                return
-            if out.done:
-                inner.cancel()
+            elif out.done:
+                task.result().cancel()
             else:
-                out.on_cancel = inner.cancel
-                inner.pipe(out.push, out.end)
+                inner = task.result()
+                out.on_cancel, out.on_consumed = inner.cancel, inner.consumed
+                inner.pipe(out.push, out.end, counted=False)
 
-        task = asyncio.get_running_loop().create_task(open_source())
-        out.on_cancel = task.cancel  # type: ignore[assignment]  # its result does not matter
-        return cls(out, asyncio.shield(task))
+        task.add_done_callback(start)
+        return cls(out, task)
 
 
 class Reply(Stream[T]):
-    """What a call of a coroutine endpoint gives: `await` it for the result; `async for` yields it as the only item."""
+    """What a call of a coroutine endpoint gives: `await` it, once, for the result; `async for` yields it as the only item.
+
+    Awaiting a cancelled call raises CancelledError, as awaiting a cancelled task does.
+    """
 
     __slots__ = ()
 
     def __await__(self) -> Generator[Any, None, T]:  # type: ignore[override]
-        return (yield from self._result().__await__())
+        return self._result().__await__()
 
     async def _result(self) -> T:
-        async for item in self:
-            return item
-        return cast(T, None)  # a cancelled call
+        try:
+            return await self._channel._next()
+        except StopAsyncIteration:
+            if self._channel.cancelled:
+                raise asyncio.CancelledError("the call was cancelled") from None
+            raise RemoteError("the call ended without a result", hint="await a reply once") from None
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import xxhash
 from tokenizers import Tokenizer
 
-from dynamo.errors import RequestError
+from dynamo.errors import EngineError, RequestError, StartError
 from dynamo.llm.engine import EngineInfo, EngineStats
 from dynamo.llm.models import tokenizer_dir
 from dynamo.llm.protocol import Delta, FinishReason, GenerateRequest
 from dynamo.wire.stream import Channel, Stream
 
-_MASK = (1 << 64) - 1
 _EOS_EVERY = 97  # tokens on average, unless ignore_eos
 
 # Step times of dynamo.mocker's default performance model (docs/mocker, perf_model.rs), in ms: prefill of T tokens, and
@@ -33,30 +34,45 @@ def prefill_ms(tokens: int) -> float:
     return constant + linear * tokens + square * tokens * tokens
 
 
-def mix(state: int, token: int) -> int:
-    """The state after one more token: splitmix64's finalizer over the old state and the token."""
-    z = (state ^ (token * 0x9E3779B97F4A7C15)) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
+class _Generation:
+    """One running request: its choices share a channel, which ends with the last of them."""
+
+    __slots__ = ("admission", "channel", "choices", "request")
+
+    def __init__(self, request: GenerateRequest, channel: Channel[Delta]) -> None:
+        self.request, self.channel = request, channel
+        self.choices = request.sampling.n  # that still run
+        self.admission: asyncio.TimerHandle | None = None  # the end of its prefill
 
 
 class _Sequence:
-    """One choice of one running request."""
+    """One choice. `hash` has seen all tokens so far, so it decides on the next."""
 
-    __slots__ = ("channel", "generated", "index", "kept", "left", "request", "state", "stop", "tail")
+    __slots__ = ("generated", "generation", "hash", "index", "kept", "left", "sampling", "tail")
 
-    def __init__(self, request: GenerateRequest, index: int, state: int, channel: Channel[Delta], left: int) -> None:
-        self.request, self.index, self.state, self.channel = request, index, state, channel
-        self.left = left
+    def __init__(self, generation: _Generation, index: int, hash: xxhash.xxh3_64, left: int) -> None:
+        self.generation, self.index, self.hash, self.left = generation, index, hash, left
+        self.sampling = generation.request.sampling
         self.generated = 0
-        self.stop = request.sampling.stop
         self.tail = ""  # text that may be the beginning of a stop string
-        self.kept: tuple[list[str], list[int]] | None = ([], []) if request.final_only else None
+        self.kept: tuple[list[str], list[int]] | None = ([], []) if generation.request.final_only else None
+
+    def until_stop(self, text: str, *, final: bool) -> tuple[str, str | None]:
+        """The text that can be given out now, and the first stop string if one was met."""
+        sampling = self.sampling
+        text = self.tail + text
+        found = [(text.find(stop), stop) for stop in sampling.stop]
+        at, stop = min((f for f in found if f[0] >= 0), default=(-1, ""))
+        if at >= 0:
+            return text[: at + len(stop) if sampling.include_stop_str_in_output else at], stop
+        held = 0 if final else max(map(len, sampling.stop)) - 1
+        cut = max(len(text) - held, 0)
+        self.tail = text[cut:]
+        return text[:cut], None
 
 
 class MockEngine:
-    """`speedup` divides the modelled times; 0 means no waiting at all."""
+    """`speedup-ratio` divides the modelled times; 0 means no waiting at all."""
 
     def __init__(self, model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> None:
         given = {name.replace("_", "-"): value for name, value in arguments.items()}  # others have no meaning here
@@ -67,10 +83,10 @@ class MockEngine:
             int(given.get("block-size", 64)),
             int(given.get("num-gpu-blocks-override", 16384)),
         )
+        self._live: set[_Generation] = set()
         self._running: list[_Sequence] = []
-        self._waiting = 0
         self._stepping: asyncio.TimerHandle | asyncio.Handle | None = None
-        self._table: list[tuple[int, str]] = []
+        self._table: list[tuple[int, str, bytes]] = []  # token, its text, what the hash gets
         self._step_s = DECODE_MS / self._speedup / 1e3 if self._speedup else 0.0
         self._next_step = 0.0
 
@@ -81,62 +97,69 @@ class MockEngine:
         for token in range(tokenizer.get_vocab_size()):
             text = tokenizer.decode([token]) if token not in specials else ""
             if text.isprintable() and text.isascii() and text.strip():
-                self._table.append((token, text))
+                self._table.append((token, text, _packed([token])))
+        if not self._table:
+            raise StartError(f"the tokenizer of {self._model} has no token that is plain text")
         self._loop = asyncio.get_running_loop()
         return self._info
 
     def generate(self, request: GenerateRequest) -> Stream[Delta]:
         sampling, prompt = request.sampling, request.token_ids
-        if sampling.logprobs is not None:
-            raise RequestError("the mock engine gives no logprobs", param="logprobs")
-        room = self._info.context_length - len(prompt)
-        if room < 1:
-            raise RequestError(f"{len(prompt)} prompt tokens do not fit {self._info.context_length}", param="prompt")
-        left = min(room, sampling.max_tokens or room)
-        state = sampling.seed or 0
-        for token in prompt:
-            state = mix(state, token)
         channel: Channel[Delta] = Channel()
+        stream = Stream(channel)
+        room = self._info.context_length - len(prompt)
+        if sampling.logprobs is not None:
+            channel.end(RequestError("the mock engine gives no logprobs", param="logprobs"))
+            return stream
+        if room < 1:
+            channel.end(RequestError(f"{len(prompt)} prompt tokens do not fit {self._info.context_length}"))
+            return stream
+        generation = _Generation(request, channel)
+        self._live.add(generation)
+        channel.on_cancel = lambda: self._cancelled(generation)
+        left, seed, seen = min(room, sampling.max_tokens or room), sampling.seed or 0, _packed(prompt)
         sequences = [
-            _Sequence(request, index, mix(state, -index) if index else state, channel, left)
+            _Sequence(generation, index, xxhash.xxh3_64(seen, seed=(seed + index) % 2**64), left)
             for index in range(sampling.n)
         ]
-        channel.on_cancel = lambda: self._remove(sequences)
         if self._speedup:
-            self._waiting += 1
-            self._loop.call_later(prefill_ms(len(prompt)) / self._speedup / 1e3, self._admit, sequences)
+            wait_s = prefill_ms(len(prompt)) / self._speedup / 1e3
+            generation.admission = self._loop.call_later(wait_s, self._admit, generation, sequences)
         else:
-            self._running += sequences
-            self._wake()
-        return Stream(channel)
+            self._admit(generation, sequences)
+        return stream
 
-    def _admit(self, sequences: list[_Sequence]) -> None:
-        self._waiting -= 1
-        if not sequences[0].channel.done:
-            self._running += sequences
-            self._wake()
-
-    def _remove(self, sequences: list[_Sequence]) -> None:
-        self._running = [s for s in self._running if s not in sequences]
-
-    def _wake(self) -> None:
+    def _admit(self, generation: _Generation, sequences: list[_Sequence]) -> None:
+        generation.admission = None
+        self._running += sequences
         if self._stepping is None:
             self._next_step = time.monotonic()
             self._stepping = self._loop.call_soon(self._step)
 
+    def _cancelled(self, generation: _Generation) -> None:
+        """Its sequences leave at the next step, before they get another token."""
+        self._live.discard(generation)
+        if generation.admission is not None:
+            generation.admission.cancel()
+
     def _step(self) -> None:
         """One token for each running sequence, as an engine's decode step."""
-        done: dict[int, list[_Sequence]] = {}
-        for sequence in self._running:
+        # a token's reader may call `generate` or cancel others meanwhile
+        running, self._running = self._running, []
+        still: list[_Sequence] = []
+        for sequence in running:
+            generation = sequence.generation
+            if generation.channel.done:
+                continue
             self._advance(sequence)
-            if sequence.left == 0:
-                done.setdefault(id(sequence.channel), []).append(sequence)
-        if done:
-            self._running = [s for s in self._running if s.left]
-            for finished in done.values():
-                channel = finished[0].channel
-                if not any(s.channel is channel for s in self._running):
-                    channel.end()
+            if sequence.left:
+                still.append(sequence)
+                continue
+            generation.choices -= 1
+            if not generation.choices:
+                self._live.discard(generation)
+                generation.channel.end()
+        self._running = still + self._running
         if not self._running:
             self._stepping = None
         elif self._step_s:
@@ -146,21 +169,23 @@ class MockEngine:
             self._stepping = self._loop.call_soon(self._step)
 
     def _advance(self, sequence: _Sequence) -> None:
-        sampling = sequence.request.sampling
-        token, text = self._table[sequence.state % len(self._table)]
-        ended = not (sequence.state >> 40) % _EOS_EVERY and not sampling.ignore_eos
-        sequence.state = mix(sequence.state, token)
+        sampling, state = sequence.sampling, sequence.hash.intdigest()
+        token, text, packed = self._table[state % len(self._table)]
+        sequence.hash.update(packed)
         sequence.left -= 1
         sequence.generated += 1
+        free = sequence.generated > sampling.min_tokens  # to stop before the limit
+        ended = free and not (state >> 40) % _EOS_EVERY and not sampling.ignore_eos
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
-        if (ended or token in sampling.stop_token_ids) and sequence.generated > sampling.min_tokens:
-            stop_reason = None if ended else token
-            sequence.left, reason, text = 0, "stop", "" if ended else text
+        if ended:
+            sequence.left, reason, text = 0, "stop", ""
+        elif free and token in sampling.stop_token_ids:
+            sequence.left, reason, stop_reason = 0, "stop", token
         elif sequence.left == 0:
             reason = "length"
-        if sequence.stop:
-            text, stop = self._until_stop(sequence, text, final=reason is not None)
+        if sampling.stop and free:
+            text, stop = sequence.until_stop(text, final=reason is not None)
             if stop is not None:
                 sequence.left, reason, stop_reason = 0, "stop", stop
         first, tokens = sequence.generated == 1, [token]
@@ -172,35 +197,32 @@ class MockEngine:
             first, text, tokens = True, "".join(sequence.kept[0]), sequence.kept[1]
         # the prompt is counted once, however many choices it has
         counted = first and sequence.index == 0
-        prompt_tokens, cached_tokens = (len(sequence.request.token_ids), 0) if counted else (None, None)
-        sequence.channel.push(Delta(text, tokens, sequence.index, reason, stop_reason, prompt_tokens, cached_tokens))
-
-    def _until_stop(self, sequence: _Sequence, text: str, *, final: bool) -> tuple[str, str | None]:
-        """The text that can be given out now, and the stop string if one was met."""
-        text = sequence.tail + text
-        for stop in sequence.stop:
-            at = text.find(stop)
-            if at >= 0:
-                end = at + len(stop) if sequence.request.sampling.include_stop_str_in_output else at
-                return text[:end], stop
-        held = 0 if final else max(len(stop) for stop in sequence.stop) - 1
-        cut = max(len(text) - held, 0)
-        sequence.tail = text[cut:]
-        return text[:cut], None
+        generation = sequence.generation
+        prompt_tokens, cached_tokens = (len(generation.request.token_ids), 0) if counted else (None, None)
+        generation.channel.push(Delta(text, tokens, sequence.index, reason, stop_reason, prompt_tokens, cached_tokens))
 
     async def abort(self, request_id: str) -> None:
-        for sequence in [s for s in self._running if s.request.request_id == request_id]:
-            sequence.channel.cancel()
+        for generation in [g for g in self._live if g.request.request_id == request_id]:
+            generation.channel.cancel()
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self._running), self._waiting, 0.0, 0, 0)
+        waiting = sum(g.admission is not None for g in self._live)
+        return EngineStats(len(self._live) - waiting, waiting, 0.0, 0, 0)
 
     async def check_health(self) -> None:
         return None
 
     async def stop(self) -> None:
+        """Running requests end with an error."""
         if self._stepping is not None:
             self._stepping.cancel()
+        for generation in list(self._live):
+            self._cancelled(generation)
+            generation.channel.end(EngineError("the engine is stopping"))
+
+
+def _packed(tokens: list[int]) -> bytes:
+    return array("Q", tokens).tobytes()
 
 
 def create(model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> MockEngine:

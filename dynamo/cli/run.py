@@ -1,0 +1,175 @@
+"""`dynamo run`: chat with a model in the terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from dynamo.cli.errors import INTERRUPTED
+
+if TYPE_CHECKING:
+    from dynamo.cli.chat import Model
+
+_GRAPH = re.compile(r"[\w./-]+:[A-Za-z_]\w*|[\w./-]+\.py")  # module:Service, path/file.py:Service, path/file.py
+TINY = "dynamo-tiny"
+
+
+@click.command()
+@click.argument("words", nargs=-1, metavar="[GRAPH] [PROMPT]")
+@click.option(
+    "-f",
+    "--config-file",
+    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    metavar="FILE",
+    help="YAML file of settings, for GRAPH.",
+)
+@click.option(
+    "--model", metavar="NAME", help="Directory, Hugging Face id or dynamo-tiny; with --url: a name it serves."
+)
+@click.option("--engine", type=click.Choice(["vllm", "mock"]), default="vllm", show_default=True, help="What computes.")
+@click.option(
+    "--url",
+    envvar="DYNAMO_URL",
+    show_envvar=True,
+    metavar="URL",
+    help="Ask a graph that runs, at its OpenAI endpoint; DYN_API_KEY is sent where it is set.",
+)
+@click.option("--system", metavar="TEXT", help="What the model is told before the first question.")
+@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer; to the end of the context.")
+@click.option("--temperature", type=click.FloatRange(0, 2), metavar="X", help="0: always the likeliest token.")
+@click.option("--context-length", type=click.IntRange(1), metavar="N", help="Longest conversation, in tokens.")
+@click.option("--stats", is_flag=True, help="After each answer, its tokens, TTFT and tokens/s on standard error.")
+@click.pass_context
+def run(
+    ctx: click.Context,
+    words: tuple[str, ...],
+    config_file: Path | None,
+    model: str | None,
+    engine: str,
+    url: str | None,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    context_length: int | None,
+    stats: bool,
+) -> int:
+    """Chat with a model: with PROMPT, or a text on standard input, one answer; else a conversation.
+
+    Without GRAPH and --url, the model runs in this one process: no NATS, no etcd, no server. GRAPH, written as for
+    `dynamo serve`, is started for the conversation and stopped after it.
+
+    \b
+    Examples:
+      dynamo run                                             # dynamo-tiny, which ships with the project
+      dynamo run "What is an inference graph?"
+      git diff | dynamo run --system "Summarise this change." --model Qwen/Qwen3-0.6B
+      dynamo run --url http://127.0.0.1:8000                 # a graph that runs already
+      dynamo run graphs.agg:Frontend -f configs/agg.yaml     # a graph for this conversation
+    """
+    graph, prompt = _told_apart(words)
+    _check(ctx, graph, url)
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.buffer.read().decode(errors="replace")
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("the prompt is empty", ctx)
+    _log()
+    from dynamo.cli.chat import Chat, Sampled
+
+    with _ending_on_signals():
+        try:
+            with _opened(graph, config_file, model, engine, url, context_length) as opened:
+                chat = Chat(opened, Sampled(max_tokens, temperature), system=system, stats=stats)
+                if prompt is None:
+                    chat.converse()
+                else:
+                    chat.ask(prompt)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+    return 0
+
+
+def _told_apart(words: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """GRAPH and PROMPT. A single word that could be a graph is one; the words of a prompt may come without quotes."""
+    graph = words[0] if words and _GRAPH.fullmatch(words[0]) else None
+    rest = words[1:] if graph else words
+    return graph, " ".join(rest) if rest else None
+
+
+def _check(ctx: click.Context, graph: str | None, url: str | None) -> None:
+    """Raises UsageError for flags that do not go together; DYNAMO_URL gives way to GRAPH."""
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+    if graph and given("url"):
+        raise click.UsageError("GRAPH and --url do not go together", ctx)
+    if given("config_file") and not graph:
+        raise click.UsageError("-f needs GRAPH", ctx)
+    for name in ("engine", "context_length"):
+        if given(name) and (graph or url):
+            where = "GRAPH" if graph else "--url" if given("url") else "DYNAMO_URL"
+            raise click.UsageError(f"--{name.replace('_', '-')} and {where} do not go together", ctx)
+
+
+@contextmanager
+def _opened(
+    graph: str | None,
+    config_file: Path | None,
+    model: str | None,
+    engine: str,
+    url: str | None,
+    context_length: int | None,
+) -> Iterator[Model]:
+    from dynamo.cli.chat import Progress
+
+    progress = Progress()
+    if graph is None and url is None:
+        from dynamo.cli.local_model import LocalModel
+
+        with LocalModel(model or TINY, engine, context_length, progress) as local:
+            yield local
+        return
+    from dynamo.cli.remote_model import RemoteModel
+
+    key = os.environ.get("DYN_API_KEY")
+    if graph is None:
+        assert url is not None
+        yield RemoteModel(url, model, key)
+        return
+    from dynamo.cli.own_graph import own_graph
+
+    with own_graph([graph, *(["-f", str(config_file)] if config_file else [])], progress) as served:
+        yield RemoteModel(served, model, key)
+
+
+def _log() -> None:
+    """Only what went wrong, unless DYN_LOG asks for more."""
+    from dynamo import log
+
+    os.environ.setdefault("DYN_LOG", "warning")
+    log.configure("run")
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave by the usual way out, on which engines and graphs are stopped."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

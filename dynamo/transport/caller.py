@@ -1,0 +1,182 @@
+"""The caller's end of the stream plane: the connection to one callee, and the streams that come in over it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from dynamo.errors import DeadlineError, TransportError, WorkerLostError
+from dynamo.transport.stream import Connection, log
+from dynamo.wire import codec, frames
+from dynamo.wire.failure import Failure, unpack
+from dynamo.wire.stream import Channel
+
+CONNECT_TIMEOUT_S = 3.0
+DEADLINE_GRACE_S = 0.1  # the callee keeps the deadline too, and says more about it
+
+_decode_data = msgspec.msgpack.Decoder(tuple[list[int], list[msgspec.Raw]]).decode
+_decode_sids = msgspec.msgpack.Decoder(list[int]).decode
+_decode_error = msgspec.msgpack.Decoder(tuple[int, Failure]).decode
+
+
+class Incoming:
+    """One stream. Until it is `accepted` (the callee said so, or an item came) it may be tried elsewhere."""
+
+    __slots__ = ("accepted", "channel", "decode", "reply", "sid", "timer")
+
+    def __init__(self, sid: int, channel: Channel[Any], decode: codec.Decode, reply: asyncio.Future[bytes]) -> None:
+        self.sid, self.channel, self.decode, self.reply = sid, channel, decode, reply
+        self.accepted = False
+        self.timer: asyncio.TimerHandle | None = None
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Must have been taken out of the connection's `incoming`."""
+        self.accepted = True
+        if self.timer is not None:
+            self.timer.cancel()
+        try:
+            self.channel.end(error)
+        except Exception:  # the consumer's, and the other streams of this connection must not suffer
+            log.exception("the end of a stream was not handled")
+
+
+class CallerConnection(Connection):
+    """A connection to a callee; `incoming` are the streams that are read from it."""
+
+    def __init__(self, on_lost: Callable[[CallerConnection], None], on_bye: Callable[[], None]) -> None:
+        super().__init__()
+        self.id = uuid.uuid4().hex
+        self.incoming: dict[int, Incoming] = {}
+        self._on_lost, self._on_bye = on_lost, on_bye
+        self._next_sid = 0
+        self._retired = False
+        self._decode: codec.Decode | None = None
+        """how the items of all streams decode, where they are of one type: a frame then decodes at once"""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.control(frames.HELLO, self.id)
+
+    def receive(self, decode: codec.Decode, channel: Channel[Any], left_s: float | None = None) -> Incoming:
+        """Number a stream whose items go to `channel`; `left_s` seconds from now it ends with DeadlineError.
+
+        The request's answer goes to `reply`; losing the connection before that is a TransportError there.
+        """
+        self._next_sid += 1
+        sid = self._next_sid
+        loop = asyncio.get_running_loop()
+        self._decode = decode if not self.incoming or decode is self._decode else None
+        incoming = self.incoming[sid] = Incoming(sid, channel, decode, loop.create_future())
+        channel.on_consumed = lambda items: self.control(frames.CREDIT, (sid, items))
+        if left_s is not None:
+            incoming.timer = loop.call_later(left_s + DEADLINE_GRACE_S, self._expire, incoming)
+        return incoming
+
+    def forget(self, incoming: Incoming) -> None:
+        """Nobody wants this stream any more: its items are dropped, the callee stops."""
+        if incoming.timer is not None:
+            incoming.timer.cancel()
+        if self.incoming.pop(incoming.sid, None) is not None:
+            self.control(frames.CANCEL, incoming.sid)
+            self._close_if_idle()
+
+    def retire(self) -> None:
+        """Close when the streams that run have ended."""
+        self._retired = True
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        if self._retired and not self.incoming:
+            self.close()
+
+    def _expire(self, incoming: Incoming) -> None:
+        if incoming.accepted:
+            self.forget(incoming)
+            incoming.end(DeadlineError("no end of the answer within the request's deadline"))
+
+    def _take(self, body: bytes | bytearray) -> None:
+        """Push the items of a DATA frame; those of streams that were cancelled here meanwhile are dropped."""
+        decoded, sids, items = self._columns(body)
+        get = self.incoming.get
+        for sid, item in zip(sids, items, strict=True):
+            found = get(sid)
+            if found is None:
+                continue
+            found.accepted = True
+            try:
+                found.channel.push(item if decoded else found.decode(item))
+            except Exception as error:
+                self.forget(found)
+                found.end(error)
+
+    def _columns(self, body: bytes | bytearray) -> tuple[bool, list[int], list[Any]]:
+        """Whether the items are decoded already, the streams' numbers, the items."""
+        if self._decode is not None:
+            try:
+                return True, *self._decode.columns(body)
+            except Exception:  # one item does not fit: one by one shows whose
+                pass
+        return False, *_decode_data(body)
+
+    def _dispatch(self, kind: int, body: bytes | bytearray) -> None:
+        incoming = self.incoming
+        if kind == frames.DATA:
+            self._take(body)
+        elif kind == frames.END:
+            for sid in _decode_sids(body):
+                found = incoming.pop(sid, None)
+                if found is not None:
+                    found.end()
+            self._close_if_idle()
+        elif kind == frames.ERROR:
+            sid, failure = _decode_error(body)
+            found = incoming.pop(sid, None)
+            if found is not None:
+                found.end(unpack(failure))
+            self._close_if_idle()
+        elif kind == frames.BYE:
+            self._on_bye()
+
+    def _lost(self) -> None:
+        incoming, self.incoming = self.incoming, {}
+        self._on_lost(self)
+        for found in incoming.values():
+            if found.accepted:
+                found.end(WorkerLostError("the connection to the instance was lost while it was answering"))
+            elif not found.reply.done():
+                found.reply.set_exception(TransportError("the connection to the instance was lost"))
+
+
+async def connect(
+    addresses: dict[str, str],
+    *,
+    same_host: bool,
+    on_lost: Callable[[CallerConnection], None],
+    on_bye: Callable[[], None],
+) -> CallerConnection:
+    """Connect to a listener: by its unix socket on the same host, else by TCP. Raises TransportError."""
+    loop = asyncio.get_running_loop()
+    tried: list[str] = []
+
+    def protocol() -> CallerConnection:
+        return CallerConnection(on_lost, on_bye)
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            if same_host and "unix" in addresses:
+                try:
+                    return (await loop.create_unix_connection(protocol, addresses["unix"]))[1]
+                except OSError as error:  # in another container, perhaps
+                    tried.append(f"unix:{addresses['unix']} ({error.strerror or error})")
+            if "tcp" in addresses:
+                host, _, port = addresses["tcp"].rpartition(":")
+                try:
+                    return (await loop.create_connection(protocol, host.strip("[]"), int(port)))[1]
+                except (OSError, ValueError) as error:
+                    tried.append(f"tcp:{addresses['tcp']} ({getattr(error, 'strerror', None) or error})")
+    raise TransportError(f"cannot connect to the instance's stream plane: {', '.join(tried) or 'no answer in time'}")

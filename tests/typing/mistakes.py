@@ -1,0 +1,46 @@
+"""Each line marked `# error` must be refused by both type checkers, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from dynamo.sdk import Service, depends, direct, endpoint, service
+from tests.typing.services import Ask, Frontend, Processor, Worker
+
+
+@service
+class Wrong(Service):
+    worker = depends(Worker)
+    processor = depends(Processor)
+
+    @endpoint
+    async def chat(self, request: Ask) -> AsyncIterator[str]:
+        async for token in self.worker.generate("text"):  # error: wrong request type
+            yield token.text  # error: wrong item attribute
+        await self.worker.generate(request)  # error: a stream typed AsyncIterator is not awaitable
+        async for _ in self.worker.count(request):  # error: a result is not iterable
+            pass
+        number: str = await self.worker.count(request)  # error: wrong result type
+        yield number
+        self.worker.genrate(request)  # error: no such endpoint
+        direct(self.worker, "first").count(request)  # error: an instance id is an int
+        direct(self.worker, 1).count(1)  # error: wrong request type, pinned
+        async for text in self.processor.chat(request):
+            yield text.id  # error: wrong item attribute
+
+
+Worker(modle="m")  # error: wrong keyword
+Frontend.linc(Processor)  # error: no such method
+Frontend.link(Processor).lnk(Worker)  # error: no such method in a chain
+Frontend.link("Processor")  # error: a link takes a class
+depends(Worker())  # error: depends takes a class
+
+
+@service(workers="two")  # error: wrong type of workers
+class Typed:
+    pass
+
+
+@endpoint(name=5)  # error: wrong type of name
+async def run(self: object, request: Ask) -> int:
+    return 1

@@ -1,0 +1,202 @@
+"""Processor and Frontend as plain Python: constructed, bound to fakes, called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from components.frontend import Frontend
+from components.processor import Processor
+from components.worker import VllmWorker
+from dynamo.errors import ConfigError, ContextLengthError, RequestError
+from dynamo.llm.engines.mock import MockEngine
+from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, GenerateRequest, ModelCard, Sampling
+from dynamo.sdk import Stream, bind
+from dynamo.sdk.depends import Choice, Remote
+from dynamo.sdk.endpoint import EndpointSpec
+from dynamo.sdk.service import spec_of
+
+
+class Caller:
+    """Behind a dependency: notes how it was called, answers with the mock engine."""
+
+    def __init__(self, answer: Callable[[Any], Stream[Delta]], instances: list[int]) -> None:
+        self.answer, self.instances = answer, instances
+        self.calls: list[tuple[str, Any, Choice]] = []
+
+    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
+        self.calls.append((endpoint.name, request, choice))
+        return self.answer(request)
+
+    def instance_ids(self) -> list[int]:
+        return self.instances
+
+
+@pytest.fixture
+async def engine() -> MockEngine:
+    found = MockEngine("dynamo-tiny", {"speedup-ratio": 0}, lambda _: None)
+    await found.start()
+    return found
+
+
+@pytest.fixture
+def worker(engine: MockEngine) -> Caller:
+    return Caller(engine.generate, [1])
+
+
+@pytest.fixture
+async def processor(worker: Caller) -> Processor:
+    found = Processor(model="dynamo-tiny", max_model_len=200)
+    bind(found, worker=Remote(spec_of(VllmWorker), worker))
+    await found.load()
+    return found
+
+
+def chat(text: str = "hello", **sampling: Any) -> ChatRequest:
+    return ChatRequest("m", [{"role": "user", "content": text}], Sampling(**sampling))
+
+
+async def read(stream: Stream[Delta]) -> list[Delta]:
+    return [delta async for delta in stream]
+
+
+async def test_chat(processor: Processor, worker: Caller) -> None:
+    deltas = await read(processor.chat(chat(max_tokens=6, ignore_eos=True)))
+    assert len(deltas) == 6
+    ((endpoint, request, choice),) = worker.calls
+    assert (endpoint, choice) == ("generate", "round_robin")
+    assert isinstance(request, GenerateRequest)
+    assert deltas[0].prompt_tokens == len(request.token_ids)
+
+
+async def test_routing_mode(processor: Processor, worker: Caller) -> None:
+    processor.router = "random"
+    await read(processor.chat(chat(max_tokens=1)))
+    assert worker.calls[0][2] == "random"
+
+
+async def test_errors_come_out_of_the_stream(processor: Processor, worker: Caller) -> None:
+    with pytest.raises(ContextLengthError):
+        await read(processor.chat(chat("word " * 500)))
+    with pytest.raises(RequestError, match="not supported"):
+        await read(processor.chat(ChatRequest("m", [{"role": "user", "content": [{"type": "video"}]}], Sampling())))
+    with pytest.raises(RequestError, match="empty"):
+        await read(processor.completion(CompletionRequest("m", [], Sampling())))
+    assert not worker.calls
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("tokens", [True, False])
+async def test_echo(processor: Processor, stream: bool, tokens: bool) -> None:
+    text = "Once upon  a time "
+    prompt = await processor.preprocessor.tokenizer.encode(text) if tokens else text
+    sampling = Sampling(n=2, max_tokens=3, ignore_eos=True)
+    plain = await read(processor.completion(CompletionRequest("m", prompt, sampling, stream=stream)))
+    echoed = await read(processor.completion(CompletionRequest("m", prompt, sampling, stream=stream, echo=True)))
+    for index in (0, 1):
+        without, with_echo = ("".join(d.text for d in found if d.index == index) for found in (plain, echoed))
+        assert with_echo == text + without
+    assert [d.token_ids for d in echoed] == [d.token_ids for d in plain]
+
+
+async def test_context_length_of_the_model() -> None:
+    found = Processor(model="dynamo-tiny")
+    await found.load()
+    assert found.preprocessor.context_length >= 1024
+
+
+# -- Frontend
+
+
+def card(name: str = "tiny", **fields: Any) -> bytes:
+    values: dict[str, Any] = {
+        "namespace": "dynamo",
+        "component": "VllmWorker",
+        "context_length": 4096,
+        "engine": "mock",
+    }
+    return msgspec.json.encode(ModelCard(name=name, source="s", kv_block_size=32, created=7, **{**values, **fields}))
+
+
+def no_answer(_: Any) -> Stream[Delta]:
+    raise AssertionError("nothing is called here")
+
+
+@pytest.fixture
+def processors() -> Caller:
+    return Caller(no_answer, [1])
+
+
+@pytest.fixture
+def frontend(processors: Caller) -> Frontend:
+    found = Frontend()
+    bind(found, processor=Remote(spec_of(Processor), processors))
+    return found
+
+
+def test_models_need_a_card_and_a_processor(frontend: Frontend, processors: Caller) -> None:
+    assert frontend.models() == []
+    assert not frontend.ready()
+    frontend.take_cards({"models/tiny/1": card(), "models/tiny/2": card(), "models/other/3": card("other")})
+    assert [m.name for m in frontend.models()] == ["other", "tiny"]
+    assert frontend.ready()
+    assert frontend.endpoints() == {"Processor": 1}
+    processors.instances.clear()
+    assert frontend.models() == []
+    assert not frontend.ready()
+    processors.instances.append(5)
+    frontend.take_cards({})
+    assert frontend.models() == []
+
+
+def test_cards_of_another_version_are_left_out(frontend: Frontend, caplog: pytest.LogCaptureFixture) -> None:
+    frontend.take_cards({"models/bad/1": b'{"name": 5}', "models/worse/2": b"\xff", "models/tiny/3": card()})
+    assert [m.name for m in frontend.models()] == ["tiny"]
+    assert "models/bad/1" in caplog.text
+
+
+@pytest.mark.parametrize("names", ["alias", ["alias", "second"]])
+def test_served_names(names: Any, processors: Caller) -> None:
+    found = Frontend(served_model_name=names)
+    bind(found, processor=Remote(spec_of(Processor), processors))
+    found.take_cards({"models/tiny/1": card()})
+    assert [m.name for m in found.models()] == (["alias"] if names == "alias" else ["alias", "second"])
+    assert found.models()[0].root == "s"
+
+
+def test_endpoint_must_be_in_the_graph() -> None:
+    Frontend(endpoint="dynamo.Processor.chat/completions")
+    with pytest.raises(ConfigError, match=r"dynamo\.Elsewhere\.chat") as caught:
+        Frontend(endpoint="dynamo.Elsewhere.chat")
+    assert "dynamo.Processor.chat/completions" in str(caught.value.hint)
+
+
+def test_api_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DYN_API_KEYS", raising=False)
+    assert Frontend().api_keys == []
+    monkeypatch.setenv("DYN_API_KEYS", "one, two,")
+    assert Frontend().api_keys == ["one", "two"]
+    assert Frontend(api_keys=["three"]).api_keys == ["three"]
+    assert Frontend(api_keys=[]).api_keys == []
+
+
+async def test_requests_go_to_the_processor() -> None:
+    found = Frontend()
+    seen: list[Any] = []
+
+    class Fake:
+        def chat(self, request: ChatRequest) -> str:
+            seen.append(request)
+            return "chat"
+
+        def completion(self, request: CompletionRequest) -> str:
+            seen.append(request)
+            return "completion"
+
+    bind(found, processor=Fake())
+    assert found.chat(chat()) == "chat"  # type: ignore[comparison-overlap]
+    assert found.completion(CompletionRequest("m", "x", Sampling())) == "completion"  # type: ignore[comparison-overlap]
+    assert len(seen) == 2

@@ -1,0 +1,147 @@
+"""Dependencies: what stands behind `self.worker` in a process and in a test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from dynamo.errors import GraphError
+from dynamo.sdk import bind, depends, direct, endpoint, instance_ids, random, round_robin, service
+from dynamo.sdk.depends import Choice, Dependency, Remote, dependencies
+from dynamo.sdk.endpoint import EndpointSpec
+from dynamo.sdk.service import spec_of
+from dynamo.wire.stream import Channel, Stream
+
+
+@service
+class Worker:
+    @endpoint
+    async def generate(self, request: int) -> AsyncIterator[int]:
+        yield request
+
+    @endpoint
+    async def ping(self) -> str:
+        return "pong"
+
+    @endpoint
+    async def caller(self, request: int) -> int:
+        return request
+
+    def inner(self) -> int:
+        return 1
+
+
+@service
+class Processor:
+    worker = depends(Worker)
+
+    async def run(self, n: int) -> list[int]:
+        return [i async for i in self.worker.generate(n)]
+
+
+@service
+class Narrow(Processor):
+    other = depends(Worker)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, Choice]] = []
+
+    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
+        self.calls.append((endpoint.name, request, choice))
+        return Stream(Channel())
+
+    def instance_ids(self) -> list[int]:
+        return [7]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def remote(recorder: Recorder) -> Any:
+    return Remote(spec_of(Worker), recorder)
+
+
+def test_calls_go_to_the_caller(remote: Any, recorder: Recorder) -> None:
+    remote.generate(1)
+    remote.generate(request=2)
+    remote.ping()
+    remote.caller(3)
+    assert [(name, request) for name, request, _ in recorder.calls] == [
+        ("generate", 1), ("generate", 2), ("ping", None), ("caller", 3)
+    ]  # fmt: skip
+
+
+def test_choices(remote: Any, recorder: Recorder) -> None:
+    for chosen in (remote, random(remote), direct(remote, 5), round_robin(random(remote))):
+        chosen.generate(1)
+    assert [choice for _, _, choice in recorder.calls] == ["round_robin", "random", 5, "round_robin"]
+    assert instance_ids(remote) == [7]
+    assert repr(direct(remote, 5)) == "<remote Worker, 5>"
+
+
+@pytest.mark.parametrize("call", [lambda r: r.generate(1, 2), lambda r: r.generate(wrong=1), lambda r: r.ping(1)])
+def test_wrong_arguments(remote: Any, call: Any) -> None:
+    with pytest.raises(TypeError, match=r"endpoint Worker.* takes"):
+        call(remote)
+
+
+def test_what_is_no_endpoint(remote: Any) -> None:
+    with pytest.raises(
+        AttributeError, match="Worker has no endpoint 'inner'; endpoints: generate, ping, caller\nhint: mark"
+    ):
+        remote.inner()
+    assert not hasattr(remote, "inner")
+
+
+async def test_bind_a_fake() -> None:
+    processor = Processor()
+    bind(processor, worker=Worker())
+    assert await processor.run(4) == [4]
+    assert processor.worker.inner() == 1
+    for choose in (random, round_robin, lambda client: direct(client, 3)):
+        assert choose(processor.worker) is processor.worker
+    assert instance_ids(processor.worker) == []
+
+
+def test_unlinked_dependency_says_what_to_do() -> None:
+    with pytest.raises(
+        GraphError, match=r"Processor.worker is not linked(.|\n)*Processor.link\(Worker\)(.|\n)*bind\(obj, worker="
+    ):
+        _ = Processor().worker
+    assert not hasattr(Processor, "nothing")
+
+
+def test_bind_refuses_what_is_no_dependency() -> None:
+    with pytest.raises(GraphError, match="Processor has no dependency 'wroker'; it has worker"):
+        bind(Processor(), wroker=Worker())
+
+
+def test_dependencies_are_inherited_and_can_be_replaced() -> None:
+    assert list(dependencies(Narrow)) == ["worker", "other"]
+    assert isinstance(Narrow.worker, Dependency)
+    assert repr(Narrow.worker) == "depends(Worker)"
+
+    class Without(Narrow):
+        worker = None  # type: ignore[assignment]
+
+    assert list(dependencies(Without)) == ["other"]
+
+
+def test_instances_do_not_share_targets() -> None:
+    one, two = Processor(), Processor()
+    bind(one, worker=Worker())
+    with pytest.raises(GraphError):
+        _ = two.worker
+
+
+def test_depends_on_services_only() -> None:
+    for wrong in (int, None, Worker()):
+        with pytest.raises(GraphError, match="is not a service"):
+            depends(wrong)  # type: ignore[type-var, arg-type]

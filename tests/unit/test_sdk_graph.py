@@ -1,0 +1,217 @@
+"""Links and graphs: which services a graph has, and what is wrong with a bad one."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo.errors import GraphError
+from dynamo.sdk import Service, depends, service
+from dynamo.sdk.graph import build, load
+from dynamo.sdk.service import EDGES, Edge
+
+numbers = itertools.count()
+
+
+@service
+class Worker(Service):
+    pass
+
+
+@service
+class Special(Worker):
+    pass
+
+
+@service
+class Processor(Service):
+    worker = depends(Worker)
+
+
+@service
+class Frontend(Service):
+    worker = depends(Worker)
+    special = depends(Special)
+    processor = depends(Processor)
+
+
+def edges(*links: tuple[type[Any], str, type[Any]]) -> list[Edge]:
+    return [Edge(source, attribute, target, "g") for source, attribute, target in links]
+
+
+@pytest.fixture(autouse=True)
+def _forget_links() -> Iterator[None]:
+    before = len(EDGES)
+    yield
+    del EDGES[before:]
+
+
+def test_link_returns_its_target_and_belongs_to_its_module() -> None:
+    assert Processor.link(Special) is Special
+    assert EDGES[-1] == Edge(Processor, "worker", Special, __name__)
+
+
+def test_link_prefers_the_exact_class() -> None:
+    Frontend.link(Special)
+    assert EDGES[-1].attribute == "special"
+    Frontend.link(Worker)
+    assert EDGES[-1].attribute == "worker"
+
+
+def test_link_errors_name_the_attributes() -> None:
+    with pytest.raises(
+        GraphError, match=r"Frontend does not fulfill any dependencies(.|\n)*worker = depends\(Worker\)"
+    ):
+        Processor.link(Frontend)
+    with pytest.raises(GraphError, match="dependencies of Worker: none"):
+        Worker.link(Processor)
+    with pytest.raises(GraphError, match="int is not a service"):
+        Processor.link(int)
+
+    @service
+    class Two(Service):
+        a = depends(Worker)
+        b = depends(Worker)
+
+    with pytest.raises(GraphError, match="multiple dependencies required by Two: a, b"):
+        Two.link(Worker)
+
+
+def test_without_links_everything_is_deployed() -> None:
+    graph = build("g", Frontend, [])
+    assert list(graph.services) == ["Worker", "Special", "Processor", "Frontend"]
+    assert graph.targets["Frontend"] == {"worker": Worker, "special": Special, "processor": Processor}
+    assert graph.service("Worker") is Worker
+    with pytest.raises(GraphError, match=r"g has no service 'X'\nhint: services of this graph: Worker, "):
+        graph.service("X")
+
+
+def test_with_links_only_what_is_linked() -> None:
+    graph = build("g", Frontend, edges((Frontend, "processor", Processor), (Processor, "worker", Special)))
+    assert list(graph.services) == ["Special", "Processor", "Frontend"]
+    assert graph.targets == {"Special": {}, "Processor": {"worker": Special}, "Frontend": {"processor": Processor}}
+
+
+def test_cycle() -> None:
+    @service
+    class A(Service):
+        pass
+
+    @service
+    class B(Service):
+        a = depends(A)
+
+    A.b = depends(B)  # type: ignore[attr-defined]
+    A.b.__set_name__(A, "b")  # type: ignore[attr-defined]
+    with pytest.raises(GraphError, match="in a cycle: A -> B -> A"):
+        build("g", A, [])
+
+
+def test_two_services_of_one_name() -> None:
+    @service
+    class Other(Service):
+        one = depends(Worker)
+        two = depends(service(type("Worker", (Service,), {"__module__": "elsewhere"})))
+
+    with pytest.raises(GraphError, match=f"two services are named Worker: {__name__} and elsewhere"):
+        build("g", Other, [])
+
+
+def test_one_dependency_linked_twice() -> None:
+    twice = edges((Processor, "worker", Worker), (Processor, "worker", Worker))
+    assert build("g", Processor, twice).targets["Processor"] == {"worker": Worker}
+    with pytest.raises(GraphError, match="worker is linked to Worker and to Special"):
+        build("g", Processor, edges((Processor, "worker", Worker), (Processor, "worker", Special)))
+
+
+# -- loading
+
+SERVICES = "from dynamo.sdk import Service, depends, service\n"
+AB = SERVICES + "@service\nclass B(Service): pass\n@service\nclass A(Service):\n    b = depends(B)\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+
+    def write(text: str, name: str = "") -> str:
+        name = name or f"graph_module_{next(numbers)}"
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    yield write
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_load(write: Any, tmp_path: Path) -> None:
+    name = write(AB + "A.link(B)\n")
+    for spec in (f"{name}:A", name, f"{name}.py:A", f"{name}.py", str(tmp_path / f"{name}.py")):
+        graph = load(spec, tmp_path)
+        assert (graph.entry.__name__, list(graph.services)) == ("A", ["B", "A"])
+    assert list(load(f"{name}:B", tmp_path).services) == ["B"]
+
+
+def test_links_of_another_graph_do_not_count(write: Any, tmp_path: Path) -> None:
+    parts = write(
+        SERVICES
+        + "@service\nclass C(Service): pass\n"
+        + AB.replace(SERVICES, "")
+        + "A.c = depends(C)\nA.c.__set_name__(A, 'c')\n"
+    )
+    one = write(f"from {parts} import *\nA.link(B)\n")
+    two = write(f"from {parts} import *\nA.link(C)\n")
+    assert set(load(f"{one}:A", tmp_path).services) == {"A", "B"}
+    assert set(load(f"{two}:A", tmp_path).services) == {"A", "C"}
+
+
+def test_file_named_like_a_module_of_the_library(write: Any, tmp_path: Path) -> None:
+    import types
+
+    name = write(AB, "types")
+    assert load(f"{name}.py:A", tmp_path).entry.__module__ == "graph_types"
+    assert sys.modules["types"] is types
+
+
+@pytest.mark.parametrize(
+    ("text", "spec", "message"),
+    [
+        ("", "no_such_module_x:A", r"graph module 'no_such_module_x' not found\nhint: run from"),
+        ("", "no_such_package_x.graph:A", "graph module 'no_such_package_x.graph' not found"),
+        ("", "gone.py:A", r"graph file gone.py does not exist"),
+        ("", "", "is no name of a module"),
+        ("", ":A", "is no name of a module"),
+        ("", "a/b:A", "is no name of a module"),
+        ("", "..a:A", "is no name of a module"),
+        ("import no_such_thing_x.y\n", "{}:A", r"'no_such_thing_x', which is not installed\nhint: pip install no_such"),
+        ("import dynamo.sdk.nothing\n", "{}:A", r"'dynamo.sdk.nothing', which does not exist\nhint: look for it in dynamo"),
+        (AB, "{}:Z", r":Z: not found\nhint: services there: A, B"),
+        (AB + "n = 1\n", "{}:n", ":n: a int, not a service"),
+        ("n = 1\n", "{}:A", "services there: none"),
+        ("n = 1\n", "{}", "has no root service"),
+        (AB + "@service\nclass C(Service): pass\n", "{}", r"several root services: A, C\nhint: name one: .*:A"),
+    ],
+)  # fmt: skip
+def test_loading_errors(write: Any, tmp_path: Path, text: str, spec: str, message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        load(spec.format(write(text)), tmp_path)
+
+
+def test_another_name_for_the_root_is_no_second_root(write: Any, tmp_path: Path) -> None:
+    assert load(write(AB + "Entry = A\n"), tmp_path).entry.__name__ == "A"
+
+
+@pytest.mark.parametrize("suffix", ["", ".py"])
+def test_errors_of_the_module_itself_pass_through(write: Any, tmp_path: Path, suffix: str) -> None:
+    name = write("raise KeyError('own')\n")
+    for _ in range(2):  # a module that failed is not taken for loaded
+        with pytest.raises(KeyError, match="own"):
+            load(f"{name}{suffix}:A", tmp_path)
+    with pytest.raises(ImportError, match="cannot import name"):
+        load(write("from dynamo.sdk import nothing\n"), tmp_path)
