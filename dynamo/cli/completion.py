@@ -10,9 +10,9 @@ VARIABLE = "_DYNAMO_COMPLETE"  # click derives it from the command's name when t
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(SHELLS))
+@click.argument("shell", metavar="SHELL", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print the script that makes SHELL complete `dynamo` with the Tab key.
+    """Print the script that makes SHELL (bash, zsh or fish) complete `dynamo` with the Tab key.
 
     \b
     Examples:

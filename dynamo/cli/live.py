@@ -22,6 +22,7 @@ from dynamo.wire.messages import Instance
 
 INSTANCES_PREFIX = "instances/"
 ETCD_S = 2.0
+GUESS_S = 0.5  # where nobody said that there is an etcd
 STATS_S = 1.0  # a process that takes longer is shown without figures
 
 
@@ -43,6 +44,10 @@ class Deployment:
     etcd_endpoints: str
     nats_url: str
     graphs: Sequence[RunningGraph] = ()
+    timeout_s: float = ETCD_S
+
+    def etcd(self) -> Etcd:
+        return Etcd.connect(self.etcd_endpoints, timeout_s=self.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def deployments() -> list[Deployment]:
         return [Deployment(named, graphs[0].env["NATS_SERVER"] if graphs else nats, graphs)]
     if found:
         return [Deployment(etcd, graphs[0].env["NATS_SERVER"], graphs) for etcd, graphs in found.items()]
-    return [Deployment(DEFAULT_ETCD, nats)]
+    return [Deployment(DEFAULT_ETCD, nats, timeout_s=GUESS_S)]
 
 
 def one_deployment() -> Deployment:
@@ -87,7 +92,7 @@ def one_deployment() -> Deployment:
 async def look(deployment: Deployment) -> Seen:
     """Never raises a DynamoError: what cannot be reached is in `error`."""
     try:
-        async with Etcd.connect(deployment.etcd_endpoints, timeout_s=ETCD_S) as etcd:
+        async with deployment.etcd() as etcd:
             instances, _ = await etcd.get_prefix(INSTANCES_PREFIX)
             cards, _ = await etcd.get_prefix(MODELS_PREFIX)
     except DynamoError as failure:

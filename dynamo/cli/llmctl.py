@@ -115,11 +115,10 @@ def _parse(text: str, namespace: str) -> _Address:
 
 
 def _with_etcd(work: Callable[[Etcd], Awaitable[T]]) -> T:
-    from dynamo.cli.live import ETCD_S, one_deployment
-    from dynamo.transport.etcd import Etcd
+    from dynamo.cli.live import one_deployment
 
     async def run() -> T:
-        async with Etcd.connect(one_deployment().etcd_endpoints, timeout_s=ETCD_S) as etcd:
+        async with one_deployment().etcd() as etcd:
             return await work(etcd)
 
     return asyncio.run(run())

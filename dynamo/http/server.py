@@ -11,6 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from dynamo.errors import StartError
+from dynamo.http import outbox
 
 KEEP_ALIVE_S = 75
 DRAIN_S = 20
@@ -48,7 +49,8 @@ class HttpServer:
             log_config=None,
             access_log=False,
             loop="none",
-            http="httptools",
+            http=outbox.protocol(),
+            proxy_headers=False,  # nothing here asks for the client's address
             ws="none",
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_S,

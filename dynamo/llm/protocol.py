@@ -73,7 +73,7 @@ class GenerateRequest(msgspec.Struct, omit_defaults=True):
     """give one delta for each choice, at its end: nobody reads the text before"""
 
 
-class TokenLogprob(msgspec.Struct, array_like=True):
+class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
     """One token with its log probability (natural logarithm) and the most likely alternatives."""
 
     token: str
@@ -82,7 +82,7 @@ class TokenLogprob(msgspec.Struct, array_like=True):
     top: list[tuple[str, int, float]] = []
 
 
-class Delta(msgspec.Struct, array_like=True):
+class Delta(msgspec.Struct, array_like=True, gc=False):
     """What one engine step adds to one choice of one request. `text` holds whole characters only.
 
     `prompt_tokens` and `cached_tokens` (prompt tokens whose KV was found in the cache) come with the first delta of a

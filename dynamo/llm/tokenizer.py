@@ -43,7 +43,7 @@ class Tokenizer:
             raise StartError(f"{file} is not a tokenizer: {str(error).splitlines()[0]}") from None
         fast.no_truncation()
         fast.no_padding()  # both may be saved in the file, for training
-        self._encode = lambda text, special: list(fast.encode(text, add_special_tokens=special).ids)
+        self._encode = lambda text, special: list(fast.encode_batch_fast([text], add_special_tokens=special)[0].ids)
         self._decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
         self.vocabulary_size = fast.get_vocab_size()
 

@@ -21,6 +21,7 @@ from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, Sampling
 from dynamo.llm.tiny import faq
 from dynamo.llm.tokenizer import Tokenizer
+from dynamo.serve.infra import free_ports
 from tests.cli.conftest import Graph
 from tests.cli.terminal import COMMAND, CTRL_C, CTRL_D, ROOT, Terminal, command, environment
 
@@ -153,9 +154,10 @@ def test_a_conversation(terminal, tmp_path):
     assert messages[0]["content"] == "Be kind."
     assert messages[3]["content"] == "second question"
     assert all(m["content"] for m in messages)
-    assert f"**user**: {messages[1]['content']}\n\n**assistant**: {messages[2]['content'].strip()}\n\n" in (
-        tmp_path / "talk.md"
-    ).read_text()
+    assert (
+        f"**user**: {messages[1]['content']}\n\n**assistant**: {messages[2]['content'].strip()}\n\n"
+        in (tmp_path / "talk.md").read_text()
+    )
 
 
 def test_ctrl_c_stops_an_answer_and_then_leaves(terminal, long_question, tmp_path):
@@ -250,7 +252,7 @@ def scripted() -> Iterator[Callable[..., str]]:
     def serve(*script: bytes | None, status: int = 200) -> str:
         handler = type("Handler", (_Scripted,), {"script": script, "status": status, "gone": _Scripted.gone})
         _Scripted.gone.clear()
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", free_ports(1)[0]), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}"
 

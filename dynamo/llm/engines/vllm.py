@@ -101,7 +101,7 @@ class VllmEngine:
     def _parse(self, arguments: Any, cpu: bool) -> Any:
         argparse_utils = importlib.import_module("vllm.utils.argparse_utils")
 
-        class Parser(argparse_utils.FlexibleArgumentParser):  # type: ignore[misc, name-defined]
+        class Parser(argparse_utils.FlexibleArgumentParser):  # type: ignore[misc]
             def error(self, message: str) -> None:
                 raise StartError(f"vLLM's arguments: {message}", hint="check the worker's keys in the configuration")
 
