@@ -21,7 +21,7 @@ from dynamo.transport.nats import DEFAULT_URL, Nats
 from dynamo.wire.messages import Instance
 
 INSTANCES_PREFIX = "instances/"
-ETCD_S = 2.0
+ETCD_S = 1.5
 GUESS_S = 0.5  # where nobody said that there is an etcd
 STATS_S = 1.0  # a process that takes longer is shown without figures
 

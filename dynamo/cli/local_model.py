@@ -53,6 +53,7 @@ class LocalModel:
                 info = self._runner.run(self._engine.start())
         except BaseException:
             self._stop()
+            guard.kill_tree()  # an engine core that is not known yet to the engine that was starting it
             raise
         finally:
             self._progress.clear()

@@ -77,14 +77,15 @@ def run(
       dynamo run graphs.agg:Frontend -f configs/agg.yaml     # a graph for this conversation
     """
     graph, prompt = _told_apart(words)
-    _check(ctx, graph, url)
+    url = _asked_url(ctx, graph, url)
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.buffer.read().decode(errors="replace")
+        prompt = sys.stdin.buffer.read().decode(errors="replace").rstrip()
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty", ctx)
     _log()
     from dynamo.cli.chat import Chat, Sampled
 
+    code = 0
     with _ending_on_signals():
         try:
             with _opened(graph, config_file, model, engine, url, context_length) as opened:
@@ -94,8 +95,12 @@ def run(
                 else:
                     chat.ask(prompt)
         except KeyboardInterrupt:
-            return INTERRUPTED
-    return 0
+            code = INTERRUPTED
+    if "vllm" in sys.modules:  # the engine has stopped; Python would spend 2 s on taking down vLLM's modules
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _told_apart(words: tuple[str, ...]) -> tuple[str | None, str | None]:
@@ -105,20 +110,21 @@ def _told_apart(words: tuple[str, ...]) -> tuple[str | None, str | None]:
     return graph, " ".join(rest) if rest else None
 
 
-def _check(ctx: click.Context, graph: str | None, url: str | None) -> None:
-    """Raises UsageError for flags that do not go together; DYNAMO_URL gives way to GRAPH."""
+def _asked_url(ctx: click.Context, graph: str | None, url: str | None) -> str | None:
+    """The URL that counts: DYNAMO_URL gives way to flags of another way. Raises UsageError for flags that contradict."""
 
     def given(name: str) -> bool:
         return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
-    if graph and given("url"):
-        raise click.UsageError("GRAPH and --url do not go together", ctx)
     if given("config_file") and not graph:
         raise click.UsageError("-f needs GRAPH", ctx)
-    for name in ("engine", "context_length"):
-        if given(name) and (graph or url):
-            where = "GRAPH" if graph else "--url" if given("url") else "DYNAMO_URL"
-            raise click.UsageError(f"--{name.replace('_', '-')} and {where} do not go together", ctx)
+    local = [f"--{name.replace('_', '-')}" for name in ("engine", "context_length") if given(name)]
+    ways = [*(["GRAPH"] if graph else local[:1]), *(["--url"] if given("url") else [])]
+    if graph:
+        ways += local
+    if len(ways) > 1:
+        raise click.UsageError(f"{ways[0]} and {ways[1]} do not go together", ctx)
+    return url if given("url") or not ways else None
 
 
 @contextmanager

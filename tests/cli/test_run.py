@@ -69,7 +69,7 @@ def test_a_prompt_is_answered_once():
     assert len(first.stdout) > 8
     assert first.stdout.endswith("\n")
     assert "\x1b" not in first.stdout
-    piped = command(*MOCK, "--max-tokens", "8", stdin="hello there")
+    piped = command(*MOCK, "--max-tokens", "8", stdin="hello there\n")
     assert piped.stdout == first.stdout
     told = command(*MOCK, "--max-tokens", "8", "--system", "Be short.", "hello there")
     assert told.returncode == 0
@@ -93,6 +93,7 @@ BAD = {
     "no such model": (["--engine", "mock", "--model", "./nowhere", "x"], 1, "model directory ./nowhere does not exist"),
     "file without a graph": (["-f", "configs/agg.yaml", "x"], 2, "-f needs GRAPH"),
     "graph and URL": (["graphs.agg:Frontend", "--url", "127.0.0.1:1"], 2, "GRAPH and --url do not go together"),
+    "graph and engine": (["graphs.agg:Frontend", "--engine", "mock"], 2, "GRAPH and --engine do not go together"),
     "engine and URL": (["--engine", "mock", "--url", "127.0.0.1:1"], 2, "--engine and --url do not go together"),
     "not a URL": (["--url", "ftp://here", "x"], 1, "--url ftp://here: not a URL"),
     "nobody there": (["--url", "http://127.0.0.1:9", "x"], 1, "cannot reach 127.0.0.1:9: Connection refused"),
@@ -206,6 +207,13 @@ def test_a_running_graph_answers(graph: Graph, terminal):
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.wait() == 0
+
+
+def test_flags_win_over_the_variable():
+    away = {"DYNAMO_URL": "http://127.0.0.1:9"}
+    assert command("run", "hi", **away).returncode == 1
+    assert command(*MOCK, "--max-tokens", "2", "hi", **away).returncode == 0
+    assert "graph module 'no.such' not found" in command("run", "no.such:Graph", "hi", **away).stderr
 
 
 def test_a_model_that_the_graph_does_not_have(graph: Graph):

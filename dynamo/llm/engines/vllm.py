@@ -101,7 +101,7 @@ class VllmEngine:
     def _parse(self, arguments: Any, cpu: bool) -> Any:
         argparse_utils = importlib.import_module("vllm.utils.argparse_utils")
 
-        class Parser(argparse_utils.FlexibleArgumentParser):  # type: ignore[misc]
+        class Parser(argparse_utils.FlexibleArgumentParser):  # type: ignore[misc, name-defined]
             def error(self, message: str) -> None:
                 raise StartError(f"vLLM's arguments: {message}", hint="check the worker's keys in the configuration")
 
@@ -127,7 +127,7 @@ class VllmEngine:
         task = asyncio.get_running_loop().create_task(self._generate(request, channel))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        channel.on_cancel = task.cancel  # type: ignore[assignment]  # its result does not matter
+        channel.on_cancel = task.cancel
         return Stream(channel)
 
     async def _generate(self, request: GenerateRequest, channel: Channel[Delta]) -> None:

@@ -1,0 +1,43 @@
+"""The help of every command: there, with examples, and cheap."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from dynamo.cli.main import COMMANDS, SECTIONS
+from tests.cli.terminal import COMMAND, ROOT, command, environment
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_says_how_it_is_used(name):
+    result = command(name, "-h")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"Usage: dynamo {name} ")
+    assert "\n  Example" in result.stdout
+
+
+def test_the_list_of_commands_costs_little():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    runs = 5
+    for _ in range(runs):
+        shown = subprocess.run([*COMMAND, "--help"], cwd=ROOT, env=environment(), capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / runs
+    assert cpu_s < 0.15
+    for title, commands in SECTIONS.items():
+        assert f"{title}:\n" in shown.stdout.decode()
+        assert all(summary in shown.stdout.decode() for _, summary in commands.values())
+
+
+def test_nothing_is_imported_that_takes_long():
+    code = (
+        "import sys\nfrom dynamo.cli.main import COMMANDS, group\n"
+        "for name in COMMANDS: group.get_command(None, name)\n"
+        "print(*(m for m in ('torch', 'vllm', 'grpc', 'nats', 'fastapi', 'uvloop', 'rich') if m in sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "\n"
