@@ -149,7 +149,9 @@ def test_a_client_that_leaves_frees_the_engine(tiny_graph: Served) -> None:
     ) as response:
         next(response.iter_lines())
     deadline = time.monotonic() + 5
-    while 'dynamo_frontend_inflight_requests{model="dynamo-tiny"} 0.0' not in httpx.get(f"{tiny_graph.url}/metrics").text:
+    while (
+        'dynamo_frontend_inflight_requests{model="dynamo-tiny"} 0.0' not in httpx.get(f"{tiny_graph.url}/metrics").text
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert ask(tiny_graph, QUESTION) == FAQ[QUESTION]
