@@ -76,6 +76,7 @@ class Child:
         self.error = ""
         self.hint = ""
         self.told_to_stop = False
+        self.reloading = False  # ends because its files changed
         self._console = console
         self._on_event = on_event
         self._ended = asyncio.Event()

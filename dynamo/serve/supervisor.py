@@ -16,7 +16,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -58,6 +58,8 @@ class Supervisor:
 
     `on_exit` is awaited whenever a process has ended, with the last `ready` event that it wrote ({} if none).
     `also` names coroutines to run beside the graph; one that raises ends the graph; they are cancelled last.
+    `changes` yields paths of files that were edited: processes that had reported one in their `ready` event (`files`)
+    are drained and started again, and one that cannot start then waits for the next edit instead of giving up.
     `spare` gives the pids of children of this process that others started while `run` runs (embedded servers): without
     it they would be taken for leftovers. Children that exist when `run` is called are spared anyhow.
     """
@@ -74,6 +76,7 @@ class Supervisor:
         drain_s: float = 30.0,
         progress_s: float = 5.0,
         restarts: RestartPolicy = RestartPolicy(),
+        changes: Callable[[], AsyncIterator[Collection[str]]] | None = None,
     ) -> None:
         self._specs = list(processes)
         self._logs = run_dir / "logs"
@@ -84,6 +87,8 @@ class Supervisor:
         self._drain_s = drain_s
         self._progress_s = progress_s
         self._restarts = restarts
+        self._changes = changes
+        self._edited = asyncio.Event()
         self._running: dict[str, Child] = {}  # by name: the run that lives, or the last one
         self._not_mine: set[int] = set()
         self._up = False  # all were ready at once, once
@@ -115,6 +120,8 @@ class Supervisor:
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as self._tasks:
             watches = [self._tasks.create_task(self._watch(name, start)) for name, start in self._also]
+            if self._changes is not None:
+                watches.append(self._tasks.create_task(self._watch("reload", self._follow_changes)))
             ticking = self._tasks.create_task(self._tick())
             self._farewells: set[asyncio.Task[None]] = set()
             async with asyncio.TaskGroup() as keepers:
@@ -150,6 +157,12 @@ class Supervisor:
             if not self._up:
                 self._fail_child(child, f"{spec.name} could not start")
                 return
+            if child.reloading:
+                continue
+            if self._changes is not None and not child.ready:
+                self._console.failed(spec.name, child.error or child.how_it_ended(), "edit a file to try again")
+                await self._next_edit()
+                continue
             now = time.monotonic()
             deaths.append(now)
             while now - deaths[0] > self._restarts.window_s:
@@ -165,6 +178,27 @@ class Supervisor:
                 async with asyncio.timeout(delay_s):
                     await self._stopping.wait()
             delay_s = min(2 * delay_s, self._restarts.longest_s)
+
+    async def _follow_changes(self) -> None:
+        assert self._changes is not None
+        async for paths in self._changes():
+            self._edited.set()
+            self._edited = asyncio.Event()
+            for child in self._living():
+                mine = sorted(set(paths) & set(child.ready.get("files") or ()))
+                if mine and not self._stopping.is_set():
+                    self._console.say(f"{os.path.relpath(mine[0])} changed: restarting {child.spec.name}")
+                    child.reloading = True
+                    child.signal(signal.SIGTERM)
+
+    async def _next_edit(self) -> None:
+        edited = asyncio.ensure_future(self._edited.wait())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({edited, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            edited.cancel()
+            stopping.cancel()
 
     def _on_event(self, child: Child, event: Event) -> None:
         match event.get("event"):
