@@ -13,9 +13,8 @@ import click
 from click.core import ParameterSource
 
 from dynamo.config import document, overrides
-from dynamo.config.layers import Layer, Resolved, resolve
+from dynamo.config.layers import Layer, resolve
 from dynamo.config.options import Infra, ServeOptions
-from dynamo.config.origin import shown
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import Declared, check, declared, knows
 from dynamo.errors import ConfigError
@@ -101,7 +100,15 @@ class _ServeCommand(click.Command):
     show_default=True,
     help="Where the graph runs: `dynamo` is processes on this machine.",
 )
+@click.option("--reload", is_flag=True, help="Restart a service when a Python file that it uses is edited.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, start nothing.")
+@click.option(
+    "--explain",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="How --dry-run tells, on standard error, the process plan and where each value comes from.",
+)
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -114,7 +121,9 @@ def serve(
     working_dir: Path,
     infra: str,
     target: str,
+    reload: bool,
     dry_run: bool,
+    explain: str,
 ) -> int:
     """Start the inference graph GRAPH: every service as processes on this machine, and HTTP in front.
 
@@ -131,6 +140,7 @@ def serve(
       dynamo serve graphs.agg:Frontend -f configs/agg.yaml --Processor.router=random -p 9000
       dynamo serve graphs.agg:Frontend -f configs/agg.yaml --VllmWorker.ServiceArgs.workers=2
       dynamo serve graphs.agg:Frontend -f configs/agg_mock.yaml          # no GPU, no model weights
+      dynamo serve graphs.agg:Frontend -f configs/agg_mock.yaml --reload # services restart as you edit them
       dynamo serve graphs.agg:Frontend --service-name VllmWorker         # one service, to debug it
       dynamo serve graphs.agg:Frontend --depends VllmWorker=elsewhere    # the workers run on other machines
     """
@@ -142,7 +152,7 @@ def serve(
     started = _without(found, elsewhere)
     if elsewhere:
         infra = _shared(infra)
-    options = ServeOptions(working_dir, service_name, cast(Infra, infra), host, port, dry_run)
+    options = ServeOptions(working_dir, service_name, cast(Infra, infra), host, port, dry_run, reload)
     services = {name: declared(cls) for name, cls in found.services.items()}
     layers = [document.load(config_file)] if config_file else []
     layers += _entry_layers(ctx, found, services)
@@ -150,10 +160,10 @@ def serve(
     resolved = resolve(layers, services, functools.partial(knows, services))
     check(resolved, services)
     if dry_run:
+        from dynamo.cli.explain import explanation
+
         click.echo(render(resolved.services))
-        click.echo(render_origins(resolved), err=True)
-        if elsewhere:
-            click.echo(f"Started here: {', '.join(started.services)}", err=True)
+        click.echo(explanation(started, resolved, services, working_dir, as_json=explain == "json"), err=True)
         return 0
     from dynamo.serve import run
 
@@ -166,14 +176,6 @@ def render(services: Mapping[str, Any]) -> str:
         f"Service Configuration:\n{json.dumps(services, indent=2)}\n\n"
         f"Environment Variable that would be set:\n{VARIABLE}={json.dumps(services)}"
     )
-
-
-def render_origins(resolved: Resolved) -> str:
-    """One line a value: key, value, and the file's line, the flag or the variable that set it."""
-    rows = [(".".join(path), shown(value), origin.source) for path, value, origin in resolved.leaves()]
-    keys, values = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
-    lines = (f"  {key:<{keys}}  {value:<{values}}  {source}" for key, value, source in rows)
-    return "\n".join(["Where each value comes from:", *lines])
 
 
 def _without(graph: Graph, elsewhere: Sequence[str]) -> Graph:

@@ -19,3 +19,4 @@ class ServeOptions:
     host: str | None = None
     port: int | None = None
     dry_run: bool = False
+    reload: bool = False

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,7 @@ async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir:
             on_exit=revoker.revoke,
             also=[(name, _keeper(name, servers, console)) for name in servers.embedded],
             spare=lambda: [process.pid for process in servers.processes.values()],
+            changes=_edits(options.working_dir) if options.reload else None,
         )
         try:
             with announcement.write(run_dir, graph.spec, _entry_address(graph, resolved), servers.env):
@@ -104,6 +106,12 @@ async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir:
             await revoker.close()
     finally:
         await servers.stop()
+
+
+def _edits(working_dir: Path) -> Callable[[], AsyncIterator[Collection[str]]]:
+    from dynamo.serve.reload import edits  # watchfiles, for developers alone
+
+    return lambda: edits(working_dir)
 
 
 def _keeper(name: str, servers: infra.Infra, console: Console) -> Any:

@@ -36,7 +36,6 @@ def plan(
         workers = arguments.workers or spec_of(cls).workers
         share = gpu_share(cls, services.get(name, {}), arguments)
         wanted += [(name, worker, workers, arguments, share) for worker in range(1, workers + 1)]
-    # the entry's side first, as upstream: a small part of the graph keeps its GPUs when workers are added
     given = gpus.assign(((name, share) for name, _, _, _, share in wanted), visible_gpus)
     processes: list[ProcessSpec] = []
     for (name, worker, workers, arguments, _), devices in zip(wanted, given, strict=True):
