@@ -16,6 +16,8 @@ from dynamo.serve import gpus
 from dynamo.serve.child import ProcessSpec
 
 RUN_DIR = "DYNAMO_RUN_DIR"
+GPU_SHARE = "DYNAMO_GPU_SHARE"
+"""the part of one GPU's memory that is this process's, where several share it"""
 
 
 def plan(
@@ -38,7 +40,7 @@ def plan(
         wanted += [(name, worker, workers, arguments, share) for worker in range(1, workers + 1)]
     given = gpus.assign(((name, share) for name, _, _, _, share in wanted), visible_gpus)
     processes: list[ProcessSpec] = []
-    for (name, worker, workers, arguments, _), devices in zip(wanted, given, strict=True):
+    for (name, worker, workers, arguments, share), devices in zip(wanted, given, strict=True):
         env = {
             **environment,
             VARIABLE: json.dumps(services),
@@ -46,6 +48,8 @@ def plan(
             **arguments.envs,
             "CUDA_VISIBLE_DEVICES": ",".join(devices),
         }
+        if 0 < share < gpus.WHOLE:
+            env[GPU_SHARE] = f"{share:g}"
         argv = [sys.executable, "-m", "dynamo.serve.process", graph.spec, "--service-name", name]
         argv += ["--worker-id", str(worker), "--workers", str(workers)]
         processes.append(ProcessSpec(name, worker, tuple(argv), env, str(working_dir.resolve()), workers))

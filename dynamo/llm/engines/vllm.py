@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 STALL_S = 120.0
 """How long the engine may be silent while requests run. A long prefill on a slow CPU takes tens of seconds."""
+USED_GPU_MEMORY = 0.9
+"""of a whole GPU, vLLM's default; a worker that shares one takes its share of this"""
 CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of this
 _PR_SET_PDEATHSIG = 1
 _ENVIRONMENT = {
@@ -105,11 +107,15 @@ class VllmEngine:
             def error(self, message: str) -> None:
                 raise StartError(f"vLLM's arguments: {message}", hint="check the worker's keys in the configuration")
 
+        given = {name.replace("-", "_") for name in self._arguments}
         parser = arguments.add_cli_args(Parser())
         argv = ["--model", resolve(self._model), *to_argv(self._arguments, parser)]
-        if cpu and "dtype" not in self._arguments and not _fast_bfloat16():
+        if cpu and "dtype" not in given and not _fast_bfloat16():
             argv += ["--dtype", "float32"]
-        if "use_tqdm_on_load" not in {name.replace("-", "_") for name in self._arguments}:
+        share = os.environ.get("DYNAMO_GPU_SHARE")
+        if share and "gpu_memory_utilization" not in given:
+            argv += ["--gpu-memory-utilization", f"{USED_GPU_MEMORY * float(share):.3f}"]
+        if "use_tqdm_on_load" not in given:
             argv.append("--no-use-tqdm-on-load")  # a bar in a log; progress lines tell the same
         options = parser.parse_args(argv)
         block = getattr(options, "block_size", None)
