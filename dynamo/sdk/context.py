@@ -5,4 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 dynamo_context: dict[str, Any] = {}
-"""`service_name`, `worker_id` (from 1), `namespace`, `runtime`, `component`, `endpoints` (names, alphabetical)."""
+"""Filled before the constructor runs:
+
+service_name, namespace: text; worker_id: from 1
+runtime: the process's `DistributedRuntime`; component: its `Component` there
+endpoints: `ComponentEndpoint` objects, in alphabetical order of their methods; `endpoints[0].lease_id()` is the instance's id
+lease: the process's lease, with `id()`
+progress: call it with a text that tells what the start is waiting for
+url: of the HTTP server, once there is one
+"""

@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
 
 from dynamo.errors import GraphError
 from dynamo.sdk.endpoint import EndpointSpec
-from dynamo.sdk.service import ServiceSpec, spec_of
+from dynamo.sdk.service import ServiceSpec, is_interface, spec_of
 from dynamo.wire.stream import Stream
 
 T = TypeVar("T")
@@ -76,9 +76,10 @@ class Dependency(Generic[T]):
             return cast(T, instance.__dict__[self.slot])
         except KeyError:
             name = f"{type(instance).__name__}.{self.attribute}"
+            target = f"<a service that is a {self.on.__name__}>" if is_interface(self.on) else self.on.__name__
             raise GraphError(
                 f"{name} is not linked in this graph",
-                hint=f"add {type(instance).__name__}.link({self.on.__name__}) to the graph module, "
+                hint=f"add {type(instance).__name__}.link({target}) to the graph module, "
                 f"or call bind(obj, {self.attribute}=...) in a test",
             ) from None
 
@@ -86,10 +87,15 @@ class Dependency(Generic[T]):
         return f"depends({self.on.__name__})"
 
 
-def depends(on: type[T], /) -> Dependency[T]:
-    """Declare that this service calls `on`. `self.<attribute>` is then typed as `on` itself."""
-    spec_of(on)
-    return Dependency(on)
+def depends(on: Callable[..., T], /) -> Dependency[T]:
+    """Declare that this service calls `on`, a service or an interface. `self.<attribute>` is then typed as `on` itself.
+
+    Behind an interface (a subclass of `AbstractService`) stands what `.link()` puts there.
+    """
+    cls = cast("type[T]", on)  # not its type above: there, mypy would refuse a class with abstract methods
+    if not is_interface(cls):
+        spec_of(cls)
+    return Dependency(cls)
 
 
 def dependencies(cls: type[Any]) -> dict[str, Dependency[Any]]:

@@ -9,14 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_type_hints, overload
 
 from dynamo.errors import GraphError
+from dynamo.sdk.route import mark_route
 from dynamo.wire.codec import item_type
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENDPOINT_MARK = "__dynamo_endpoint__"
 HOOKS_MARK = "__dynamo_hooks__"
+PROBE_MARK = "__dynamo_probe__"
 NAME = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
 """What may stand in etcd keys and NATS subjects."""
+LIVENESS_PATH, READINESS_PATH = "/healthz", "/readyz"
 
 Hook = Literal["start", "shutdown", "liveness", "readiness"]
 
@@ -78,18 +81,41 @@ def endpoints(cls: type[Any]) -> dict[str, EndpointSpec]:
 @overload
 def endpoint(function: F, /) -> F: ...
 @overload
-def endpoint(*, name: str | None = None, transports: Any = None) -> Callable[[F], F]: ...
-def endpoint(function: Any = None, /, *, name: str | None = None, transports: Any = None) -> Any:
+def endpoint(
+    *, name: str | None = None, transports: Any = None, http_method: str | None = None, is_api: bool = False
+) -> Callable[[F], F]: ...
+def endpoint(
+    function: Any = None,
+    /,
+    *,
+    name: str | None = None,
+    transports: Any = None,
+    http_method: str | None = None,
+    is_api: bool = False,
+) -> Any:
     """Make a method callable by other services, with or without parentheses.
 
     An `async def` that returns is a unary endpoint. One that yields, or a plain `def` that returns a `Stream` or another
     async iterator, is a streaming one. `name` is the address, by default the method's name; it may contain slashes.
-    `transports` is of the 0.3 SDK and has no effect. Raises GraphError for a name or a method that cannot be called.
+    With `DynamoTransport.HTTP` among `transports`, or `is_api` (of 0.1), it is an `@api`; with HTTP alone, only that.
+    Raises GraphError for a name or a method that cannot be called.
     """
+    wanted = {str(getattr(transport, "name", transport)).upper() for transport in transports or ("DEFAULT",)}
+    if is_api:
+        wanted = {"HTTP"}
+    if http_method is not None and "HTTP" not in wanted:
+        raise GraphError(
+            "http_method can only be specified for endpoints with HTTP transport",
+            hint="write @api(http_method=...), or add transports=[DynamoTransport.HTTP]",
+        )
 
     def mark(method: Any) -> Any:
         if not inspect.isfunction(method):
             raise GraphError(f"@endpoint goes on a method, not on a {type(method).__name__}")
+        if "HTTP" in wanted:
+            mark_route(method, name, http_method)
+            if "DEFAULT" not in wanted:
+                return method
         address = method.__name__ if name is None else name
         if not NAME.fullmatch(address):
             raise GraphError(
@@ -137,25 +163,47 @@ def on_shutdown(function: Any = None, /) -> Any:
 async_on_shutdown = on_shutdown
 
 
+def _probe(kind: Hook, function: Any, route: str) -> Any:
+    def mark(method: Any) -> Any:
+        known: dict[str, str] = getattr(method, PROBE_MARK, {})
+        setattr(method, PROBE_MARK, known | {kind: "/" + route.removeprefix("/")})
+        return _hook(kind, method)
+
+    return mark if function is None else mark(function)
+
+
 @overload
 def liveness(function: F, /) -> F: ...
 @overload
-def liveness() -> Callable[[F], F]: ...
-def liveness(function: Any = None, /) -> Any:
+def liveness(*, route: str = LIVENESS_PATH) -> Callable[[F], F]: ...
+def liveness(function: Any = None, /, *, route: str = LIVENESS_PATH) -> Any:
     """Ask this method (sync or async, gives a bool) every second whether the service works.
 
-    False or an exception takes the process out of discovery and ends it; the supervisor starts another.
+    False or an exception takes the process out of discovery and ends it; the supervisor starts another. `GET route`
+    of the service's HTTP server and of its system app asks it too: 200, 503, or 500 with the exception's text.
     """
-    return _hook("liveness", function)
+    return _probe("liveness", function, route)
 
 
 @overload
 def readiness(function: F, /) -> F: ...
 @overload
-def readiness() -> Callable[[F], F]: ...
-def readiness(function: Any = None, /) -> Any:
-    """Ask this method (sync or async, gives a bool) whether the service can take requests; "ready" waits for True."""
-    return _hook("readiness", function)
+def readiness(*, route: str = READINESS_PATH) -> Callable[[F], F]: ...
+def readiness(function: Any = None, /, *, route: str = READINESS_PATH) -> Any:
+    """Ask this method (sync or async, gives a bool) whether the service can take requests; "ready" waits for True.
+
+    `GET route` asks it too, as with `liveness`.
+    """
+    return _probe("readiness", function, route)
+
+
+def probes(cls: type[Any], kind: Hook) -> dict[str, str]:
+    """method -> path of GET of each `liveness` or `readiness` hook of a class."""
+    found = {}
+    for name in hooks(cls, kind):
+        marks = (getattr(vars(base).get(name), PROBE_MARK, {}) for base in cls.__mro__)
+        found[name] = next(mark[kind] for mark in marks if kind in mark)
+    return found
 
 
 def hooks(cls: type[Any], kind: Hook) -> list[str]:

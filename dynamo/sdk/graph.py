@@ -12,7 +12,7 @@ from typing import Any
 
 from dynamo.errors import GraphError
 from dynamo.sdk.depends import dependencies
-from dynamo.sdk.service import EDGES, Edge, is_service, spec_of
+from dynamo.sdk.service import EDGES, Edge, is_interface, is_service, spec_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,13 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
     path: list[type[Any]] = []
 
     def visit(cls: type[Any]) -> None:
+        if is_interface(cls):
+            user = path[-1].__name__
+            raise GraphError(
+                f"{spec}: Service {cls.__name__} is not servable. Please use link to override with a concrete "
+                f"implementation: {user} depends on an interface",
+                hint=f"add {user}.link(<a service that is a {cls.__name__}>) to the graph module",
+            )
         name = spec_of(cls).name
         if cls in path:
             cycle = " -> ".join(c.__name__ for c in [*path[path.index(cls) :], cls])

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
 import warnings
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard, TypeVar, overload
 
 from dynamo.errors import GraphError
 from dynamo.sdk.endpoint import NAME, EndpointSpec, endpoints
+from dynamo.sdk.interface import check_interface
+from dynamo.sdk.route import Route, routes
 
 C = TypeVar("C", bound="type[Any]")
 U = TypeVar("U")
 
 _SPEC = "__dynamo_service__"
 DEFAULT_NAMESPACE = "dynamo"
-_IGNORED_IN_0_3 = {"traffic", "resource", "labels", "kubernetes_overrides", "system_app", "logging", "ssl", "http"}
-_KNOWN = ("dynamo", "resources", "workers", "image", "envs", "app")
+_IGNORED_IN_0_3 = {"traffic", "resource", "labels", "kubernetes_overrides", "logging", "ssl", "http"}
+_KNOWN = ("dynamo", "resources", "workers", "image", "envs", "app", "system_app")
+HTTP_SETTINGS = ("host", "port")
 
 
 class Resources(NamedTuple):
@@ -50,6 +55,8 @@ class ServiceSpec:
     envs: Mapping[str, str]
     app: Any
     endpoints: Mapping[str, EndpointSpec]  # by method name
+    routes: Sequence[Route] = ()
+    system_app: Any = None
 
     @property
     def address(self) -> tuple[str, str]:
@@ -120,6 +127,75 @@ class Service:
         return spec_of(cls).address
 
 
+class AbstractService(Service, ABC):
+    """Base of an interface: a class whose methods are `@abstract_endpoint`, named in `depends()` and never served.
+
+    A service that implements it derives from it, and is put behind the dependency by `.link()`.
+    """
+
+
+def is_interface(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, AbstractService) and not is_service(value)
+
+
+class _OfClass:
+    """An attribute that only the class has; on instances the name stays free for the author."""
+
+    def __init__(self, read: Callable[[type[Any]], Any]) -> None:
+        self._read = read
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type[Any]) -> Any:
+        if instance is not None or not is_service(owner):
+            raise AttributeError(f"{owner.__name__!r} object has no attribute {self._name!r}")
+        return self._read(owner)
+
+
+def _active_dependencies(cls: type[Any]) -> dict[str, Any]:
+    from dynamo.sdk.depends import dependencies
+
+    mine = {edge.attribute for edge in EDGES if edge.source is cls}
+    linked = any(cls in (edge.source, edge.target) for edge in EDGES)
+    return {name: found for name, found in dependencies(cls).items() if name in mine or not linked}
+
+
+def _all_services(cls: type[Any]) -> dict[str, type[Any]]:
+    from dynamo.sdk.graph import build
+
+    return build(cls.__name__, cls, list(EDGES)).services
+
+
+class _ServiceObject:
+    """What graphs and tests of ai-dynamo 0.1 to 0.3 read from the object that stood in a service class's place."""
+
+    inner = _OfClass(lambda cls: cls)
+    name = _OfClass(lambda cls: spec_of(cls).name)
+    config = _OfClass(spec_of)
+    dependencies = _OfClass(_active_dependencies)
+    get_dynamo_endpoints = _OfClass(lambda cls: lambda: {e.name: e for e in spec_of(cls).endpoints.values()})
+    all_services = _OfClass(lambda cls: lambda: _all_services(cls))
+
+
+def _add_attributes(cls: type[Any]) -> None:
+    """`link`, `dynamo_address` and those of `_ServiceObject`, where the class uses the name for nothing itself."""
+    used = {name for base in cls.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", ()))}
+    for source in (Service, _ServiceObject):
+        for name, value in vars(source).items():
+            if not name.startswith("__") and name not in used:
+                setattr(cls, name, value)
+
+
+def _take_http_settings(cls: type[Any]) -> None:
+    """`host` and `port` are settings of every service with an HTTP server, whether its constructor has them or not."""
+    if hasattr(cls, "extra_settings") or cls.__init__ is object.__init__:
+        return
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    if parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters):  # else it takes any key in any case
+        cls.extra_settings = staticmethod(lambda: HTTP_SETTINGS)
+
+
 def parse_envs(envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> dict[str, str]:
     """`{"A": 1}` or `[{"name": "A", "value": 1}]` -> `{"A": "1"}`."""
     if not envs:
@@ -146,6 +222,7 @@ def service(
     image: str | None = None,
     envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     app: Any = None,
+    system_app: Any = None,
     **ignored: Any,
 ) -> Callable[[C], C]: ...
 def service(
@@ -158,12 +235,14 @@ def service(
     image: str | None = None,
     envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     app: Any = None,
+    system_app: Any = None,
     **ignored: Any,
 ) -> Any:
     """Declare a class as a service, with or without parentheses. The class itself comes back.
 
     `dynamo`: `namespace` (default "dynamo"), `component_type`, and others of the 0.x SDK that have no effect.
-    `resources` and `workers` are per service and count; `ServiceArgs` in the configuration overrides them.
+    `resources` and `workers` are per service and count; `ServiceArgs` in the configuration overrides them. `app` is the
+    FastAPI application for `@api` methods, `system_app` that for probes; without them there are new ones.
     """
     for name in ignored:
         if name not in _IGNORED_IN_0_3:
@@ -175,27 +254,31 @@ def service(
         raise GraphError(f"@service: workers: expected an integer of at least 1, found {workers!r}")
     options = dict(dynamo or {})
     namespace = options.get("namespace") or DEFAULT_NAMESPACE
+    component_type = options.get("component_type")
     if not isinstance(namespace, str) or not NAME.fullmatch(namespace) or "/" in namespace:
         raise GraphError(f"@service: namespace {namespace!r}: letters, digits, '_' and '-' only")
 
     def declare(found: type[Any]) -> type[Any]:
         if not isinstance(found, type):
             raise GraphError(f"@service goes on a class, not on {type(found).__name__}")
+        check_interface(found)
         spec = ServiceSpec(
             name=found.__name__,
             namespace=namespace,
-            component_type=options.get("component_type"),
+            component_type=getattr(component_type, "value", component_type),
             resources=Resources.parse(resources or {}),
             workers=workers,
             image=image,
             envs=parse_envs(envs),
             app=app,
             endpoints=endpoints(found),
+            routes=routes(found),
+            system_app=system_app,
         )
         setattr(found, _SPEC, spec)
-        for method in ("link", "dynamo_address"):
-            if not hasattr(found, method):
-                setattr(found, method, vars(Service)[method])
+        _add_attributes(found)
+        if spec.routes or app is not None:
+            _take_http_settings(found)
         return found
 
     return declare if cls is None else declare(cls)

@@ -237,7 +237,7 @@ async def test_cancel_through_two_hops(make: Make, namespace: str) -> None:
     started = time.monotonic()
     stream.cancel()
     await asyncio.wait_for(cancelled.wait(), 1)
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 1.0
 
 
 async def test_a_slow_reader_two_hops_away_holds_the_generator(make: Make, namespace: str) -> None:
@@ -279,7 +279,7 @@ async def test_deadline_at_caller_and_callee(serve: Serve) -> None:
     started = time.monotonic()
     with pytest.raises(DeadlineError, match="callee run did not finish"):
         await call(client, None, streaming=False)
-    assert 0.08 < time.monotonic() - started < 0.3
+    assert 0.08 < time.monotonic() - started < 1.0
     assert left[0] is not None
     assert 0 < left[0] <= 0.1
     await asyncio.wait_for(stopped.wait(), 0.1)
@@ -429,7 +429,7 @@ async def test_round_robin_random_and_direct(make: Make, namespace: str) -> None
     started = time.monotonic()
     with pytest.raises(NoInstancesError, match="instance 2a of") as caught:
         await call(client, None, 42, streaming=False)
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 1.0
     assert all(f"{instance:x}" in str(caught.value.hint) for instance in ids)
 
 
@@ -472,7 +472,7 @@ async def test_a_draining_instance_refuses_and_callers_go_elsewhere(make: Make, 
     started = time.monotonic()
     with pytest.raises(NoInstancesError):
         await call(client, None, servers[0].instance_id, streaming=False)
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 1.0
 
 
 async def test_drain_lets_running_calls_finish(make: Make, namespace: str) -> None:

@@ -96,11 +96,11 @@ async def test_kill_9_of_one_of_two_workers(workers: Workers, make: Make, namesp
     os.kill(workers.processes[first].pid, signal.SIGKILL)
     with pytest.raises(WorkerLostError):
         await collect(doomed)
-    assert time.monotonic() - killed < 0.2
+    assert time.monotonic() - killed < 1.0
     # its lease lives on for seconds: callers must not wait for that
     started = time.monotonic()
     assert [await anext(call(client, 0.005)) for _ in range(6)] == [0] * 6
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 1.0
     assert client.instance_ids() == [second]
     with pytest.raises(NoInstancesError):
         await call(client, 0.005, first)
@@ -124,7 +124,7 @@ async def test_killed_while_a_call_is_being_opened(workers: Workers, make: Make,
     workers.kill(first)
     async with asyncio.timeout(5):
         assert [await reply for reply in replies] == [workers.processes[second].pid] * 4
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 1.0
 
 
 async def test_a_stopped_worker_is_passed_over(

@@ -214,34 +214,6 @@ def test_a_reader_may_start_and_cancel_others_meanwhile() -> None:
     assert run(work) == 40
 
 
-def test_steps_over_many_sequences_cost_the_same_for_each() -> None:
-    async def work(engine: MockEngine) -> dict[int, float]:
-        seconds: dict[int, float] = {}
-        for count in (256, 2048):
-            left = count
-            ended = asyncio.Event()
-
-            def end(_: object) -> None:
-                nonlocal left
-                left -= 1
-                if not left:
-                    ended.set()  # noqa: B023
-
-            began = time.process_time()
-            streams = [engine.generate(request([i], max_tokens=20, ignore_eos=True)) for i in range(count)]
-            for i, stream in enumerate(streams):
-                stream.pipe(lambda _: None, end)
-                if i % 4 == 0:
-                    stream.cancel()
-                    end(None)
-            await ended.wait()
-            seconds[count] = (time.process_time() - began) / count
-        return seconds
-
-    seconds = run(work)
-    assert seconds[2048] < 3 * seconds[256]
-
-
 def test_pace() -> None:
     """The schedule that the engine asks its loop for, rather than the clock of a busy machine."""
 

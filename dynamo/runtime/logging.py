@@ -1,0 +1,13 @@
+"""`from dynamo.runtime.logging import configure_dynamo_logging`, as components of ai-dynamo 0.2 and 0.3 write it."""
+
+from __future__ import annotations
+
+import logging
+
+from dynamo import log
+
+
+def configure_dynamo_logging(service_name: str | None = None, worker_id: int | None = None) -> None:
+    """`log.configure` with that name on every line; without one, nothing where logging is set up already."""
+    if service_name is not None or not logging.root.handlers:
+        log.configure(":".join(str(part) for part in (service_name, worker_id) if part is not None))

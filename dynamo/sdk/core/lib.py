@@ -1,0 +1,12 @@
+"""`dynamo.sdk.core.lib` of ai-dynamo 0.3."""
+
+from dynamo.sdk.depends import depends
+from dynamo.sdk.interface import abstract_endpoint
+from dynamo.sdk.lib.image import DYNAMO_IMAGE
+from dynamo.sdk.service import service
+
+__all__ = ["DYNAMO_IMAGE", "abstract_endpoint", "depends", "service", "set_target"]
+
+
+def set_target(target: object) -> None:
+    """Nothing: there is one target."""

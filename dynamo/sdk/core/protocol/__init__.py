@@ -1,0 +1,1 @@
+"""The package `dynamo.sdk.core.protocol` of ai-dynamo 0.3."""

@@ -1,0 +1,9 @@
+"""`from dynamo.sdk.core.runner import TargetEnum`, as scripts of ai-dynamo 0.3 write it."""
+
+from enum import Enum
+
+
+class TargetEnum(Enum):
+    """Where a graph runs; there is one target."""
+
+    DYNAMO = "dynamo"

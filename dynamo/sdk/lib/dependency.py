@@ -1,0 +1,5 @@
+"""`from dynamo.sdk.lib.dependency import depends`, as in ai-dynamo 0.1 and 0.2."""
+
+from dynamo.sdk.depends import depends
+
+__all__ = ["depends"]
