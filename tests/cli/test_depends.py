@@ -40,13 +40,18 @@ def test_what_is_wrong_is_one_line_and_a_hint(arguments, code, message):
     assert hint.startswith("hint: ")
 
 
+def planned(told: str) -> list[str]:
+    """Names of the processes that a dry run tells."""
+    return [line.split()[0] for line in told.partition("Where each value comes from:")[0].splitlines()[1:]]
+
+
 def test_a_dry_run_names_what_starts():
     whole = command(*AGG, "--dry-run", "--target", "dynamo")
     part = command(*AGG, "--dry-run", "--depends", "VllmWorker=elsewhere")
     assert part.stdout == whole.stdout  # the configuration of all services: those here know of the others
-    told = part.stderr.partition("Where each value comes from:")[0].splitlines()[1:]
-    assert [line.split()[0] for line in told] == ["Processor", "Frontend"]
-    assert command(*AGG, "--dry-run", DYNAMO_SERVE_DEPENDS="VllmWorker=a Processor=b").stderr.endswith(": Frontend\n")
+    assert planned(part.stderr) == ["Processor", "Frontend"]
+    least = command(*AGG, "--dry-run", DYNAMO_SERVE_DEPENDS="VllmWorker=a Processor=b")
+    assert planned(least.stderr) == ["Frontend"]
 
 
 def test_a_second_frontend_for_a_running_graph(graph: Graph, tmp_path: Path):
