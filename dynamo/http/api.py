@@ -7,7 +7,16 @@ import functools
 import inspect
 import random
 import socket
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import aclosing
 from typing import Any, NamedTuple, get_origin, get_type_hints
 
@@ -17,7 +26,6 @@ from fastapi.encoders import jsonable_encoder
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from dynamo.errors import DynamoError, GraphError, StartError
@@ -79,7 +87,7 @@ def create_api(app: Any, title: str, answers: Iterable[Answer], checks: Mapping[
 
 
 def _add_check(app: FastAPI, path: str, check: Check) -> None:
-    if any(getattr(route, "path", None) == path for route in _routes(app)):
+    if any(getattr(route, "path", None) == path for route in app.router.routes):
         return
 
     async def answer() -> Response:
@@ -87,10 +95,6 @@ def _add_check(app: FastAPI, path: str, check: Check) -> None:
         return PlainTextResponse(text, status)
 
     app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
-
-
-def _routes(app: FastAPI) -> list[BaseRoute]:
-    return app.router.routes
 
 
 async def _failed(_: Request, error: Exception) -> Response:
@@ -170,9 +174,7 @@ async def _stream(items: AsyncIterable[Any]) -> Response:
         kind = "text/plain; charset=utf-8" if not first or isinstance(first[0], str) else "application/octet-stream"
         return StreamingResponse(_closing(_chunks(first, iterator), items), media_type=kind)
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(
-        _closing(_events(first, iterator), items), media_type="text/event-stream", headers=headers
-    )
+    return StreamingResponse(_closing(_events(first, iterator), items), media_type="text/event-stream", headers=headers)
 
 
 async def _closing(chunks: AsyncGenerator[bytes, None], items: AsyncIterable[Any]) -> AsyncIterator[bytes]:

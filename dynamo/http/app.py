@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dynamo import __version__
 from dynamo.errors import DynamoError, ModelNotFoundError
@@ -126,13 +126,12 @@ def create_app(
     api = generation.Api(backend, max_body_bytes, timeout_s)
     _add_pages(app, backend, api)
     _add_errors(app)
-    generating = {
+    generating: dict[str, generation.GeneratingRoute] = {
         "/v1/chat/completions": generation.ChatCompletions(api),
         "/v1/completions": generation.Completions(api),
     }
     for path, route in generating.items():
-        # plain ASGI: FastAPI's own request path costs 250 µs a request
-        app.router.routes.append(Route(path, route, methods=["POST"]))
+        app.router.routes.append(Route(path, route, methods=["POST"]))  # for other methods and trailing slashes
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:
@@ -145,7 +144,13 @@ def create_app(
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-    around: ASGIApp = app
+
+    async def shortcut(scope: Scope, receive: Receive, send: Send) -> None:
+        """Generating routes without FastAPI's layers, which cost 25 µs a request and, with its validation, 250."""
+        direct = generating.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (direct or app)(scope, receive, send)
+
+    around: ASGIApp = shortcut
     if api_keys:
         around = ApiKeys(around, api_keys)
     if cors_origins:

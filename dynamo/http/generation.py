@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from dynamo.errors import DynamoError, ModelNotFoundError, RequestError, UnavailableError
+from dynamo.errors import ModelNotFoundError, RequestError, UnavailableError
 from dynamo.http import failure, sse
 from dynamo.http.answer import Answer, ChatAnswer, TextAnswer
 from dynamo.http.backend import Backend
@@ -117,8 +117,9 @@ class GeneratingRoute(ABC):
             started = self._prepare(body, request_name(scope))
         except ClientGoneError:
             return
-        except DynamoError as error:
+        except Exception as error:
             api.metrics.refused(self.endpoint)
+            failure.report(error)
             await sse.respond_error(send, error)
             return
         if api.timeout_s is not None:

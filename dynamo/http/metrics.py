@@ -89,6 +89,14 @@ class Metrics:
         )
         self.tokens = _TokenCollector()
         self.registry.register(self.tokens)
+        self._models: dict[str, ModelMetrics] = {}
+
+    def of(self, model: str) -> ModelMetrics:
+        """The metrics of one model; looking up labels for each request costs 12 µs."""
+        found = self._models.get(model)
+        if found is None:
+            found = self._models[model] = ModelMetrics(self, model)
+        return found
 
     def refused(self, endpoint: str) -> None:
         """Count a request that failed before it was clear which model it is for."""
@@ -98,20 +106,39 @@ class Metrics:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
+class ModelMetrics:
+    """`Metrics` with the model's label filled in."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.in_flight, self.queued = metrics.in_flight.labels(model), metrics.queued.labels(model)
+        self.duration, self.ttft = metrics.duration.labels(model), metrics.ttft.labels(model)
+        self.isl, self.osl = metrics.isl.labels(model), metrics.osl.labels(model)
+        self.cached, self.tokens = metrics.cached.labels(model), metrics.tokens.of(model)
+        self._metrics, self._model = metrics, model
+        self._requests: dict[tuple[str, ...], Counter] = {}
+
+    def count(self, endpoint: str, kind: str, status: Status) -> None:
+        labels = (self._model, endpoint, kind, status)
+        found = self._requests.get(labels)
+        if found is None:
+            found = self._requests[labels] = self._metrics.requests.labels(*labels)
+        found.inc()
+
+
 class Observation:
     """One request's times and counts, from when it is accepted until `done`. `started`: `time.monotonic()`."""
 
     __slots__ = ("_endpoint", "_first", "_kind", "_last", "_metrics", "_model", "_open", "_started", "_tokens")
 
     def __init__(self, metrics: Metrics, model: str, endpoint: str, *, stream: bool, started: float) -> None:
-        self._metrics, self._model, self._endpoint = metrics, model, endpoint
+        self._metrics, self._model, self._endpoint = metrics, metrics.of(model), endpoint
         self._kind = "stream" if stream else "unary"
         self._started = started
         self._first = self._last = 0.0
-        self._tokens = metrics.tokens.of(model)
+        self._tokens = self._model.tokens
         self._open = True
-        metrics.in_flight.labels(model).inc()
-        metrics.queued.labels(model).inc()
+        self._model.in_flight.inc()
+        self._model.queued.inc()
 
     @property
     def heard(self) -> float:
@@ -126,7 +153,7 @@ class Observation:
         found.output += count
         if not self._first:
             self._first = now
-            self._metrics.queued.labels(self._model).dec()
+            self._model.queued.dec()
         elif self._kind == "stream":
             gap = (now - self._last) / count
             found.gaps[bisect_left(_ITL_SECONDS, gap)] += count
@@ -138,20 +165,20 @@ class Observation:
         if not self._open:
             return
         self._open = False
-        m, model = self._metrics, self._model
+        model = self._model
         taken_s = time.monotonic() - self._started
-        m.in_flight.labels(model).dec()
-        m.requests.labels(model, self._endpoint, self._kind, status).inc()
-        m.duration.labels(model).observe(taken_s)
+        model.in_flight.dec()
+        model.count(self._endpoint, self._kind, status)
+        model.duration.observe(taken_s)
         log.info("%s %s: %s in %.3f s, tokens %d in (%d cached), %d out",
                  self._endpoint, self._kind, status, taken_s, prompt_tokens, cached_tokens, output_tokens)  # fmt: skip
         if status == "disconnect":
-            m.disconnected.inc()
+            self._metrics.disconnected.inc()
         if not self._first:
-            m.queued.labels(model).dec()
+            model.queued.dec()
             return
         if self._kind == "stream":
-            m.ttft.labels(model).observe(self._first - self._started)
-        m.isl.labels(model).observe(prompt_tokens)
-        m.osl.labels(model).observe(output_tokens)
-        m.cached.labels(model).observe(cached_tokens)
+            model.ttft.observe(self._first - self._started)
+        model.isl.observe(prompt_tokens)
+        model.osl.observe(output_tokens)
+        model.cached.observe(cached_tokens)
