@@ -131,3 +131,11 @@ class Frontend(Service):
             await self.server.stop()
         if self._following is not None:
             self._following.cancel()
+
+
+if (
+    __name__ == "__main__"
+):  # python -m components.frontend -f configs/agg.yaml: this service alone, under a debugger too
+    from dynamo.serve.foreground import alone
+
+    alone(Frontend)

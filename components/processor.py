@@ -77,3 +77,11 @@ def _echoed(prompt: str, stream: Stream[Delta]) -> Stream[Delta]:
         return msgspec.structs.replace(delta, text=prompt + delta.text)
 
     return stream.map(add)
+
+
+if (
+    __name__ == "__main__"
+):  # python -m components.processor -f configs/agg.yaml: this service alone, under a debugger too
+    from dynamo.serve.foreground import alone
+
+    alone(Processor)

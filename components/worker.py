@@ -90,3 +90,9 @@ class VllmWorker(Service):
     @on_shutdown
     async def stop(self) -> None:
         await self.engine.stop()
+
+
+if __name__ == "__main__":  # python -m components.worker -f configs/agg.yaml: this service alone, under a debugger too
+    from dynamo.serve.foreground import alone
+
+    alone(VllmWorker)

@@ -7,29 +7,17 @@ import functools
 import inspect
 import random
 import socket
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-)
-from contextlib import aclosing
-from typing import Any, NamedTuple, get_origin, get_type_hints
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-import msgspec
-from fastapi import Body, FastAPI
-from fastapi.encoders import jsonable_encoder
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from dynamo.errors import DynamoError, GraphError, StartError
 from dynamo.http import failure
+from dynamo.http.api_method import handler
 from dynamo.http.edge import RequestIds
 from dynamo.http.server import BACKLOG, HttpServer
 
@@ -70,13 +58,13 @@ def create_api(app: Any, title: str, answers: Iterable[Answer], checks: Mapping[
         try:
             app.add_api_route(
                 answer.path,
-                _handler(answer.method),
+                handler(answer.method, answer.path, answer.verb),
                 methods=[answer.verb],
                 name=answer.method.__name__,
                 description=inspect.getdoc(answer.method) or "",
                 response_model=None,  # what a method returns is sent, whatever its annotation says
             )
-        except Exception as error:  # an annotation that is no type for a request
+        except Exception as error:  # such as an annotation that is no type for a request
             raise GraphError(
                 f"{title}.{answer.method.__name__}: FastAPI cannot serve this signature: {error}",
                 hint="annotate its parameters with pydantic models or plain types",
@@ -101,116 +89,6 @@ async def _failed(_: Request, error: Exception) -> Response:
     failure.report(error)
     extra = {key.decode(): value.decode() for key, value in failure.headers(error)}
     return Response(failure.body(error), failure.status_of(error), extra, media_type="application/json")
-
-
-# -- one method
-
-
-def _handler(method: Callable[..., Any]) -> Callable[..., Awaitable[Response]]:
-    """What FastAPI calls: with the method's parameters, and with a response as its result."""
-    signature, on_loop = _signature(method), _on_loop(method)
-
-    async def answer(**given: Any) -> Response:
-        result = method(**given) if on_loop else await run_in_threadpool(method, **given)
-        if inspect.isawaitable(result):  # a Stream too: until the service behind it has accepted
-            result = await result
-        if isinstance(result, Response):
-            return result
-        if inspect.isgenerator(result):
-            result = iterate_in_threadpool(result)
-        if isinstance(result, AsyncIterable):
-            return await _stream(result)
-        return Response(to_json(result), media_type="application/json")
-
-    answer.__signature__ = signature  # type: ignore[attr-defined]
-    return answer
-
-
-def _signature(method: Callable[..., Any]) -> inspect.Signature:
-    """With annotations resolved. A parameter without one is a key of the JSON body."""
-    hints = get_type_hints(method, include_extras=True)
-    parameters = []
-    for parameter in inspect.signature(method).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        default = parameter.default
-        if parameter.name not in hints and not type(default).__module__.startswith("fastapi."):
-            body = Body(embed=True) if default is parameter.empty else Body(default, embed=True)
-            parameter = parameter.replace(annotation=Any, default=body)
-        else:
-            parameter = parameter.replace(annotation=hints.get(parameter.name, Any))
-        parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
-    return inspect.Signature(parameters)
-
-
-def _on_loop(method: Callable[..., Any]) -> bool:
-    """Whether to call it on the event loop; a plain `def` that may block goes to a thread, as FastAPI does it."""
-    if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
-        return True
-    returns = get_type_hints(method).get("return")
-    kind = get_origin(returns) or returns
-    return inspect.isclass(kind) and issubclass(kind, (AsyncIterable, Awaitable))
-
-
-def _encode_other(value: Any) -> Any:
-    dump = getattr(value, "model_dump", None)
-    return dump(mode="json") if callable(dump) else jsonable_encoder(value)
-
-
-to_json = msgspec.json.Encoder(enc_hook=_encode_other).encode
-
-
-async def _stream(items: AsyncIterable[Any]) -> Response:
-    """The first item decides: text goes out as text, anything else as server-sent events.
-
-    What fails before it is an answer with its own status.
-    """
-    iterator = aiter(items)
-    try:
-        first = [await anext(iterator)]
-    except StopAsyncIteration:
-        first = []
-    if not first or isinstance(first[0], str | bytes):
-        kind = "text/plain; charset=utf-8" if not first or isinstance(first[0], str) else "application/octet-stream"
-        return StreamingResponse(_closing(_chunks(first, iterator), items), media_type=kind)
-    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(_closing(_events(first, iterator), items), media_type="text/event-stream", headers=headers)
-
-
-async def _closing(chunks: AsyncGenerator[bytes, None], items: AsyncIterable[Any]) -> AsyncIterator[bytes]:
-    """A client that leaves closes the method's generator now, and not when it is collected."""
-    try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield chunk
-    finally:
-        close = getattr(items, "aclose", None)
-        if close is not None:
-            await close()
-
-
-async def _chunks(first: list[Any], rest: AsyncIterator[Any]) -> AsyncGenerator[bytes, None]:
-    for item in first:
-        yield _chunk(item)
-    async for item in rest:
-        yield _chunk(item)
-
-
-def _chunk(item: Any) -> bytes:
-    if isinstance(item, bytes):
-        return item
-    return item.encode() if isinstance(item, str) else to_json(item)
-
-
-async def _events(first: list[Any], rest: AsyncIterator[Any]) -> AsyncGenerator[bytes, None]:
-    try:
-        for item in first:
-            yield b"data: %b\n\n" % to_json(item)
-        async for item in rest:
-            yield b"data: %b\n\n" % to_json(item)
-    except Exception as error:  # the status has gone out: the client reads it here
-        failure.report(error)
-        yield b"event: error\ndata: %b\n\n" % failure.body(error)
 
 
 # -- the server

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import random
+import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
@@ -18,10 +19,12 @@ import msgspec
 
 from dynamo.errors import TransportError
 from dynamo.runtime.client import Client
+from dynamo.runtime.component import Namespace, PrimaryLease
 from dynamo.runtime.discovery import Discovery, watch
 from dynamo.runtime.micro import announce
 from dynamo.runtime.peers import Peers, host_id
 from dynamo.runtime.server import Endpoint, Server
+from dynamo.runtime.static import StaticDiscovery, static_subject, tell
 from dynamo.transport.etcd import Delete, Etcd, Put
 from dynamo.transport.listener import StreamListener
 from dynamo.transport.nats import DEFAULT_URL, Nats
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 10
 REVOKE_TIMEOUT_S = 1.0
+SHUTDOWN_DRAIN_S = 25.0
 DEFAULT_ETCD = "http://localhost:2379"
 STREAM_PORTS = range(20000, 32768)  # below the range that the kernel gives to outgoing connections
 
@@ -40,11 +44,14 @@ class DistributedRuntime:
     """Connects to etcd and NATS at the first use (`connect`), so that a process may fork before.
 
     `run_dir` holds the process's stream socket; without one, only TCP is offered. All work of the runtime ends in
-    `close`.
+    `close`. With `is_static` there is no etcd: each endpoint has one instance, at a fixed address. `event_loop` is of
+    the 0.x binding: the running loop is used.
     """
 
     def __init__(
         self,
+        event_loop: asyncio.AbstractEventLoop | None = None,
+        is_static: bool = False,
         *,
         nats_url: str | None = None,
         etcd_endpoints: str | None = None,
@@ -54,6 +61,12 @@ class DistributedRuntime:
         self.nats_url = nats_url or os.environ.get("NATS_SERVER") or DEFAULT_URL
         self.etcd_endpoints = etcd_endpoints or os.environ.get("ETCD_ENDPOINTS") or DEFAULT_ETCD
         self.name = name
+        self.event_loop, self.is_static = event_loop, is_static
+        self.instance_id = secrets.randbits(62) + 1
+        """Of this process as an instance, and of its lease in etcd; chosen here, so that it is known before it connects."""
+        self.serving = False
+        self._stopped = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
         self._run_dir = run_dir
         self._connecting = asyncio.Lock()
         self._clients: dict[tuple[str, str, str], Client] = {}
@@ -71,11 +84,13 @@ class DistributedRuntime:
             if self._closed:
                 raise TransportError("this runtime is closed")
             async with AsyncExitStack() as opened:
-                self.etcd = Etcd.connect(self.etcd_endpoints)
-                opened.push_async_callback(self.etcd.close)
+                if not self.is_static:
+                    self.etcd = Etcd.connect(self.etcd_endpoints)
+                    opened.push_async_callback(self.etcd.close)
                 self.nats = await Nats.connect(self.nats_url, name=self.name)
                 opened.push_async_callback(self.nats.close)
-                self.lease = await self.etcd.lease(LEASE_TTL_S)
+                if not self.is_static:
+                    self.lease = await self.etcd.lease(LEASE_TTL_S, self.instance_id)
                 self.server = Server(self.nats, self.listener)
                 await self._listen()
                 await announce(self.nats, self.server, self.instance_id)
@@ -95,15 +110,21 @@ class DistributedRuntime:
                 f"no free port for streams on {host}", hint="set DYN_HOST_IP to an address of this host"
             )
         if self._run_dir is not None:
-            unix = self._run_dir / f"{self.lease.id:x}.sock"
+            unix = self._run_dir / f"{self.instance_id:x}.sock"
             try:
                 await self.listener.listen(unix=unix)
             except OSError as error:  # such as a path of more than 107 bytes
                 log.warning("streams go over TCP only: %s: %s", unix, error)
 
-    @property
-    def instance_id(self) -> int:
-        return int(self.lease.id)
+    def namespace(self, name: str) -> Namespace:
+        return Namespace(self, name)
+
+    def primary_lease(self) -> PrimaryLease:
+        return PrimaryLease(self)
+
+    def etcd_client(self) -> Etcd | None:
+        """The client of etcd, once connected; None for a static runtime."""
+        return self.etcd if self._ready and not self.is_static else None
 
     async def client(self, namespace: str, component: str, endpoint: str) -> Client:
         """The client of an endpoint, the same one at each call; it follows the instances from now on."""
@@ -111,7 +132,11 @@ class DistributedRuntime:
         address = (namespace, component, endpoint)
         if address not in self._clients:
             client = self._clients[address] = Client(address, self.nats, self.peers)
-            discovery = Discovery(self.etcd, address, client.join, client.leave)
+            discovery = (
+                StaticDiscovery(self.nats, address, client.join, client.leave)
+                if self.is_static
+                else Discovery(self.etcd, address, client.join, client.leave)
+            )
             task = asyncio.get_running_loop().create_task(discovery.run(), name=f"discovery of {client.name}")
             self._watching.append(task)
         return self._clients[address]
@@ -121,8 +146,8 @@ class DistributedRuntime:
     ) -> None:
         """Serve a method under an address: subscribed on NATS first, then registered in etcd."""
         await self.connect()
-        topic = subject(namespace, component, endpoint, self.instance_id)
         address = (namespace, component, endpoint)
+        topic = static_subject(*address) if self.is_static else subject(*address, self.instance_id)
         where = f"{self.name} {endpoint}"
         await self.server.add(Endpoint(address, topic, _with_argument(method), codec.decoder(request_type), where))
         await self.nats.flush()
@@ -135,11 +160,17 @@ class DistributedRuntime:
             streams=self.listener.addresses,
             host=host_id(),
         )
-        await self.publish(f"{instances_prefix(*address)}{self.instance_id:x}", instance)
+        self.serving = True
+        if self.is_static:
+            await tell(self.nats, instance)
+        else:
+            await self.publish(f"{instances_prefix(*address)}{self.instance_id:x}", instance)
 
     async def publish(self, key: str, value: Any) -> None:
         """Put a value (as JSON) under a key that lives as long as this process."""
         await self.connect()
+        if self.is_static:
+            raise TransportError(f"cannot publish {key}: this runtime is static and has no etcd")
         if key not in self._registered:
             self._registered.append(key)
         await self.lease.put(key, msgspec.json.encode(value))
@@ -158,6 +189,16 @@ class DistributedRuntime:
                     view = dict(event.items)
                 yield dict(view)
 
+    def shutdown(self) -> None:
+        """Stop from anywhere, signal handlers included: `stopped` returns now, running calls finish meanwhile."""
+        self._stopped.set()
+        if self._ready and self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self.drain(SHUTDOWN_DRAIN_S))
+
+    async def stopped(self) -> None:
+        """Returns when the runtime was told to stop, or closed."""
+        await self._stopped.wait()
+
     async def deregister(self) -> None:
         """Take this process out of discovery; what runs here goes on."""
         if self._ready:
@@ -171,6 +212,7 @@ class DistributedRuntime:
 
     async def drain(self, limit_s: float) -> None:
         """Deregister and let running calls finish for up to `limit_s`; own calls to others still work."""
+        self._stopped.set()
         if self._ready:
             self.server.draining = True
             await self.deregister()
@@ -180,15 +222,16 @@ class DistributedRuntime:
         """Close everything, for ever; running calls are cut."""
         async with self._connecting:
             self._closed = True
+            self._stopped.set()
             if not self._ready:
                 return
             self._ready = False
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
         await self.server.close()
-        try:
-            async with asyncio.timeout(REVOKE_TIMEOUT_S):
-                await self.lease.revoke()
-        except (TransportError, TimeoutError) as error:
-            log.debug("lease not revoked: %r", error)
+        if not self.is_static:
+            await self._revoke()
         for task in self._watching:
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
@@ -196,7 +239,15 @@ class DistributedRuntime:
         await self.peers.close()
         await self.listener.close()
         await self.nats.close()
-        await self.etcd.close()
+        if not self.is_static:
+            await self.etcd.close()
+
+    async def _revoke(self) -> None:
+        try:
+            async with asyncio.timeout(REVOKE_TIMEOUT_S):
+                await self.lease.revoke()
+        except (TransportError, TimeoutError) as error:
+            log.debug("lease not revoked: %r", error)
 
 
 def _with_argument(method: Callable[..., Any]) -> Callable[[Any], Any]:

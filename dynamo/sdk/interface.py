@@ -10,6 +10,8 @@ from dynamo.errors import GraphError
 from dynamo.sdk.endpoint import endpoints
 from dynamo.sdk.route import routes
 
+__all__ = ["abstract_endpoint", "check_interface"]
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 ABSTRACT_MARK = "__dynamo_abstract__"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import fcntl
 import inspect
 import json
@@ -25,11 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+CLOSE_S = 1.0
 PORTS_FILE = "http.json"
 SYSTEM_APP = "DYNAMO_SYSTEM_APP_ENABLED"
 DEFAULT_CHECKS = "DYNAMO_SYSTEM_APP_USE_DEFAULT_HEALTH_CHECKS"
-
-Claim = Callable[[str, int | None, bool], socket.socket]
 
 
 class HttpService:
@@ -86,16 +87,14 @@ class HttpService:
         await self._server.start()
         return self._server.url
 
-    async def stop(self) -> None:
-        """Accept nothing new, and return when the running answers have ended."""
-        if self._server is not None:
-            await self._server.stop()
+    async def stop(self, limit_s: float) -> None:
+        """Accept nothing new, and return when the running answers have ended; those that take longer are cut."""
+        self.starting = True  # the system app tells meanwhile that this process is not ready any more
+        await _stop(self._server, limit_s)
 
     async def close(self) -> None:
-        """The system app goes last: it tells that this process is stopping."""
-        self.starting = True
-        if self._system is not None:
-            await self._system.stop()
+        """The system app goes last."""
+        await _stop(self._system, CLOSE_S)
 
     def _checks(self) -> dict[str, Callable[[], Awaitable[tuple[int, str]]]]:
         checks: dict[str, Callable[[], Awaitable[tuple[int, str]]]] = {}
@@ -123,6 +122,12 @@ class HttpService:
             return 200, "ok"
 
         return check
+
+
+async def _stop(server: ApiServer | None, limit_s: float) -> None:
+    if server is not None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(server.stop(), limit_s)
 
 
 def _enabled(variable: str) -> bool:
@@ -180,7 +185,7 @@ def claim(
                 )
         if shared and service not in claimed and port:
             listen(port, False).close()  # with SO_REUSEPORT, the port would be shared with whoever else shares it
-        listener = listen(claimed.get(service) if not port else port, shared)
+        listener = listen(port or claimed.get(service), shared)
         claimed[service] = listener.getsockname()[1]
         file.truncate(0)
         json.dump(claimed, file)

@@ -1,8 +1,8 @@
 """The life of one service process: `python -m dynamo.serve.process GRAPH --service-name NAME`.
 
-construct -> start hooks -> connect -> find the services it calls -> register its endpoints -> ready -> (SIGTERM) ->
-deregister -> finish running requests -> shutdown hooks -> close. Start hooks come before the connections, so that an
-engine may fork.
+construct -> start hooks -> connect -> find the services it calls -> register its endpoints -> accept HTTP -> ready ->
+(SIGTERM) -> stop HTTP -> deregister -> finish running requests -> shutdown hooks -> close. Start hooks come before the
+connections, so that an engine may fork.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dynamo.sdk.depends import Choice, Remote
 from dynamo.sdk.endpoint import EndpointSpec, Hook, hooks
 from dynamo.sdk.graph import Graph, load
 from dynamo.sdk.service import spec_of
+from dynamo.serve.http_service import HttpService
 from dynamo.serve.plan import RUN_DIR, namespace_of
 from dynamo.wire import codec
 from dynamo.wire.stream import Reply, Stream
@@ -39,6 +40,7 @@ from dynamo.wire.stream import Reply, Stream
 logger = logging.getLogger(__name__)
 
 DRAIN_S = 25.0
+MIN_DRAIN_S = 0.2
 GC_THRESHOLDS = (20_000, 20, 50)
 """Objects of a few hundred running requests stay young: with Python's 700 the collector took 9 % of a token's time."""
 LIVENESS_EVERY_S = 1.0
@@ -111,28 +113,22 @@ class ServiceProcess:
         self.cls = graph.service(name)
         self.config = ServiceConfig.get_instance()
         self.namespace = namespace_of(self.cls, self.config)
-        self.worker_id = worker_id
+        self.worker_id, self.workers = worker_id, workers
         self.label = name if workers == 1 else f"{name}:{worker_id}"
         self.stopping = asyncio.Event()
         self.instance: Any = None
+        self.http: HttpService | None = None
         self._constructed = False
+        self._drain_s = DRAIN_S
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopping.set)
-        run_dir = os.environ.get(RUN_DIR)
-        runtime = DistributedRuntime(run_dir=Path(run_dir) if run_dir else None, name=self.label)
-        spec = spec_of(self.cls)
-        dynamo_context.update(
-            service_name=self.name,
-            worker_id=self.worker_id,
-            namespace=self.namespace,
-            component=self.name,
-            endpoints=sorted(endpoint.name for endpoint in spec.endpoints.values()),
-            runtime=runtime,
-            progress=self.status.progress,
-        )
+        run_dir = Path(os.environ[RUN_DIR]) if os.environ.get(RUN_DIR) else None
+        runtime = DistributedRuntime(loop, run_dir=run_dir, name=self.label)
+        self._fill_context(runtime)
+        settings = self.config.get(self.name, {})
         callers = {
             attribute: ServiceCaller(runtime, target, namespace_of(target, self.config))
             for attribute, target in self.graph.targets[self.name].items()
@@ -142,8 +138,11 @@ class ServiceProcess:
             # bound before the constructor runs, which may want to keep self.worker
             targets = self.graph.targets[self.name]
             bind(self.instance, **{a: Remote(spec_of(targets[a]), caller) for a, caller in callers.items()})
-            self.instance.__init__(**constructor_arguments(self.cls, self.config.get(self.name, {})))
+            self.instance.__init__(**constructor_arguments(self.cls, settings))
             self._constructed = True
+            entry = self.cls is self.graph.entry
+            self.http = HttpService(self.instance, settings, entry=entry, workers=self.workers, run_dir=run_dir)
+            await self.http.start_system_app()
             await self._call_hooks("start")
             if self.stopping.is_set():
                 return 0
@@ -158,9 +157,25 @@ class ServiceProcess:
         finally:
             await self._shut_down(runtime)
 
+    def _fill_context(self, runtime: DistributedRuntime) -> None:
+        component = runtime.namespace(self.namespace).component(self.name)
+        endpoints = sorted(spec_of(self.cls).endpoints.values(), key=lambda endpoint: endpoint.method)
+        dynamo_context.update(
+            service_name=self.name,
+            worker_id=self.worker_id,
+            namespace=self.namespace,
+            runtime=runtime,
+            component=component,
+            endpoints=[component.endpoint(endpoint.name) for endpoint in endpoints],
+            lease=runtime.primary_lease(),
+            progress=self.status.progress,
+        )
+
     def _url(self) -> dict[str, str]:
         url = dynamo_context.get("url")
-        return {"url": url} if url else {}
+        if not url:
+            return {}
+        return {"url": url} if self.cls is self.graph.entry else {"url": url, "text": url}
 
     async def _call_hooks(self, kind: Hook) -> list[Any]:
         results = []
@@ -181,6 +196,11 @@ class ServiceProcess:
         for endpoint in spec_of(self.cls).endpoints.values():
             method = getattr(self.instance, endpoint.method)
             await runtime.serve(self.namespace, self.name, endpoint.name, method, endpoint.types()[0])
+        assert self.http is not None
+        self.http.starting = False
+        url = await self.http.start()
+        if url is not None:
+            dynamo_context["url"] = url
         while not self.stopping.is_set() and not all(await self._call_hooks("readiness")):
             await asyncio.sleep(READINESS_EVERY_S)
 
@@ -213,16 +233,21 @@ class ServiceProcess:
                 await runtime.deregister()
                 self.status.tell("failed", error=reason, hint=hint)
                 await runtime.drain(0.0)
+                self._drain_s = MIN_DRAIN_S
                 return 1
 
     async def _shut_down(self, runtime: DistributedRuntime) -> None:
         started = time.monotonic()
-        await runtime.drain(DRAIN_S)
+        if self.http is not None:
+            await self.http.stop(self._drain_s)
+        await runtime.drain(max(self._drain_s - (time.monotonic() - started), MIN_DRAIN_S))
         if self._constructed:
             try:
                 await self._call_hooks("shutdown")
             except Exception:
                 logger.exception("a shutdown hook failed")
+        if self.http is not None:
+            await self.http.close()
         await runtime.close()
         logger.debug("stopped in %.2f s", time.monotonic() - started)
 

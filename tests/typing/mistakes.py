@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from dynamo.sdk import Service, depends, direct, endpoint, service
-from tests.typing.services import Ask, Frontend, Processor, Worker
+from dynamo.sdk import Reply, Service, Stream, api, depends, direct, endpoint, liveness, service
+from tests.typing.services import Ask, Counts, Frontend, Processor, Worker
 
 
 @service
@@ -29,6 +29,28 @@ class Wrong(Service):
             yield text.id  # error: wrong item attribute
 
 
+@service
+class Halfway(Counts):
+    @endpoint
+    async def count(self, request: Ask) -> int:
+        return 1
+
+
+@service
+class Otherwise(Counts):
+    @endpoint
+    async def count(self, request: Ask) -> str:  # error: not the interface's result
+        return ""
+
+
+async def replies(reply: Reply[int], stream: Stream[int]) -> str:
+    text: str = await reply  # error: wrong result type
+    other: int = await stream  # error: a stream gives itself
+    return f"{text}{other}"
+
+
+Counts()  # error: an interface cannot be made
+Halfway()  # error: an endpoint is missing
 Worker(modle="m")  # error: wrong keyword
 Frontend.linc(Processor)  # error: no such method
 Frontend.link(Processor).lnk(Worker)  # error: no such method in a chain
@@ -44,3 +66,13 @@ class Typed:
 @endpoint(name=5)  # error: wrong type of name
 async def run(self: object, request: Ask) -> int:
     return 1
+
+
+@api(path="x")  # error: no such argument
+async def post(self: object, request: Ask) -> int:
+    return 1
+
+
+@liveness(route=1)  # error: wrong type of route
+def alive(self: object) -> bool:
+    return True

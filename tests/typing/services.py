@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from typing import assert_type
 
 from dynamo.sdk import (
+    AbstractService,
+    Reply,
     Service,
     Stream,
+    abstract_endpoint,
+    api,
     async_on_start,
     bind,
     depends,
     direct,
     endpoint,
     instance_ids,
+    liveness,
     on_shutdown,
     random,
+    readiness,
     round_robin,
     service,
 )
@@ -79,12 +85,77 @@ class Processor(Service):
         assert_type(stream.map(lambda token: token.id), Stream[int])
 
 
+class Counts(AbstractService):
+    """An interface: its bodies are never run, so that type checkers ask for none."""
+
+    @abstract_endpoint
+    async def count(self, request: Ask) -> int: ...
+
+    @abstract_endpoint
+    def generate(self, request: Ask) -> AsyncIterator[Token]: ...
+
+
 @service
+class Counter(Counts):
+    @endpoint
+    async def count(self, request: Ask) -> int:
+        return 1
+
+    @endpoint
+    async def generate(self, request: Ask) -> AsyncIterator[Token]:
+        yield Token(1)
+
+
+@service(app=None, system_app=None)
 class Frontend(Service):
     processor = depends(Processor)
     worker = depends(Worker)
+    counts = depends(Counts)
+
+    @endpoint
+    def passed_on(self, request: Ask) -> Reply[int]:
+        raise NotImplementedError
+
+    @api
+    async def generate(self, request: Ask) -> AsyncIterator[Token]:
+        assert_type(self.counts, Counts)
+        assert_type(await self.counts.count(request), int)
+        async for token in self.counts.generate(request):
+            assert_type(token, Token)
+            yield token
+
+    @api(name="chat/{user}", http_method="PUT")
+    def chat(self, user: str) -> str:
+        return user
+
+    @api()
+    def piped(self, request: Ask) -> Stream[Token]:
+        return self.worker.piped(request)
+
+    @liveness
+    def alive(self) -> bool:
+        return True
+
+    @readiness(route="/custom")
+    async def ready(self) -> bool:
+        return True
 
 
+@service
+class Caller(Service):
+    frontend = depends(Frontend)
+
+    @endpoint
+    async def run(self, request: Ask) -> int:
+        reply = self.frontend.passed_on(request)
+        assert_type(await reply, int)
+        async for number in self.frontend.passed_on(request):
+            assert_type(number, int)
+        return await reply
+
+
+assert_type(Frontend().chat("me"), str)
+assert_type(Frontend.link(Counter), type[Counter])
 assert_type(Frontend.link(Processor), type[Processor])
 assert_type(Frontend.link(Processor).link(Worker), type[Worker])
 bind(Processor(), worker=Worker(model="m"))

@@ -1,0 +1,206 @@
+"""The runtime by hand, without graphs: namespace -> component -> endpoint -> client, as in the 0.x binding.
+
+    runtime = DistributedRuntime(loop, False)
+    component = runtime.namespace("dynamo").component("backend")
+    await component.create_service()
+    await component.endpoint("generate").serve_endpoint(generate)            # in the worker: until it stops
+
+    client = await runtime.namespace("dynamo").component("backend").endpoint("generate").client()
+    await client.wait_for_instances()
+    async for item in await client.random({"text": "hello"}):
+        print(item.data())
+
+Underneath it is what the services of a graph use: the same clients, the same wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from dynamo.errors import DynamoError, NoInstancesError, RemoteError, TransportError
+from dynamo.runtime.client import Client
+from dynamo.wire import codec
+from dynamo.wire.stream import Channel, Stream
+
+if TYPE_CHECKING:
+    from dynamo.runtime.distributed import DistributedRuntime
+
+T = TypeVar("T")
+
+
+class HandlerError(RemoteError, ValueError):
+    """A handler raised; its own exception is the `__cause__`. A ValueError too, which it was in ai-dynamo 0.3."""
+
+
+class Namespace:
+    """Keeps the components of one deployment apart from those of another."""
+
+    def __init__(self, runtime: DistributedRuntime, name: str) -> None:
+        self.runtime, self.name = runtime, name
+
+    def component(self, name: str) -> Component:
+        return Component(self.runtime, self.name, name)
+
+
+class Component:
+    """A set of processes that serve the same endpoints."""
+
+    def __init__(self, runtime: DistributedRuntime, namespace: str, name: str) -> None:
+        self.runtime, self.namespace, self.name = runtime, namespace, name
+
+    async def create_service(self) -> None:
+        """Connect. Raises TransportError. NATS' micro-service protocol answers for the component from then on."""
+        await self.runtime.connect()
+
+    def endpoint(self, name: str) -> ComponentEndpoint:
+        return ComponentEndpoint(self, name)
+
+    def __repr__(self) -> str:
+        return f"<component {self.namespace}.{self.name}>"
+
+
+class ComponentEndpoint:
+    """One function under an address."""
+
+    def __init__(self, component: Component, name: str) -> None:
+        self.component, self.name = component, name
+        self._runtime = component.runtime
+
+    @property
+    def address(self) -> tuple[str, str, str]:
+        return self.component.namespace, self.component.name, self.name
+
+    def lease_id(self) -> int:
+        """Id of this process, as an instance and as an etcd lease; known before the process connects."""
+        return self._runtime.instance_id
+
+    async def serve_endpoint(self, handler: Callable[[Any], Any], lease: object = None) -> None:
+        """Serve until the runtime stops. `handler` is an async generator function; one that returns has one item.
+
+        It gets plain data; `@dynamo_endpoint` makes a model of it. `lease` is of 0.2: the process's own counts.
+        """
+        await self._runtime.serve(*self.address, handler)
+        await self._runtime.stopped()
+
+    async def client(self) -> ComponentClient:
+        return ComponentClient(await self._runtime.client(*self.address), static=self._runtime.is_static)
+
+    def __repr__(self) -> str:
+        return f"<endpoint {'.'.join(self.address)}>"
+
+
+class PrimaryLease:
+    """The lease of a process, which all that it registers hangs on."""
+
+    def __init__(self, runtime: DistributedRuntime) -> None:
+        self._runtime = runtime
+
+    def id(self) -> int:
+        return self._runtime.instance_id
+
+    def revoke(self) -> None:
+        """Leave discovery, finish what runs, and stop."""
+        self._runtime.shutdown()
+
+
+class Annotated(Generic[T]):
+    """An item of an answer, wrapped as the 0.x binding did it."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: T) -> None:
+        self._data = data
+
+    def data(self) -> T:
+        return self._data
+
+    def event(self) -> str | None:
+        return None
+
+    def comments(self) -> list[str]:
+        return []
+
+    def id(self) -> str | None:
+        return None
+
+    def is_error(self) -> bool:
+        """False: an error is raised by the stream, after the items before it."""
+        return False
+
+    def __repr__(self) -> str:
+        return f"Annotated({self._data!r})"
+
+
+class ComponentClient:
+    """Calls to one endpoint: each takes plain data, a pydantic model or its JSON text, and gives a stream of `Annotated`.
+
+    With `annotated=False` the stream is of plain data. Raises NoInstancesError when nobody serves the endpoint; what the
+    handler raises comes out of the stream as HandlerError.
+    """
+
+    def __init__(self, client: Client, *, static: bool) -> None:
+        self._client, self._static = client, static
+        self._decode = codec.decoder(Any)
+
+    @property
+    def path(self) -> str:
+        return f"instances/{'/'.join(self._client.address)}"
+
+    def instance_ids(self) -> list[int]:
+        """Ids of the instances that can be called now."""
+        return self._client.instance_ids()
+
+    endpoint_ids = instance_ids  # its name in 0.1 and 0.2
+
+    async def wait_for_instances(self) -> list[int]:
+        """Wait, without limit, until there is one; gives the ids."""
+        return await self._client.wait_for_instances()
+
+    wait_for_endpoints = wait_for_instances
+
+    def random(self, request: Any, annotated: bool = True) -> Awaitable[Stream[Any]]:
+        return self._call(request, "random", annotated)
+
+    def round_robin(self, request: Any, annotated: bool = True) -> Awaitable[Stream[Any]]:
+        return self._call(request, "round_robin", annotated)
+
+    def generate(self, request: Any, annotated: bool = True) -> Awaitable[Stream[Any]]:
+        """To a random instance; to the only one, for a static client."""
+        return self._call(request, "random", annotated)
+
+    def direct(self, request: Any, instance_id: int, annotated: bool = True) -> Awaitable[Stream[Any]]:
+        return self._call(request, int(instance_id), annotated)
+
+    async def static(self, request: Any, annotated: bool = True) -> Stream[Any]:
+        if not self._static:
+            raise TransportError(
+                f'static() on the client of endpoint "{self.path}", which is not static',
+                hint="call random(), or make the runtime with is_static=True",
+            )
+        return await self._call(request, "round_robin", annotated)
+
+    async def _call(self, request: Any, choice: str | int, annotated: bool) -> Stream[Any]:
+        stream = self._client.call(request, choice, self._decode, streaming=True)
+        try:
+            await stream
+        except NoInstancesError as error:
+            who = f"instance_id={choice} not found for endpoint" if isinstance(choice, int) else None
+            text = f'{who or "no instances found for endpoint"} "{self.path}"'
+            raise NoInstancesError(text, hint=error.hint) from None
+        except Exception as error:  # it ended before the first item
+            raise _handler_error(error) from error
+        out: Channel[Any] = Channel(on_cancel=stream.cancel, on_consumed=stream.consumed)
+        push = (lambda item: out.push(Annotated(item))) if annotated else out.push
+        stream.pipe(push, lambda error: out.end(error and _handler_error(error)), counted=False)
+        return Stream(out)
+
+
+def _handler_error(error: BaseException) -> BaseException:
+    """Errors of the connection stay what they are."""
+    if not isinstance(error, Exception) or (isinstance(error, DynamoError) and type(error) is not RemoteError):
+        return error
+    text = error.message if isinstance(error, RemoteError) else f"{type(error).__name__}: {error}"
+    wrapped = HandlerError(f"a python exception was caught while processing the async generator: {text}")
+    wrapped.__cause__ = error
+    return wrapped

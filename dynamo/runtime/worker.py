@@ -1,0 +1,92 @@
+"""`@dynamo_worker` and `@dynamo_endpoint`: a script that uses the runtime by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from dynamo.errors import RequestError
+from dynamo.runtime.distributed import DistributedRuntime
+from dynamo.wire import codec
+
+Main = Callable[..., Coroutine[Any, Any, Any]]
+Handler = Callable[..., Any]
+
+DRAIN_S = 25.0
+
+
+def dynamo_worker(static: bool = False) -> Callable[[Main], Main]:
+    """Make `async def main(runtime, ...)` a coroutine function without `runtime`: it gets one, which is closed after it.
+
+    SIGTERM and SIGINT end `serve_endpoint`, and with it main; where nothing is served they cancel main. Requests that
+    run then are finished.
+    """
+
+    def wrap(main: Main) -> Main:
+        @functools.wraps(main)
+        async def run(*args: Any, **named: Any) -> Any:
+            loop = asyncio.get_running_loop()
+            runtime = DistributedRuntime(loop, static)
+            task = asyncio.ensure_future(main(runtime, *args, **named))
+            told = False
+
+            def stop() -> None:
+                nonlocal told
+                told = True
+                runtime.shutdown()
+                if not runtime.serving:
+                    task.cancel()
+
+            for number in (signal.SIGTERM, signal.SIGINT):
+                with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread
+                    loop.add_signal_handler(number, stop)
+            try:
+                return await task
+            except asyncio.CancelledError:
+                if not told:
+                    raise
+                return None
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await runtime.drain(DRAIN_S)
+                await runtime.close()
+
+        return run
+
+    return wrap
+
+
+def dynamo_endpoint(request_model: Any, response_model: Any) -> Callable[[Handler], Handler]:
+    """Make a handler's request, its last argument, a `request_model`: from an object, or from JSON text.
+
+    The caller gets RequestError for one that does not fit. `response_model` is for the reader: what the handler yields
+    is sent as it is.
+    """
+    decode = codec.decoder(request_model)
+
+    def wrap(handler: Handler) -> Handler:
+        @functools.wraps(handler)
+        async def handle(*args: Any) -> AsyncIterator[Any]:
+            *before, request = args
+            if not (inspect.isclass(request_model) and isinstance(request, request_model)):
+                try:
+                    request = decode(codec.encode(request))
+                except RequestError as error:
+                    raise RequestError(f"Invalid request: {error.message}") from None
+            result = handler(*before, request)
+            if inspect.iscoroutine(result):
+                yield await result
+                return
+            async with contextlib.aclosing(result):
+                async for item in result:
+                    yield item
+
+        return handle
+
+    return wrap
