@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,15 @@ class _ServeCommand(click.Command):
     show_default=True,
     help="Where the graph runs: `dynamo` is processes on this machine.",
 )
+@click.option("--enable-system-app/--no-enable-system-app", default=None, help="Probes on a port of their own.")
+@click.option("--system-app-port", type=click.IntRange(0, 65535), help="That port; with --service-name only.")
+@click.option("--system-app-host", metavar="ADDRESS", help="Where it listens; 0.0.0.0 by default.")
+@click.option(
+    "--use-default-health-checks",
+    is_flag=True,
+    default=None,
+    help="Probes answer 200 where a service has no @liveness or @readiness.",
+)
 @click.option("--reload", is_flag=True, help="Restart a service when a Python file that it uses is edited.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, start nothing.")
 @click.option(
@@ -121,6 +131,10 @@ def serve(
     working_dir: Path,
     infra: str,
     target: str,
+    enable_system_app: bool | None,
+    system_app_port: int | None,
+    system_app_host: str | None,
+    use_default_health_checks: bool | None,
     reload: bool,
     dry_run: bool,
     explain: str,
@@ -146,6 +160,14 @@ def serve(
     """
     from dynamo.sdk.graph import load
 
+    if system_app_port is not None and service_name is None:
+        raise click.UsageError("--system-app-port needs --service-name: one port cannot serve several processes")
+    _set_system_app(
+        ENABLED=enable_system_app,
+        PORT=system_app_port,
+        HOST=system_app_host,
+        USE_DEFAULT_HEALTH_CHECKS=use_default_health_checks,
+    )
     found = load(graph, working_dir)
     if service_name is not None:
         found.service(service_name)
@@ -168,6 +190,13 @@ def serve(
     from dynamo.serve import run
 
     return run(graph, started, resolved, options)
+
+
+def _set_system_app(**values: bool | int | str | None) -> None:
+    """Flags of the system app reach the processes as the variables that they are documented as."""
+    for name, value in values.items():
+        if value is not None:
+            os.environ[f"DYNAMO_SYSTEM_APP_{name}"] = str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def render(services: Mapping[str, Any]) -> str:

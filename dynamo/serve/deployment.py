@@ -19,10 +19,12 @@ from dynamo import log
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import constructor_arguments, declared
 from dynamo.errors import DynamoError
+from dynamo.sdk.service import spec_of
 from dynamo.serve import announcement, gpus, infra, ports
 from dynamo.serve.child import Event, ProcessSpec
 from dynamo.serve.console import Console
-from dynamo.serve.plan import RUN_DIR, plan
+from dynamo.serve.http_service import http_address
+from dynamo.serve.plan import RELOAD, RUN_DIR, plan
 from dynamo.serve.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -45,12 +47,18 @@ def check(graph: Graph, resolved: Resolved, options: ServeOptions) -> None:
 
 
 def _entry_address(graph: Graph, resolved: Resolved) -> tuple[str, int] | None:
-    """Host and port of the entry service; None where it has no such settings, or runs elsewhere (`--depends`)."""
-    found = declared(graph.entry)
-    if found is None or not {"host", "port"} <= found.settings.keys() or graph.entry not in graph.services.values():
+    """Host and port of the entry service; None where it serves no HTTP, or runs elsewhere (`--depends`)."""
+    if graph.entry not in graph.services.values():
+        return None
+    given = resolved.services.get(graph.entry.__name__, {})
+    spec, found = spec_of(graph.entry), declared(graph.entry)
+    if spec.routes or spec.app:
+        host, port = http_address(graph.entry, given, entry=True)
+        return None if port is None else (host, port)
+    if found is None or not {"host", "port"} <= found.settings.keys():
         return None
     settings = {name: setting.default for name, setting in found.settings.items()}
-    settings.update(constructor_arguments(graph.entry, resolved.services.get(graph.entry.__name__, {})))
+    settings.update(constructor_arguments(graph.entry, given))
     return settings["host"], settings["port"]
 
 
@@ -87,7 +95,7 @@ async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir:
             resolved.services,
             working_dir=options.working_dir,
             visible_gpus=gpus.visible(),
-            environment={**servers.env, RUN_DIR: str(run_dir)},
+            environment={**servers.env, RUN_DIR: str(run_dir), **({RELOAD: "1"} if options.reload else {})},
         )
         revoker = _Revoker(servers.etcd_endpoints)
         supervisor = Supervisor(

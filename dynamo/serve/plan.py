@@ -16,6 +16,8 @@ from dynamo.serve import gpus
 from dynamo.serve.child import ProcessSpec
 
 RUN_DIR = "DYNAMO_RUN_DIR"
+RELOAD = "DYNAMO_RELOAD"
+"""set where processes are to say which source files they run"""
 GPU_SHARE = "DYNAMO_GPU_SHARE"
 """the part of one GPU's memory that is this process's, where several share it"""
 

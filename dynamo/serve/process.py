@@ -33,7 +33,7 @@ from dynamo.sdk.endpoint import EndpointSpec, Hook, hooks
 from dynamo.sdk.graph import Graph, load
 from dynamo.sdk.service import spec_of
 from dynamo.serve.http_service import HttpService
-from dynamo.serve.plan import RUN_DIR, namespace_of
+from dynamo.serve.plan import RELOAD, RUN_DIR, namespace_of
 from dynamo.wire import codec
 from dynamo.wire.stream import Reply, Stream
 
@@ -152,7 +152,7 @@ class ServiceProcess:
             gc.collect()
             gc.freeze()  # what lives now lives long: later collections need not look at it
             gc.set_threshold(*GC_THRESHOLDS)
-            self.status.tell("ready", lease=runtime.instance_id, **self._url())
+            self.status.tell("ready", lease=runtime.instance_id, **self._url(), **_sources())
             return await self._live(runtime)
         finally:
             await self._shut_down(runtime)
@@ -250,6 +250,15 @@ class ServiceProcess:
             await self.http.close()
         await runtime.close()
         logger.debug("stopped in %.2f s", time.monotonic() - started)
+
+
+def _sources() -> dict[str, list[str]]:
+    """The source files below the working directory that this process runs, where the supervisor restarts on edits."""
+    if not os.environ.get(RELOAD):
+        return {}
+    here = f"{os.getcwd()}/"
+    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    return {"files": sorted(f for f in files if f.startswith(here) and "/site-packages/" not in f)}
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

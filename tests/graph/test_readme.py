@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,12 +86,12 @@ def test_the_error_shown_is_the_error(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
-async def test_the_service_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    scope: dict[str, object] = {"__name__": "readme"}
-    exec(compile(block("python", "class Shout"), "README.md", "exec"), scope)
-    shout = scope["Shout"](mark="?")  # type: ignore[operator]
-    assert [word async for word in shout.speak("hello there")] == ["HELLO?", "THERE?"]
+def test_the_service_of_ones_own(serve_graph: Callable[..., Served], tmp_path: Path) -> None:
+    (tmp_path / "shout.py").write_text(block("python", "class Shout"))
+    served = serve_graph("--working-dir", str(tmp_path), graph="shout.py").ready()
+    command = block("bash", "/speak").splitlines()[1].replace("localhost:8000", f"127.0.0.1:{served.port}")
+    assert run(command).stdout == command.partition("# ")[2] == "HELLO!THERE!"
+    served.stop()
 
 
 def test_make_targets_that_the_readme_names_exist() -> None:

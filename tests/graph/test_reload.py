@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,12 +60,12 @@ def test_the_edited_service_restarts(serve_graph: Callable[..., Served], tmp_pat
     for name, text in (("caller", CALLER), ("loner", LONER), ("graph", GRAPH)):
         (project / f"{name}.py").write_text(text)
     served = serve_graph("--reload", "--working-dir", str(project), graph="graph:Top")
-    served.wait_for("ready in", 30)
+    served.wait_for(re.compile("^ready in", re.MULTILINE), 30)
     assert "greeting is good morning" in served.output
 
     before = len(served.output)
-    greeter.write_text(GREETER.replace("{greeting}", "good evening"))
-    served.wait_for("greeting is good evening", 20, after=before)
+    greeter.write_text(GREETER.replace("{greeting}", "good evening to you"))
+    served.wait_for("greeting is good evening to you", 20, after=before)
     served.wait_for("Greeter ready again", 20, after=before)
 
     before = len(served.output)
