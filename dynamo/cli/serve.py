@@ -23,6 +23,7 @@ from dynamo.errors import ConfigError
 if TYPE_CHECKING:
     from dynamo.sdk.graph import Graph
 
+DEPLOYMENT_CONFIG = "DYN_DEPLOYMENT_CONFIG"
 OVERRIDES = "dynamo.config.overrides"  # key of the overrides in click's context
 
 
@@ -176,7 +177,7 @@ def serve(
         infra = _shared(infra)
     options = ServeOptions(working_dir, service_name, cast(Infra, infra), host, port, dry_run, reload)
     services = {name: declared(cls) for name, cls in found.services.items()}
-    layers = [document.load(config_file)] if config_file else []
+    layers = _file_layers(config_file)
     layers += _entry_layers(ctx, found, services)
     layers += ctx.meta[OVERRIDES]
     resolved = resolve(layers, services, functools.partial(knows, services))
@@ -190,6 +191,16 @@ def serve(
     from dynamo.serve import run
 
     return run(graph, started, resolved, options)
+
+
+def _file_layers(config_file: Path | None) -> list[Layer]:
+    """The file, or DYN_DEPLOYMENT_CONFIG in its stead: YAML or JSON in a variable, as deployments of 0.3 had it."""
+    deployed = os.environ.get(DEPLOYMENT_CONFIG)
+    if not deployed:
+        return [document.load(config_file)] if config_file else []
+    if config_file is not None:
+        click.echo(f"warning: {DEPLOYMENT_CONFIG} is set: {config_file} is not read", err=True)
+    return [document.parse(deployed, DEPLOYMENT_CONFIG)]
 
 
 def _set_system_app(**values: bool | int | str | None) -> None:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from dynamo.errors import GraphError
 from dynamo.sdk.depends import dependencies
@@ -148,12 +148,22 @@ def _import_file(name: str, working_dir: Path) -> ModuleType:
 
 
 def _attribute(module: ModuleType, attribute: str) -> type[Any]:
+    """`Frontend`, or `Frontend.middle`: the service behind a dependency of it."""
+    attribute, _, path = attribute.partition(".")
     found: Any = getattr(module, attribute, None)
     if not is_service(found):
         names = sorted(name for name, value in vars(module).items() if is_service(value))
         what = "not found" if found is None else f"a {type(found).__name__}, not a service"
         raise GraphError(f"{module.__name__}:{attribute}: {what}", hint=f"services there: {', '.join(names) or 'none'}")
-    return found
+    for step in filter(None, path.split(".")):
+        known = dependencies(found)
+        if step not in known:
+            raise GraphError(
+                f"{module.__name__}:{attribute}.{path}: {found.__name__} has no dependency {step!r}",
+                hint=f"dependencies: {', '.join(known) or 'none'}",
+            )
+        found = known[step].on
+    return cast("type[Any]", found)
 
 
 def _root(module: ModuleType, edges: list[Edge]) -> type[Any]:

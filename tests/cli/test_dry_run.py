@@ -220,6 +220,26 @@ def test_without_a_file_only_what_was_given_is_shown(graph):
     }
 
 
+def test_a_dependency_may_be_the_entry(graph):
+    result = command("serve", "small:Entry.backend", "--dry-run", "--Backend.size=2", cwd=graph)
+    assert settings(result) == {"Backend": {"size": 2}}
+    result = command("serve", "small:Entry.nope", "--dry-run", cwd=graph)
+    assert result.stderr.startswith("error: small:Entry.nope: Entry has no dependency 'nope'\nhint: dependencies: ")
+
+
+def test_a_variable_may_hold_the_configuration(graph):
+    base = ("serve", "small:Entry", "--dry-run")
+    given = {"DYN_DEPLOYMENT_CONFIG": '{"Entry": {"port": 7}}'}
+    assert settings(command(*base, cwd=graph, **given)) == {"Entry": {"port": 7}}
+    assert settings(command(*base, "--Entry.port=8", cwd=graph, **given)) == {"Entry": {"port": 8}}
+    (graph / "c.yaml").write_text("Entry: {port: 1}\n")
+    both = command(*base, "-f", "c.yaml", cwd=graph, **given)
+    assert settings(both) == {"Entry": {"port": 7}}
+    assert both.stderr.startswith("warning: DYN_DEPLOYMENT_CONFIG is set: c.yaml is not read\n")
+    bad = command(*base, cwd=graph, DYN_DEPLOYMENT_CONFIG="Entry: {port: x}")
+    assert bad.stderr.startswith('error: DYN_DEPLOYMENT_CONFIG:1 Entry.port: expected int, found "x"')
+
+
 def test_working_dir_is_where_the_graph_is(graph):
     result = command("serve", "small:Entry", "--dry-run", "--working-dir", str(graph), "--Entry.names=[é]")
     assert result.returncode == 1
