@@ -272,6 +272,9 @@ BAD = {
     "bad port": (["-p", "http"], "", 2, "Invalid value for '-p' / '--port'"),
     "port out of range": (["-p", "65536"], "", 2, "Invalid value for '-p' / '--port'"),
     "bad infra": (["--infra", "mine"], "", 2, "Invalid value for '--infra'"),
+    "system app port of many": (["--system-app-port", "1"], "", 2, "--system-app-port needs --service-name"),
+    "target elsewhere": (["--target", "kubernetes"], "", 2, "Invalid value for '--target'"),
+    "depends without =": (["--depends", "backend"], "", 1, "Invalid format for --depends option"),
     "unknown service name": (["--service-name", "Nope"], "", 1, "small:Entry has no service 'Nope'"),
 }
 

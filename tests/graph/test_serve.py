@@ -149,6 +149,12 @@ def test_killed_nats_and_etcd_come_back(serve_graph: Start) -> None:
     served.stop()
 
 
+def test_services_may_live_in_namespaces_of_their_own(serve_graph: Start, mock_graph: Served) -> None:
+    served = serve_graph(*MOCK, "--VllmWorker.ServiceArgs.dynamo.namespace=workers").ready()
+    assert chat(served) == chat(mock_graph)
+    served.stop()
+
+
 def test_two_graphs_on_one_machine(serve_graph: Start, mock_graph: Served) -> None:
     served = serve_graph(*MOCK).ready()
     assert chat(served) == chat(mock_graph)
