@@ -85,7 +85,7 @@ def test_sampling_parameters_reach_vllm(tiny_graph: Served) -> None:
     stopped = complete(stop=["services"], temperature=0)
     assert stopped.choices[0].message.content == FAQ[QUESTION].partition("services")[0]
     assert stopped.choices[0].finish_reason == "stop"
-    several = complete(n=3, extra_body={"top_k": 1})
+    several = complete(n=3, temperature=1, extra_body={"top_k": 1})
     assert [choice.message.content for choice in several.choices] == [FAQ[QUESTION]] * 3
     seeded = [complete(temperature=1.5, seed=7, max_tokens=20).choices[0].message.content for _ in range(2)]
     assert seeded[0] == seeded[1]
