@@ -16,7 +16,6 @@ from tests.cli.terminal import ROOT, command, environment
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package as a wheel has it, unpacked: what a user without the repository imports."""
-    pytest.importorskip("hatchling")
     directory = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=60)
