@@ -18,7 +18,7 @@ import uvloop
 from dynamo import log
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import constructor_arguments, declared
-from dynamo.errors import DynamoError
+from dynamo.errors import DynamoError, StartError
 from dynamo.sdk.service import spec_of
 from dynamo.serve import announcement, gpus, infra, ports
 from dynamo.serve.child import Event, ProcessSpec
@@ -131,6 +131,7 @@ def _keeper(name: str, servers: infra.Infra, console: Console) -> Any:
             console.say(f"{name} died; restarting it")
             await asyncio.sleep(RESTART_WAIT_S)
             await (servers.restart_nats() if name == "nats" else servers.restart_etcd())
+        raise StartError(f"{name} died {INFRA_RESTARTS} times", hint=f"run your own {name} and pass --infra external")
 
     return keep
 

@@ -1,4 +1,4 @@
-"""vLLM's AsyncLLM behind the Engine protocol: the one file that imports vLLM. Runs with 0.26 to 0.32.
+"""vLLM's AsyncLLM behind the Engine protocol: the one file that imports vLLM. Seen with 0.26 (GPU) and 0.32 (CPU).
 
 On the CPU the engine core is forked after its modules are imported, and stays without worker processes: ready in 8 s
 where vLLM's own way takes 20 to 50. It dies with this process, which vLLM alone does not see to.
