@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from dynamo.errors import StartError
+from dynamo.kv.events import EngineEvent
 from dynamo.llm.protocol import Delta, GenerateRequest
 from dynamo.wire.stream import Stream
 
 
 class EngineInfo(NamedTuple):
-    """What an engine knows once it has started. Lengths in tokens."""
+    """What an engine knows once it has started. Lengths in tokens; `kv_blocks` are those of one rank."""
 
     context_length: int
     kv_block_size: int
     kv_blocks: int
+    ranks: int = 1
+    """data-parallel engines, each with a KV cache of its own"""
 
 
 class EngineStats(NamedTuple):
@@ -29,18 +32,25 @@ class EngineStats(NamedTuple):
     prefix_hits: int
 
 
+KvListener = Callable[[int, Sequence[EngineEvent]], None]
+"""Gets a data-parallel rank and what changed in its KV cache since the last call, in order; on the event loop."""
+
+
 class Engine(Protocol):
     """Started once, then generates for many requests at a time.
 
     `start` is called before any gRPC channel is open, in the main thread: an engine may fork. `generate` returns at
     once; the stream's errors are RequestError for a bad request and EngineError when the engine has failed. Cancelling
-    the stream aborts the request and frees its KV blocks. `check_health` raises EngineError.
+    the stream aborts the request and frees its KV blocks. `check_health` raises EngineError. `kv_events` is called before
+    `start` by whoever wants to hear of the KV cache; it returns False when this engine will not tell. `stats` has one
+    entry for each data-parallel rank.
     """
 
     async def start(self) -> EngineInfo: ...
     def generate(self, request: GenerateRequest) -> Stream[Delta]: ...
     async def abort(self, request_id: str) -> None: ...
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> Sequence[EngineStats]: ...
+    def kv_events(self, listener: KvListener) -> bool: ...
     async def check_health(self) -> None: ...
     async def stop(self) -> None: ...
 

@@ -71,6 +71,10 @@ class GenerateRequest(msgspec.Struct, omit_defaults=True):
     request_id: str = ""
     final_only: bool = False
     """give one delta for each choice, at its end: nobody reads the text before"""
+    rank: int | None = None
+    """the data-parallel engine that should take it; None: any"""
+    expected_hit: int = 0
+    """prompt tokens that the router expects in this worker's prefix cache"""
 
 
 class TokenLogprob(msgspec.Struct, array_like=True, gc=False):

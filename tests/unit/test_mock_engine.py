@@ -166,10 +166,10 @@ def test_cancelling_frees() -> None:
         waiting = engine.generate(request([1] * 3000, max_tokens=None, ignore_eos=True))
         running = engine.generate(request([1], max_tokens=None, ignore_eos=True))
         await running.__anext__()
-        assert (engine.stats().running, engine.stats().waiting) == (1, 1)
+        assert (engine.stats()[0].running, engine.stats()[0].waiting) == (1, 1)
         waiting.cancel()
         running.cancel()
-        assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+        assert (engine.stats()[0].running, engine.stats()[0].waiting) == (0, 0)
         await asyncio.sleep(0.02)
         assert not engine._running
         assert engine._stepping is None

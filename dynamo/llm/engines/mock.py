@@ -16,7 +16,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from dynamo.errors import EngineError, RequestError, StartError
-from dynamo.llm.engine import EngineInfo, EngineStats
+from dynamo.llm.engine import EngineInfo, EngineStats, KvListener
 from dynamo.llm.models import tokenizer_dir
 from dynamo.llm.protocol import Delta, FinishReason, GenerateRequest
 from dynamo.wire.stream import Channel, Stream
@@ -205,9 +205,12 @@ class MockEngine:
         for generation in [g for g in self._live if g.request.request_id == request_id]:
             generation.channel.cancel()
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> list[EngineStats]:
         waiting = sum(g.admission is not None for g in self._live)
-        return EngineStats(len(self._live) - waiting, waiting, 0.0, 0, 0)
+        return [EngineStats(len(self._live) - waiting, waiting, 0.0, 0, 0)]
+
+    def kv_events(self, listener: KvListener) -> bool:
+        return False
 
     async def check_health(self) -> None:
         return None

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo.errors import ContextLengthError, EngineError, RequestError, StartError
-from dynamo.llm.engine import EngineInfo, EngineStats
+from dynamo.llm.engine import EngineInfo, EngineStats, KvListener
 from dynamo.llm.engines.installed import cpu_build
 from dynamo.llm.models import resolve, tokenizer_dir
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling, TokenLogprob
@@ -229,8 +229,11 @@ class VllmEngine:
     async def abort(self, request_id: str) -> None:
         await self._llm.abort(request_id)
 
-    def stats(self) -> EngineStats:
-        return self._stats
+    def stats(self) -> list[EngineStats]:
+        return [self._stats]
+
+    def kv_events(self, listener: KvListener) -> bool:
+        return False
 
     async def check_health(self) -> None:
         """vLLM notices an engine core that died; one that is stopped or hangs it does not."""

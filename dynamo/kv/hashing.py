@@ -1,0 +1,39 @@
+"""The identity of KV blocks: a chained hash of their tokens, the same on every host and for every engine."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from typing import NewType
+
+from xxhash import xxh3_64_intdigest
+
+BlockHash = NewType("BlockHash", int)
+"""64 bits; stands for a block's tokens and all tokens before it"""
+
+ROOT = BlockHash(0)
+"""parent of a prompt's first block"""
+
+
+def block_hashes(token_ids: Sequence[int], block_size: int, parent: BlockHash = ROOT) -> list[BlockHash]:
+    """One hash for each full block of `block_size` tokens; what is left at the end has none.
+
+    A block's hash is xxh3 of its tokens (32 bits each, little-endian) seeded with its parent's: equal hashes mean equal
+    prefixes. `parent` continues a chain.
+    """
+    blocks = len(token_ids) // block_size
+    packed = array("I", token_ids[: blocks * block_size]).tobytes()
+    previous: int = parent
+    split = struct.unpack(f"{4 * block_size}s" * blocks, packed)
+    return [BlockHash(previous := xxh3_64_intdigest(block, previous)) for block in split]
+
+
+def pack(hashes: Sequence[BlockHash]) -> bytes:
+    """As they travel: 8 bytes each, little-endian."""
+    return array("Q", hashes).tobytes()
+
+
+def unpack(packed: bytes) -> list[BlockHash]:
+    found: array[int] = array("Q", packed)
+    return found.tolist()  # type: ignore[return-value]
