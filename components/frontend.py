@@ -83,7 +83,13 @@ class Frontend(Service):
         runtime = dynamo_context.get("runtime")
         if runtime is not None:
             self._following = asyncio.get_running_loop().create_task(self._follow_models(runtime))
-        app = create_app(self, timeout_s=self.timeout_s, cors_origins=self.cors_origins, api_keys=self.api_keys)
+        app = create_app(
+            self,
+            timeout_s=self.timeout_s,
+            cors_origins=self.cors_origins,
+            api_keys=self.api_keys,
+            processes=runtime.metrics if runtime is not None else None,
+        )
         self.server = HttpServer(app, self.host, self.port)
         await self.server.start()
         dynamo_context["url"] = self.server.url

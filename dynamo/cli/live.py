@@ -16,6 +16,7 @@ from dynamo.llm.protocol import MODELS_PREFIX, ModelCard
 from dynamo.runtime.distributed import DEFAULT_ETCD
 from dynamo.runtime.micro import service_name
 from dynamo.serve.announcement import RunningGraph, running
+from dynamo.serve.live_settings import STATES_PREFIX, States
 from dynamo.transport.etcd import Etcd, KeyValue
 from dynamo.transport.nats import DEFAULT_URL, Nats
 from dynamo.wire.messages import Instance
@@ -28,13 +29,18 @@ STATS_S = 1.0  # a process that takes longer is shown without figures
 
 @dataclass(frozen=True)
 class Load:
-    """What one endpoint of one process has done; None: it does not say. `since` is Unix time, the time in seconds."""
+    """What one endpoint of one process has done; None: it does not say. `since` is Unix time, the time in seconds.
+
+    `kv_usage` and `prefix_hit_rate` are fractions of 0 to 1.
+    """
 
     requests: int | None = None
     in_flight: int | None = None
     errors: int | None = None
     average_s: float | None = None
     since: float | None = None
+    kv_usage: float | None = None
+    prefix_hit_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,16 @@ class Deployment:
 
 
 @dataclass(frozen=True)
+class ProcessSettings:
+    """The live settings of one process; `instance` is its id in hex."""
+
+    namespace: str
+    service: str
+    instance: str
+    settings: States
+
+
+@dataclass(frozen=True)
 class Seen:
     """One look at a deployment. `error` says why there is nothing, or no load."""
 
@@ -59,10 +75,11 @@ class Seen:
     models: list[tuple[str, ModelCard]] = field(default_factory=list)
     """etcd key and card"""
     error: str = ""
+    settings: list[ProcessSettings] = field(default_factory=list)
 
     @property
     def anything(self) -> bool:
-        return bool(self.instances or self.models or self.deployment.graphs)
+        return bool(self.instances or self.models or self.settings or self.deployment.graphs)
 
 
 def deployments() -> list[Deployment]:
@@ -95,6 +112,7 @@ async def look(deployment: Deployment) -> Seen:
         async with deployment.etcd() as etcd:
             instances, _ = await etcd.get_prefix(INSTANCES_PREFIX)
             cards, _ = await etcd.get_prefix(MODELS_PREFIX)
+            settings = await read_settings(etcd)
     except DynamoError as failure:
         return Seen(deployment, error=failure.message)
     found = list(filter(None, map(_instance, instances)))
@@ -105,7 +123,7 @@ async def look(deployment: Deployment) -> Seen:
             loads = await _loads(deployment.nats_url, found)
         except DynamoError as failure:
             error = failure.message
-    return Seen(deployment, [(i, loads.get(i.subject, Load())) for i in found], decode_cards(cards), error)
+    return Seen(deployment, [(i, loads.get(i.subject, Load())) for i in found], decode_cards(cards), error, settings)
 
 
 def decode_cards(items: Sequence[KeyValue]) -> list[tuple[str, ModelCard]]:
@@ -116,6 +134,20 @@ def decode_cards(items: Sequence[KeyValue]) -> list[tuple[str, ModelCard]]:
             found.append((item.key, msgspec.json.decode(item.value, type=ModelCard)))
         except msgspec.MsgspecError:
             continue
+    return found
+
+
+async def read_settings(etcd: Etcd) -> list[ProcessSettings]:
+    """Of each process that has live settings. Raises TransportError."""
+    items, _ = await etcd.get_prefix(STATES_PREFIX)
+    found = []
+    for item in items:
+        try:
+            namespace, service, instance = item.key.removeprefix(STATES_PREFIX).split("/")
+            settings = msgspec.json.decode(item.value, type=States)
+        except (ValueError, msgspec.MsgspecError):  # another version's
+            continue
+        found.append(ProcessSettings(namespace, service, instance, settings))
     return found
 
 
@@ -150,7 +182,13 @@ def _load(stats: dict[str, Any], since: float | None) -> Load:
     data = stats.get("data") or {}
     requests = stats.get("num_requests")
     average_s = stats.get("average_processing_time", 0) / 1e9 if requests else None
-    return Load(requests, data.get("in_flight"), stats.get("num_errors"), average_s, since)
+    kv_usage, hit_rate = _number(data.get("gpu_cache_usage_perc")), _number(data.get("gpu_prefix_cache_hit_rate"))
+    return Load(requests, data.get("in_flight"), stats.get("num_errors"), average_s, since, kv_usage, hit_rate)
+
+
+def _number(value: Any) -> float | None:
+    """A service may say anything."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _unix_time(text: Any) -> float | None:

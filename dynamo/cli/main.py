@@ -21,6 +21,7 @@ SECTIONS = {
     },
     "What runs": {
         "status": ("dynamo.cli.status:status", "Show running graphs: instances, models, load."),
+        "set": ("dynamo.cli.set:change", "Change settings of a running graph."),
         "llmctl": ("dynamo.cli.llmctl:llmctl", "List, add and remove models."),
     },
     "This machine": {

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 EVERY_S = 1.0
 CLEAR = "\x1b[H\x1b[2J\x1b[3J"
+CACHE_HEAD = ("KV", "HITS")  # only where a worker tells
 INSTANCE_HEAD = (
-    "SERVICE", "INSTANCE", "ENDPOINT", "ADDRESS", "HOST", "SINCE", "REQUESTS", "IN FLIGHT", "ERRORS", "AVERAGE",
+    "SERVICE", "INSTANCE", "ENDPOINT", "ADDRESS", "HOST", "SINCE", "REQUESTS", "IN FLIGHT", "ERRORS", "AVERAGE", *CACHE_HEAD,
 )  # fmt: skip
 MODEL_HEAD = ("MODEL", "TYPES", "CONTEXT", "ENGINE", "SOURCE", "SERVICE", "WORKERS")
 
@@ -31,8 +33,8 @@ def status(watch: bool, as_json: bool) -> int:
     """Show the graphs that run: live instances, models and load.
 
     Graphs of this machine are found by themselves. With ETCD_ENDPOINTS (and NATS_SERVER), those that use that etcd are
-    shown, wherever they run. Requests, errors and times are counted by each process since its start. Exit code 1 when
-    nothing runs.
+    shown, wherever they run. Requests, errors and times are counted by each process since its start. KV and HITS are the
+    part of a worker's KV cache in use, and of its prompt tokens found there. Exit code 1 when nothing runs.
 
     \b
     Examples:
@@ -88,10 +90,15 @@ def _sections(seen: Seen) -> Iterator[str]:
         yield f"error: {seen.error}"
     if seen.instances:
         yield ""
-        yield from _table([INSTANCE_HEAD, *_instance_rows(seen)])
+        shown = any(load.kv_usage is not None or load.prefix_hit_rate is not None for _, load in seen.instances)
+        width = len(INSTANCE_HEAD) if shown else len(INSTANCE_HEAD) - len(CACHE_HEAD)
+        yield from table([row[:width] for row in (INSTANCE_HEAD, *_instance_rows(seen))])
     if seen.models:
         yield ""
-        yield from _table([MODEL_HEAD, *_model_rows(seen)])
+        yield from table([MODEL_HEAD, *_model_rows(seen)])
+    if changes := _changes(seen):
+        yield ""
+        yield from changes
     if not seen.instances and not seen.models and not seen.error:
         yield "no instances yet: the graph is starting"
 
@@ -113,6 +120,8 @@ def _instance_rows(seen: Seen) -> list[tuple[str, ...]]:
                 _count(load.in_flight),
                 _count(load.errors),
                 "" if load.average_s is None else f"{load.average_s * 1e3:.0f} ms",
+                _percent(load.kv_usage),
+                _percent(load.prefix_hit_rate),
             )
         )
     return sorted(rows)
@@ -127,6 +136,23 @@ def _model_rows(seen: Seen) -> list[tuple[str, ...]]:
         row = (card.name, ",".join(card.types), context, card.engine, card.source, place)
         workers[row] = workers.get(row, 0) + (not key.endswith("/0"))  # id 0: a name that `llmctl` added
     return [(*row, str(count or "")) for row, count in sorted(workers.items())]
+
+
+def _changes(seen: Seen) -> list[str]:
+    """A line for each setting that is not as configured, and for each change that was refused."""
+    processes = Counter((process.namespace, process.service) for process in seen.settings)
+    said: Counter[tuple[tuple[str, str], str]] = Counter()
+    for process in seen.settings:
+        service = process.namespace, process.service
+        for name, setting in process.settings.items():
+            if setting.error:
+                said[service, f"{process.namespace}.{setting.error}; it stays {setting.value}"] += 1
+            elif setting.value != setting.configured:
+                said[service, f"{'.'.join(service)}.{name}: {setting.configured} -> {setting.value}"] += 1
+    return [
+        text if count == processes[service] else f"{text} ({count} of {processes[service]} processes)"
+        for (service, text), count in sorted(said.items())
+    ]
 
 
 def _plain(seen: Seen) -> dict[str, Any]:
@@ -164,10 +190,24 @@ def _plain(seen: Seen) -> dict[str, Any]:
             }
             for key, card in seen.models
         ],
+        "settings": [
+            {
+                "namespace": process.namespace,
+                "service": process.service,
+                "instance": process.instance,
+                "setting": name,
+                "value": setting.value,
+                "configured": setting.configured,
+                "allowed": setting.allowed,
+                "error": setting.error or None,
+            }
+            for process in seen.settings
+            for name, setting in process.settings.items()
+        ],
     }
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -180,6 +220,10 @@ def _address(urls: str) -> str:
 
 def _count(number: int | None) -> str:
     return "" if number is None else str(number)
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.0%}"
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from fastapi import FastAPI, Request
@@ -20,7 +20,11 @@ from dynamo.errors import DynamoError, ModelNotFoundError
 from dynamo.http import failure, generation
 from dynamo.http.backend import Backend
 from dynamo.http.edge import ApiKeys, RequestIds
+from dynamo.http.exposition import merge
 from dynamo.llm.protocol import ServedModel
+
+if TYPE_CHECKING:
+    from dynamo.runtime.metrics import ProcessMetrics
 
 MAX_BODY_BYTES = 64 << 20
 PAGE = Path(__file__).with_name("page.html")
@@ -42,7 +46,7 @@ def _model(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _add_pages(app: FastAPI, backend: Backend, api: generation.Api) -> None:
+def _add_pages(app: FastAPI, backend: Backend, api: generation.Api, processes: ProcessMetrics | None) -> None:
     """The routes that only tell something. HEAD works wherever GET does."""
 
     async def models() -> Response:
@@ -64,6 +68,9 @@ def _add_pages(app: FastAPI, backend: Backend, api: generation.Api) -> None:
 
     async def metrics() -> Response:
         body, kind = api.metrics.exposition()
+        if processes is not None:
+            others = await processes.gather()
+            body = merge([body, processes.text(), *others])
         return Response(body, headers={"content-type": kind})
 
     page = PAGE.read_bytes()
@@ -116,15 +123,19 @@ def create_app(
     timeout_s: float | None = None,
     cors_origins: Collection[str] | None = None,
     api_keys: Collection[str] | None = None,
+    processes: ProcessMetrics | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
     `timeout_s` is each request's deadline; None: no limit. `cors_origins` are sites whose pages may call this server,
-    "*" for all. With `api_keys`, `/v1` answers only to those; probes, metrics and documentation stay open.
+    "*" for all. With `api_keys`, `/v1` answers only to those; probes, metrics and documentation stay open. `processes`
+    are those that /metrics shows besides the server itself.
     """
     app = FastAPI(title="dynamo", version=__version__, docs_url="/docs", redoc_url=None, redirect_slashes=False)
     api = generation.Api(backend, max_body_bytes, timeout_s)
-    _add_pages(app, backend, api)
+    if processes is not None:
+        processes.lend(api.metrics.registry)
+    _add_pages(app, backend, api, processes)
     _add_errors(app)
     generating: dict[str, generation.GeneratingRoute] = {
         "/v1/chat/completions": generation.ChatCompletions(api),

@@ -35,5 +35,9 @@ def pack(hashes: Sequence[BlockHash]) -> bytes:
 
 
 def unpack(packed: bytes) -> list[BlockHash]:
-    found: array[int] = array("Q", packed)
-    return found.tolist()  # type: ignore[return-value]
+    return list(view(packed))
+
+
+def view(packed: bytes) -> memoryview[BlockHash]:
+    """The same as a sequence that makes a hash when it is asked for one."""
+    return memoryview(packed).cast("Q")  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from dynamo.errors import RequestError
 from dynamo.llm import json_schema
-from dynamo.llm.protocol import ChatRequest, CompletionRequest, Sampling
+from dynamo.llm.protocol import ChatRequest, CompletionRequest, RouterMode, Routing, Sampling
 from dynamo.llm.validation import parse, shown_type
 
 __all__ = ["ChatCompletionRequest", "SamplingFields", "TextCompletionRequest", "parse"]
@@ -74,6 +74,14 @@ def _content(value: Any) -> str | list[dict[str, Any]]:
     return value
 
 
+def _instance_id(value: Any) -> Any:
+    """Hexadecimal, as `dynamo status` shows it."""
+    try:
+        return int(value, 16) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"{value!r:.40} is not an instance id") from None
+
+
 class _Strict(BaseModel):
     """No conversions: "1" is not a number. Unknown fields are kept, to be reported or handed on."""
 
@@ -92,6 +100,19 @@ class StructuredOutputs(_Strict):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+
+
+class Extensions(_Strict):
+    """`nvext`, where Dynamo keeps what OpenAI has no field for: here, how the request is routed."""
+
+    router: RouterMode | None = None
+    router_temperature: float | None = Field(None, ge=0)
+    overlap_score_credit: float | None = Field(None, ge=0)
+    backend_instance_id: Annotated[int | None, BeforeValidator(_instance_id)] = None
+
+    def routing(self) -> Routing | None:
+        found = Routing(self.router, self.router_temperature, self.overlap_score_credit, self.backend_instance_id)
+        return None if found == Routing() else found
 
 
 class SamplingFields(_Strict):
@@ -129,6 +150,12 @@ class SamplingFields(_Strict):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     structured_outputs: StructuredOutputs | None = None
+    # Dynamo's
+    nvext: Extensions | None = None
+
+    @property
+    def routing(self) -> Routing | None:
+        return self.nvext.routing() if self.nvext is not None else None
 
     @property
     def include_usage(self) -> bool:
@@ -274,6 +301,7 @@ class ChatCompletionRequest(SamplingFields):
             template_arguments=self.chat_template_kwargs,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
+            routing=self.routing,
         )
 
     def _offered_tools(self) -> list[dict[str, Any]]:
@@ -344,6 +372,7 @@ class TextCompletionRequest(SamplingFields):
                 sampling=self._sampling(max_tokens, self.logprobs),
                 stream=self.stream,
                 echo=self.echo,
+                routing=self.routing,
             )
             for prompt in self.prompt
         ]

@@ -38,6 +38,20 @@ class Sampling(msgspec.Struct, omit_defaults=True):
     priority: int = 0
 
 
+RouterMode = Literal["round-robin", "random", "power-of-two", "least-loaded", "kv", "kv-load", "approx-kv"]
+"""How a worker is chosen for a request; the modes that end in or begin with kv are the Router's."""
+
+
+class Routing(msgspec.Struct, omit_defaults=True):
+    """What one request wants otherwise than the Processor and the Router are set; None: as they are set."""
+
+    mode: RouterMode | None = None
+    temperature: float | None = None
+    overlap_credit: float | None = None
+    worker: int | None = None
+    """the instance that must answer"""
+
+
 class ChatRequest(msgspec.Struct, omit_defaults=True):
     """A validated chat completion: messages as OpenAI has them, content a string or a list of parts."""
 
@@ -51,6 +65,7 @@ class ChatRequest(msgspec.Struct, omit_defaults=True):
     template_arguments: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    routing: Routing | None = None
 
 
 class CompletionRequest(msgspec.Struct, omit_defaults=True):
@@ -61,6 +76,7 @@ class CompletionRequest(msgspec.Struct, omit_defaults=True):
     sampling: Sampling
     stream: bool = True
     echo: bool = False
+    routing: Routing | None = None
 
 
 class GenerateRequest(msgspec.Struct, omit_defaults=True):

@@ -15,6 +15,7 @@ import msgspec
 
 from dynamo import log
 from dynamo.errors import DynamoError, NoInstancesError, TransportError, UnavailableError
+from dynamo.runtime.choice import lighter_of_two, lightest
 from dynamo.runtime.peers import Peer, Peers
 from dynamo.transport.caller import CallerConnection
 from dynamo.transport.nats import Nats
@@ -80,6 +81,10 @@ class Client:
         """Ids of the instances that can be called now."""
         return [instance.instance_id for instance, _ in self._ready]
 
+    def in_flight(self) -> dict[int, int]:
+        """Of each instance that can be called now: how many calls of this process run there, whatever the endpoint."""
+        return {instance.instance_id: peer.in_flight for instance, peer in self._ready}
+
     async def wait_for_instances(self, count: int = 1, timeout_s: float | None = None) -> list[int]:
         """Wait until `count` instances can be called. Raises NoInstancesError after `timeout_s`."""
         try:
@@ -96,9 +101,10 @@ class Client:
     def call(self, request: Any, choice: str | int, decode: codec.Decode, *, streaming: bool) -> Stream[Any]:
         """Send a request; the result is a `Stream` of items or, for a unary endpoint, a `Reply`.
 
-        `choice` is "round_robin", "random" or an instance id. An instance that does not accept is replaced by another
-        one, for `PATIENCE_S` and within the request's deadline; an instance that is named is not replaced. A request
-        may run twice where the first instance's acceptance was lost; the caller gets the items of one run only.
+        `choice` is "round_robin", "random", "power_of_two" (the one of two random instances where fewer calls of this
+        process run), "least_loaded" or an instance id. An instance that does not accept is replaced by another one, for
+        `PATIENCE_S` and within the request's deadline; an instance that is named is not replaced. A request may run
+        twice where the first instance's acceptance was lost; the caller gets the items of one run only.
         """
         channel: Channel[Any] = Channel()
         task = asyncio.get_running_loop().create_task(self._open(channel, request, choice, decode))
@@ -213,7 +219,11 @@ class Client:
             if ready:
                 if choice == "random":
                     return random.choice(ready)
+                if choice == "power_of_two":
+                    return ready[lighter_of_two(ready)]
                 self._next += 1
+                if choice == "least_loaded":  # the next turn begins behind it, so that idle ones share
+                    self._next = lightest(ready, self._next % len(ready))
                 return ready[self._next % len(ready)]
             wait_s = give_up - time.monotonic()
             if wait_s <= 0:

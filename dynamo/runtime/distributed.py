@@ -9,7 +9,7 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from dynamo.errors import TransportError
 from dynamo.runtime.client import Client
 from dynamo.runtime.component import Namespace, PrimaryLease
 from dynamo.runtime.discovery import Discovery, watch
+from dynamo.runtime.metrics import ProcessMetrics
 from dynamo.runtime.micro import announce
 from dynamo.runtime.peers import Peers, host_id
 from dynamo.runtime.server import Endpoint, Server
 from dynamo.runtime.static import StaticDiscovery, static_subject, tell
 from dynamo.transport.etcd import Delete, Etcd, Put
 from dynamo.transport.listener import StreamListener
-from dynamo.transport.nats import DEFAULT_URL, Nats
+from dynamo.transport.nats import DEFAULT_URL, Listening, Nats
+from dynamo.transport.queue import Queue
 from dynamo.wire import codec
 from dynamo.wire.messages import Instance, instances_prefix, subject
 
@@ -72,7 +74,9 @@ class DistributedRuntime:
         self._clients: dict[tuple[str, str, str], Client] = {}
         self._watching: list[asyncio.Task[None]] = []
         self._registered: list[str] = []
+        self._queues: list[Queue] = []
         self._ready = self._closed = False
+        self.metrics = ProcessMetrics(self.instance_id, self._clients)
         self.peers = Peers()
         self.listener = StreamListener()
 
@@ -94,6 +98,7 @@ class DistributedRuntime:
                 self.server = Server(self.nats, self.listener)
                 await self._listen()
                 await announce(self.nats, self.server, self.instance_id)
+                await self.metrics.answer(self.nats)
                 opened.pop_all()
             self._ready = True
 
@@ -142,14 +147,24 @@ class DistributedRuntime:
         return self._clients[address]
 
     async def serve(
-        self, namespace: str, component: str, endpoint: str, method: Callable[[Any], Any], request_type: Any = Any
+        self,
+        namespace: str,
+        component: str,
+        endpoint: str,
+        method: Callable[[Any], Any],
+        request_type: Any = Any,
+        stats_data: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        """Serve a method under an address: subscribed on NATS first, then registered in etcd."""
+        """Serve a method under an address: subscribed on NATS first, then registered in etcd.
+
+        What `stats_data` gives is in the endpoint's entry of `$SRV.STATS`.
+        """
         await self.connect()
         address = (namespace, component, endpoint)
         topic = static_subject(*address) if self.is_static else subject(*address, self.instance_id)
         where = f"{self.name} {endpoint}"
-        await self.server.add(Endpoint(address, topic, _with_argument(method), codec.decoder(request_type), where))
+        decode = codec.decoder(request_type)
+        await self.server.add(Endpoint(address, topic, _with_argument(method), decode, where, stats_data))
         await self.nats.flush()
         instance = Instance(
             namespace=namespace,
@@ -174,6 +189,28 @@ class DistributedRuntime:
         if key not in self._registered:
             self._registered.append(key)
         await self.lease.put(key, msgspec.json.encode(value))
+
+    async def send(self, subject: str, payload: bytes) -> None:
+        """Publish on a subject of NATS. Raises TransportError when it is away."""
+        if not self._ready:
+            await self.connect()
+        await self.nats.publish(subject, payload)
+
+    async def listen(self, subject: str, handler: Callable[[bytes], None]) -> Listening:
+        """Call `handler` for each message on a subject of NATS from now on, until closed; it must not raise."""
+        await self.connect()
+        return await self.nats.listen(subject, handler)
+
+    def work_queue(self, stream: str, subject: str, **limits: Any) -> Queue:
+        """A work queue of JetStream, with the limits that `Queue` takes; it connects at the first use."""
+
+        async def connected() -> Nats:
+            await self.connect()
+            return self.nats
+
+        queue = Queue(connected, stream, subject, **limits)
+        self._queues.append(queue)
+        return queue
 
     async def follow(self, prefix: str) -> AsyncIterator[dict[str, bytes]]:
         """All keys of etcd under a prefix, again after every change; the last state while etcd is away."""
@@ -216,6 +253,7 @@ class DistributedRuntime:
         if self._ready:
             self.server.draining = True
             await self.deregister()
+            await asyncio.gather(*(queue.stop() for queue in self._queues))
             await self.server.drain(limit_s)
 
     async def close(self) -> None:
@@ -230,6 +268,7 @@ class DistributedRuntime:
             self._ending.cancel()
             await asyncio.gather(self._ending, return_exceptions=True)
         await self.server.close()
+        await asyncio.gather(*(queue.close() for queue in self._queues))
         if not self.is_static:
             await self._revoke()
         for task in self._watching:

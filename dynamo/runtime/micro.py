@@ -7,6 +7,7 @@ A component is a service `<namespace>_<component>`; `$SRV.PING`, `.INFO` and `.S
 from __future__ import annotations
 
 import datetime
+import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ import msgspec
 
 from dynamo.runtime.server import QUEUE_GROUP, Endpoint, Server
 from dynamo.transport.nats import Nats
+
+log = logging.getLogger(__name__)
 
 VERSION = "0.0.1"
 VERBS = ("PING", "INFO", "STATS")
@@ -86,5 +89,16 @@ def _stats(endpoint: Endpoint) -> dict[str, Any]:
         "last_error": endpoint.last_error,
         "processing_time": processing_ns,
         "average_processing_time": processing_ns // max(ended, 1),
-        "data": {"in_flight": len(endpoint.running)},
+        "data": _data(endpoint),
     }
+
+
+def _data(endpoint: Endpoint) -> msgspec.Raw:
+    """What the service says of itself must not keep the rest from being told."""
+    known = {"in_flight": len(endpoint.running)}
+    if endpoint.stats_data is not None:
+        try:
+            return msgspec.Raw(msgspec.json.encode({**endpoint.stats_data(), **known}))
+        except Exception:
+            log.exception("%s: stats_data failed", endpoint.where)
+    return msgspec.Raw(msgspec.json.encode(known))

@@ -45,6 +45,11 @@ class Peer:
     def available(self) -> bool:
         return self.connection is not None and self.connection.alive and not self.stopping
 
+    @property
+    def in_flight(self) -> int:
+        """Calls of this process that run there: sent, and neither ended, cancelled nor refused."""
+        return 0 if self.connection is None else len(self.connection.incoming)
+
     async def _keep(self) -> None:
         """Connect, and again whenever the connection is lost, as long as the instance is registered."""
         failures = 0

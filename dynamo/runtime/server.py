@@ -7,7 +7,7 @@ import contextvars
 import inspect
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +42,8 @@ class Endpoint:
     decode: codec.Decode
     where: str
     """for error notes: `VllmWorker:1 generate`"""
+    stats_data: Callable[[], Mapping[str, Any]] | None = None
+    """what the service says of itself in `$SRV.STATS`"""
     requests: int = 0
     errors: int = 0
     last_error: str = ""

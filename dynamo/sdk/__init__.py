@@ -1,12 +1,25 @@
 """What a service author imports. Pure declarations: importing this opens no socket and loads no engine."""
 
+from dynamo.sdk.channels import Job, Topic, WorkQueue
 from dynamo.sdk.context import dynamo_context
-from dynamo.sdk.depends import bind, depends, direct, instance_ids, random, round_robin
+from dynamo.sdk.depends import (
+    bind,
+    depends,
+    direct,
+    in_flight,
+    instance_ids,
+    is_linked,
+    least_loaded,
+    power_of_two,
+    random,
+    round_robin,
+)
 from dynamo.sdk.endpoint import async_on_shutdown, async_on_start, endpoint, liveness, on_shutdown, readiness
 from dynamo.sdk.interface import abstract_endpoint
 from dynamo.sdk.lib.config import ServiceConfig
 from dynamo.sdk.lib.image import DYNAMO_IMAGE
 from dynamo.sdk.lib.utils import get_capi_library_path
+from dynamo.sdk.metrics import metrics_registry
 from dynamo.sdk.route import DynamoTransport, api
 from dynamo.sdk.service import AbstractService, Service, service
 from dynamo.wire.stream import Reply, Stream
@@ -22,10 +35,13 @@ __all__ = [
     "AbstractDynamoService",
     "AbstractService",
     "DynamoTransport",
+    "Job",
     "Reply",
     "Service",
     "ServiceConfig",
     "Stream",
+    "Topic",
+    "WorkQueue",
     "abstract_dynamo_endpoint",
     "abstract_endpoint",
     "api",
@@ -39,9 +55,14 @@ __all__ = [
     "dynamo_endpoint",
     "endpoint",
     "get_capi_library_path",
+    "in_flight",
     "instance_ids",
+    "is_linked",
+    "least_loaded",
     "liveness",
+    "metrics_registry",
     "on_shutdown",
+    "power_of_two",
     "random",
     "readiness",
     "round_robin",

@@ -7,25 +7,30 @@ from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
 
 from dynamo.errors import GraphError
+from dynamo.sdk.channels import Carrier
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.service import ServiceSpec, is_interface, spec_of
 from dynamo.wire.stream import Stream
 
 T = TypeVar("T")
 
-Choice = Literal["round_robin", "random"] | int
+Choice = Literal["round_robin", "random", "power_of_two", "least_loaded"] | int
 """How a call picks an instance; an int is an instance id."""
 
 
 class Caller(Protocol):
     """How a stub reaches a service. The runtime implements it; `serve` joins the two."""
 
+    @property
+    def channels(self) -> Carrier: ...
     def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]: ...
     def instance_ids(self) -> list[int]: ...
+    def in_flight(self) -> dict[int, int]: ...
 
 
 class Remote:
-    """Stands behind a dependency in a running process: endpoints are called over the wire, nothing else exists."""
+    """Stands behind a dependency in a running process: its endpoints are called over the wire, its channels are those
+    of all instances, and nothing else exists."""
 
     __slots__ = ("_caller", "_choice", "_spec")  # an endpoint may have any name that a method may have
 
@@ -33,9 +38,12 @@ class Remote:
         self._spec, self._caller = spec, caller
         self._choice: Choice = choice
 
-    def __getattr__(self, name: str) -> Callable[..., Stream[Any]]:
+    def __getattr__(self, name: str) -> Any:
         endpoint = self._spec.endpoints.get(name)
         if endpoint is None:
+            channel = self._spec.channels.get(name)
+            if channel is not None:
+                return channel.open(self._caller.channels)
             service = self._spec.name
             raise AttributeError(
                 f"{service} has no endpoint {name!r}; endpoints: {', '.join(self._spec.endpoints) or 'none'}\n"
@@ -124,6 +132,11 @@ def bind(instance: object, **targets: object) -> None:
         instance.__dict__[known[attribute].slot] = target
 
 
+def is_linked(instance: object, attribute: str) -> bool:
+    """Whether something stands behind a dependency of an object: a graph may leave it out."""
+    return dependencies(type(instance))[attribute].slot in instance.__dict__
+
+
 def _choose(client: T, choice: Choice) -> T:
     return cast(T, Remote(client._spec, client._caller, choice)) if isinstance(client, Remote) else client
 
@@ -143,6 +156,21 @@ def round_robin(client: T) -> T:
     return _choose(client, "round_robin")
 
 
+def power_of_two(client: T) -> T:
+    """The same client, each call to the one of two random instances where fewer calls of this process run."""
+    return _choose(client, "power_of_two")
+
+
+def least_loaded(client: T) -> T:
+    """The same client, each call to the instance where fewest calls of this process run; to equal ones in turn."""
+    return _choose(client, "least_loaded")
+
+
 def instance_ids(client: object) -> list[int]:
     """Ids of the live instances behind a dependency; empty for a plain object in a test."""
     return client._caller.instance_ids() if isinstance(client, Remote) else []
+
+
+def in_flight(client: object) -> dict[int, int]:
+    """How many calls of this process run at each live instance behind a dependency; empty for a plain object."""
+    return client._caller.in_flight() if isinstance(client, Remote) else {}

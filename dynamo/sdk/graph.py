@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +95,20 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
 
     visit(entry)
     return Graph(spec, entry, services, targets)
+
+
+def load_function(spec: str, working_dir: Path = Path()) -> Callable[..., Any]:
+    """`module:function` or `path/file.py:function`. Raises GraphError when it is not found or cannot be called."""
+    name, _, attribute = spec.rpartition(":")
+    if not name or not attribute.isidentifier():
+        raise GraphError(f"{spec!r} names no function", hint="write it as module:function or path/file.py:function")
+    module = _import(name, working_dir)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
+        what = "not found" if found is None else f"a {type(found).__name__}, not a function"
+        raise GraphError(f"{spec}: {what}", hint=f"functions there: {', '.join(names) or 'none'}")
+    return cast("Callable[..., Any]", found)
 
 
 def _import(name: str, working_dir: Path) -> ModuleType:

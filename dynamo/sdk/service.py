@@ -8,10 +8,11 @@ import sys
 import warnings
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard, TypeVar, overload
 
 from dynamo.errors import GraphError
+from dynamo.sdk.channels import Declared, channels
 from dynamo.sdk.endpoint import NAME, EndpointSpec, endpoints
 from dynamo.sdk.interface import check_interface
 from dynamo.sdk.route import Route, routes
@@ -57,6 +58,7 @@ class ServiceSpec:
     endpoints: Mapping[str, EndpointSpec]  # by method name
     routes: Sequence[Route] = ()
     system_app: Any = None
+    channels: Mapping[str, Declared] = field(default_factory=dict)  # by attribute
 
     @property
     def address(self) -> tuple[str, str]:
@@ -274,6 +276,7 @@ def service(
             endpoints=endpoints(found),
             routes=routes(found),
             system_app=system_app,
+            channels=channels(found),
         )
         setattr(found, _SPEC, spec)
         _add_attributes(found)

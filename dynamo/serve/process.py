@@ -28,11 +28,14 @@ from dynamo.config.settings import constructor_arguments
 from dynamo.errors import DynamoError
 from dynamo.runtime import Client, DistributedRuntime
 from dynamo.sdk import bind, dynamo_context
+from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Choice, Remote
 from dynamo.sdk.endpoint import EndpointSpec, Hook, hooks
 from dynamo.sdk.graph import Graph, load
 from dynamo.sdk.service import spec_of
+from dynamo.serve.channels import ServiceChannels
 from dynamo.serve.http_service import HttpService
+from dynamo.serve.live_settings import LiveSettings
 from dynamo.serve.plan import RELOAD, RUN_DIR, namespace_of
 from dynamo.wire import codec
 from dynamo.wire.stream import Reply, Stream
@@ -75,6 +78,7 @@ class ServiceCaller:
 
     def __init__(self, runtime: DistributedRuntime, cls: type[Any], namespace: str) -> None:
         self._runtime, self._spec, self._namespace = runtime, spec_of(cls), namespace
+        self.channels = ServiceChannels(runtime, namespace, self._spec.name)
         self.clients: dict[str, Client] = {}
         self._decoders: dict[str, codec.Decode] = {}
 
@@ -104,6 +108,10 @@ class ServiceCaller:
         found = [set(client.instance_ids()) for client in self.clients.values()]
         return sorted(set.intersection(*found)) if found else []
 
+    def in_flight(self) -> dict[int, int]:
+        known = {number: count for client in self.clients.values() for number, count in client.in_flight().items()}
+        return {number: known[number] for number in self.instance_ids()}
+
 
 class ServiceProcess:
     """One worker of one service. `run` returns the exit code."""
@@ -118,6 +126,7 @@ class ServiceProcess:
         self.stopping = asyncio.Event()
         self.instance: Any = None
         self.http: HttpService | None = None
+        self.live: LiveSettings | None = None
         self._constructed = False
         self._drain_s = DRAIN_S
 
@@ -135,6 +144,7 @@ class ServiceProcess:
         }
         try:
             self.instance = object.__new__(self.cls)
+            attach(self.instance, ServiceChannels(runtime, self.namespace, self.name))
             # bound before the constructor runs, which may want to keep self.worker
             targets = self.graph.targets[self.name]
             bind(self.instance, **{a: Remote(spec_of(targets[a]), caller) for a, caller in callers.items()})
@@ -159,6 +169,8 @@ class ServiceProcess:
 
     def _fill_context(self, runtime: DistributedRuntime) -> None:
         component = runtime.namespace(self.namespace).component(self.name)
+        graph = [(namespace_of(cls, self.config), name) for name, cls in self.graph.services.items()]
+        runtime.metrics.belong(self.namespace, self.name, graph)
         endpoints = sorted(spec_of(self.cls).endpoints.values(), key=lambda endpoint: endpoint.method)
         dynamo_context.update(
             service_name=self.name,
@@ -193,9 +205,12 @@ class ServiceProcess:
                 if not client.instance_ids():
                     self.status.progress(f"waiting for {client.address[1]}")
                     await self._unless_stopping(client.wait_for_instances())
+        self.live = LiveSettings(self.instance, self.namespace)
+        await self.live.start(runtime)  # before the first request
         for endpoint in spec_of(self.cls).endpoints.values():
             method = getattr(self.instance, endpoint.method)
-            await runtime.serve(self.namespace, self.name, endpoint.name, method, endpoint.types()[0])
+            stats_data = getattr(self.instance, "stats_data", None)
+            await runtime.serve(self.namespace, self.name, endpoint.name, method, endpoint.types()[0], stats_data)
         assert self.http is not None
         self.http.starting = False
         url = await self.http.start()
@@ -248,6 +263,8 @@ class ServiceProcess:
                 logger.exception("a shutdown hook failed")
         if self.http is not None:
             await self.http.close()
+        if self.live is not None:
+            await self.live.stop()
         await runtime.close()
         logger.debug("stopped in %.2f s", time.monotonic() - started)
 

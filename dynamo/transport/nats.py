@@ -1,4 +1,4 @@
-"""Requests over NATS: the one file that imports nats-py.
+"""Requests and messages over NATS: the one file that imports nats-py.
 
 A request is answered by an empty message (accepted) or by a packed Failure. NATS itself says at once when nobody listens
 on a subject, which is the cheapest sign that an instance has gone.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import NamedTuple
 
 import nats
 import nats.errors
@@ -25,8 +27,40 @@ CONNECT_TIMEOUT_S = 2.0
 RECONNECT_WAIT_S = 0.1
 PING_S = 5  # a server that hangs is given up after three of them
 NO_RESPONDERS = "503"
+PENDING_BYTES = 64 << 20
+"""what may wait here to be sent: a server that hangs takes nothing and is not yet known to be away"""
+LISTENER_MESSAGES, LISTENER_BYTES = 1 << 16, 256 << 20
+"""what may wait here for one listener"""
+FLUSH_TIMEOUT_S = 2
 
 Handler = Callable[[str, bytes, Callable[[bytes], Awaitable[None]]], Awaitable[None]]
+
+
+class Message(NamedTuple):
+    """What came: `reply` is where an answer goes, `status` what the server itself says instead of a message."""
+
+    subject: str
+    data: bytes
+    reply: str
+    status: str
+
+
+class Listening:
+    """A handler that is called for messages until this is closed."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+
+    async def close(self) -> None:
+        """A second time, or after the connection, does nothing."""
+        with suppress(nats.errors.Error):
+            await self._subscription.unsubscribe()
+
+    async def drain(self) -> None:
+        """The same, once the handler has had all that was sent until now."""
+        with suppress(nats.errors.Error, TimeoutError):
+            await asyncio.wait_for(self._subscription.drain(), FLUSH_TIMEOUT_S)  # type: ignore[no-untyped-call]
+        await self.close()
 
 
 class Nats:
@@ -36,10 +70,13 @@ class Nats:
         self._connection, self._urls = connection, urls
         self._connected = asyncio.Event()
         self._connected.set()
-        self._closing = False
+        self.closing = False
+        self.session = 1
+        """counts the times that it connected"""
         self._inbox = connection.new_inbox()
         self._replies: dict[str, asyncio.Future[bytes]] = {}
         self._tokens = 0
+        self._slow: set[int] = set()
 
     @classmethod
     async def connect(cls, url: str = DEFAULT_URL, *, name: str = "dynamo") -> Nats:
@@ -50,10 +87,13 @@ class Nats:
 
         async def failed(error: Exception) -> None:
             last[:] = [str(error) or type(error).__name__]
+            if isinstance(error, nats.errors.SlowConsumerError) and error.sid not in self._slow:
+                self._slow.add(error.sid)
+                logger.warning("messages on %s are dropped: what listens to them is too slow", error.subject)
             logger.debug("nats: %s", last[0])
 
         async def lost() -> None:
-            if self._closing:
+            if self.closing:
                 return
             self._connected.clear()
             for reply in self._replies.values():
@@ -62,6 +102,7 @@ class Nats:
 
         async def back() -> None:
             self._connected.set()
+            self.session += 1
             logger.info("connected to the NATS server again")
 
         try:
@@ -77,13 +118,13 @@ class Nats:
                     allow_reconnect=True,
                     ping_interval=PING_S,
                     connect_timeout=2,
-                    pending_size=64 << 20,
+                    pending_size=PENDING_BYTES,
                 ),
                 CONNECT_TIMEOUT_S,
             )
             await self._connection.subscribe(f"{self._inbox}.*", cb=self._answered)
         except (TimeoutError, OSError, nats.errors.Error) as error:
-            self._closing = True
+            self.closing = True
             await self._connection.close()
             reason = last[0] if last else str(error) or type(error).__name__
             raise TransportError(
@@ -152,8 +193,63 @@ class Nats:
     def _away(self) -> TransportError:
         return TransportError(f"the NATS server at {','.join(self._urls)} is away", hint="try again in a few seconds")
 
-    async def publish(self, subject: str, payload: bytes) -> None:
-        await self._connection.publish(subject, payload)
+    def new_inbox(self) -> str:
+        """A subject that no other client has."""
+        return self._connection.new_inbox()
+
+    def check_size(self, subject: str, size_bytes: int) -> None:
+        """Raises TransportError when the server takes no message of this size."""
+        if size_bytes > self.max_payload_bytes:
+            raise TransportError(
+                f"cannot publish on {subject}: {size_bytes} bytes, the NATS server takes {self.max_payload_bytes}",
+                hint="publish smaller messages, or raise max_payload of the NATS server",
+            )
+
+    async def publish(self, subject: str, payload: bytes, reply: str = "") -> None:
+        """Raises TransportError when the server is away, does not take what is sent, or takes no message of this size."""
+        connection = self._connection
+        if not connection.is_connected:
+            raise self._away()
+        self.check_size(subject, len(payload))
+        if connection.pending_data_size + len(payload) > PENDING_BYTES:
+            raise TransportError(f"cannot publish on {subject}: the NATS server takes nothing", hint="publish less")
+        try:
+            await connection.publish(subject, payload, reply)
+        except nats.errors.Error as error:
+            raise TransportError(f"cannot publish on {subject}: {error}") from None
+
+    async def listen(self, subject: str, handler: Callable[[bytes], None]) -> Listening:
+        """Call `handler(data)`, which must not raise, for each message that is published once this has returned.
+
+        Messages that wait while it is busy are dropped from `LISTENER_MESSAGES` or `LISTENER_BYTES` on. While the server
+        is away, listening begins when it is back.
+        """
+
+        async def deliver(message: Msg) -> None:
+            handler(message.data)
+
+        return await self._listen(subject, deliver)
+
+    async def receive(self, subject: str, handler: Callable[[Message], None]) -> Listening:
+        """As `listen`, with all that there is to know of a message."""
+
+        async def deliver(message: Msg) -> None:
+            status = (message.headers or {}).get("Status", "")
+            handler(Message(message.subject, message.data, message.reply, status))
+
+        return await self._listen(subject, deliver)
+
+    async def _listen(self, subject: str, deliver: Callable[[Msg], Awaitable[None]]) -> Listening:
+        try:
+            subscription = await self._connection.subscribe(
+                subject, cb=deliver, pending_msgs_limit=LISTENER_MESSAGES, pending_bytes_limit=LISTENER_BYTES
+            )
+        except nats.errors.Error as error:
+            raise TransportError(f"cannot listen on {subject}: {error}") from None
+        if self._connection.is_connected:
+            with suppress(nats.errors.Error):  # lost meanwhile: it subscribes again when it is back
+                await self._connection.flush(FLUSH_TIMEOUT_S)
+        return Listening(subscription)
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
         """Call `handler(subject, data, respond)` for each message, one after the other: it must hand long work to a task."""
@@ -174,7 +270,7 @@ class Nats:
 
     async def close(self) -> None:
         """Deliver what is pending, then disconnect."""
-        self._closing = True
+        self.closing = True
         try:
             await asyncio.wait_for(self._connection.drain(), 2.0)
         except (TimeoutError, nats.errors.Error):

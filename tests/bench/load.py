@@ -188,7 +188,7 @@ def check(raw: bytes, load: Load) -> int:
     head, _, body = raw.partition(_HEAD_END)
     status = head.split(b" ", 2)[1]
     if b"transfer-encoding: chunked" in head.lower():
-        body = _unchunk(body)
+        body = unchunk(body)
     if status != b"200":
         raise LoadError(f"HTTP {status.decode()}: {body[:300].decode(errors='replace')}")
     if not load.streaming:
@@ -218,7 +218,7 @@ def _check_whole(value: dict[str, Any], output_tokens: int) -> int:
     return 1
 
 
-def _unchunk(body: bytes) -> bytes:
+def unchunk(body: bytes) -> bytes:
     parts: list[bytes] = []
     at = 0
     while True:

@@ -12,7 +12,7 @@ from tests.bench.processes import Process
 
 @dataclass
 class Running:
-    """A server that answers on 127.0.0.1:`port`; `processes` are those started here, first to stop first."""
+    """A server that answers on `host`:`port`; `processes` are those started here, first to stop first."""
 
     name: str
     port: int
@@ -21,6 +21,7 @@ class Running:
     role: Callable[[list[str]], str]
     """what a command line is in the table"""
     start_s: float = field(default=0.0)
+    host: str = "127.0.0.1"
 
     def stop(self) -> None:
         for process in self.processes:

@@ -20,9 +20,9 @@ printf '%s\\n' "${COMPREPLY[@]}"
 """
 
 
-def completed(*words: str) -> set[str]:
+def completed(*words: str, **variables: str) -> set[str]:
     """What bash offers for the last word."""
-    env = environment(PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    env = environment(PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin", **variables)
     result = subprocess.run(
         ["bash", "--norc", "-c", SCRIPT, "bash", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )
@@ -37,8 +37,8 @@ def completed(*words: str) -> set[str]:
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (("dynamo", "s"), {"serve", "status"}),
-        (("dynamo", ""), {"serve", "run", "init", "status", "llmctl", "env", "completion"}),
+        (("dynamo", "s"), {"serve", "status", "set"}),
+        (("dynamo", ""), {"serve", "run", "init", "status", "set", "llmctl", "env", "completion"}),
         (("dynamo", "completion", ""), {"bash", "zsh", "fish"}),
         (("dynamo", "serve", "graphs.agg:Frontend", "--inf"), {"--infra"}),
         (("dynamo", "serve", "graphs.agg:Frontend", "--infra", "e"), {"embedded", "external"}),

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from dynamo.cli.live import Deployment, Load, Seen, look
 from dynamo.cli.status import render
+from dynamo.runtime import DistributedRuntime
 from dynamo.serve import announcement
+from dynamo.serve.infra import Infra
+from dynamo.wire.messages import Instance
 from tests.cli.conftest import Graph
 from tests.cli.terminal import COMMAND, ROOT, command, environment
 
@@ -41,13 +45,13 @@ def test_tables_of_a_running_graph(graph: Graph):
         ["etcd", graph.servers["ETCD_ENDPOINTS"][7:] + ",", "nats", graph.servers["NATS_SERVER"][7:]]
     )
     rows = {(row[0], row[2]): row for row in cells(result.stdout, "SERVICE")}
-    assert set(rows) == {
+    assert set(rows) >= {
         ("dynamo.Processor", "chat/completions"),
         ("dynamo.Processor", "completions"),
         ("dynamo.VllmWorker", "generate"),
     }
     for service in (("dynamo.Processor", "chat/completions"), ("dynamo.VllmWorker", "generate")):
-        _, instance, _, address, host, since, requests, in_flight, errors, average = rows[service]
+        _, instance, _, address, host, since, requests, in_flight, errors, average = rows[service][:10]
         assert int(instance, 16) > 0
         assert address.startswith("127.0.0.1:")
         assert host == "here"
@@ -75,7 +79,7 @@ def test_an_etcd_that_is_named(graph: Graph, nothing_runs: dict[str, str]):
     result = command("status", **(nothing_runs | graph.servers))
     assert result.returncode == 0
     assert "pid" not in result.stdout
-    assert len(cells(result.stdout, "SERVICE")) == 3
+    assert len(cells(result.stdout, "SERVICE")) >= 3
     without_nats = command("status", **(nothing_runs | graph.servers | {"NATS_SERVER": "nats://127.0.0.1:9"}))
     assert without_nats.returncode == 0
     assert "error: cannot connect to NATS" in without_nats.stdout
@@ -159,6 +163,31 @@ def test_a_bad_flag(arguments, code):
     result = command("status", *arguments)
     assert result.returncode == code
     assert len(result.stderr.splitlines()) == 2
+
+
+# -- what workers tell of their KV caches
+
+
+async def test_kv_usage_and_prefix_hits_are_shown(private_infra: Infra):
+    servers = {"nats_url": private_infra.nats_url, "etcd_endpoints": private_infra.etcd_endpoints}
+    runtime = DistributedRuntime(**servers)
+    told = {"gpu_cache_usage_perc": 0.254, "gpu_prefix_cache_hit_rate": 1, "kv_total_blocks": 100}
+    await runtime.serve("dynamo", "Worker", "generate", str, str, lambda: told)
+    await runtime.serve("dynamo", "Worker", "other", str, str, lambda: {"gpu_cache_usage_perc": "much"})
+    seen = await look(Deployment(**servers))
+    await runtime.close()
+    rows = {row[2]: row for row in cells(render([seen]), "SERVICE")}
+    assert rows["generate"][10:] == ["25%", "100%"]
+    assert rows["other"][10:] == ["", ""]
+    loads = {instance.endpoint: load for instance, load in seen.instances}
+    assert (loads["generate"].kv_usage, loads["generate"].prefix_hit_rate) == (0.254, 1.0)
+
+
+def test_no_columns_where_no_worker_tells():
+    instance = Instance("dynamo", "Worker", "generate", 10, {"nats_tcp": "dynamo_worker.generate-a"}, {})
+    seen = Seen(Deployment("http://etcd", "nats://nats"), [(instance, Load(1, 0, 0, 0.5, 0.0))])
+    head = next(line for line in render([seen]).splitlines() if line.startswith("SERVICE "))
+    assert head.split()[-1] == "AVERAGE"
 
 
 def test_nothing_is_rendered_of_nothing():

@@ -77,3 +77,15 @@ async def test_ping_info_and_stats(make: Make, namespace: str, nats_server: str)
     assert 5e6 < endpoint["average_processing_time"] < 100e6
     assert endpoint["processing_time"] >= 4 * 9e6
     assert await ask(nats_server, f"$SRV.STATS.{namespace}_nobody", 0) == []
+
+
+async def test_what_a_service_says_of_itself(make: Make, namespace: str, nats_server: str) -> None:
+    server = await make()
+    said: dict[str, Any] = {"kv_total_blocks": 100, "in_flight": 7}
+    await server.serve(namespace, "Worker", "run", str, str, lambda: said)
+    subject = f"$SRV.STATS.{namespace}_worker"
+    (stats,) = await ask(nats_server, subject, 1)
+    assert stats["endpoints"][0]["data"] == {"kv_total_blocks": 100, "in_flight": 0}
+    said["what"] = object()
+    (stats,) = await ask(nats_server, subject, 1)
+    assert stats["endpoints"][0]["data"] == {"in_flight": 0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from dynamo.sdk import Reply, Service, Stream, api, depends, direct, endpoint, liveness, service
+from dynamo.sdk import Reply, Service, Stream, Topic, api, depends, direct, endpoint, liveness, service
 from tests.typing.services import Ask, Counts, Frontend, Processor, Worker
 
 
@@ -27,6 +27,17 @@ class Wrong(Service):
         direct(self.worker, 1).count(1)  # error: wrong request type, pinned
         async for text in self.processor.chat(request):
             yield text.id  # error: wrong item attribute
+
+
+async def channels(worker: Worker, processor: Processor) -> None:
+    await worker.tokens.publish("text")  # error: wrong message type
+    await processor.worker.tokens.subscribe(worker.tell)  # error: a handler takes the message
+    await processor.worker.tokens.subscribe(Worker)  # error: a handler of another type
+    Topic(Ask(""))  # error: a topic is declared with a type
+    await processor.worker.tasks.put("text")  # error: wrong task type
+    await processor.worker.tasks.publish(Ask(""))  # error: a queue is no topic
+    async for job in worker.tasks.take():
+        await job.task.done()  # error: the job is done, not the task
 
 
 @service

@@ -8,9 +8,12 @@ from typing import assert_type
 
 from dynamo.sdk import (
     AbstractService,
+    Job,
     Reply,
     Service,
     Stream,
+    Topic,
+    WorkQueue,
     abstract_endpoint,
     api,
     async_on_start,
@@ -18,14 +21,18 @@ from dynamo.sdk import (
     depends,
     direct,
     endpoint,
+    in_flight,
     instance_ids,
+    least_loaded,
     liveness,
     on_shutdown,
+    power_of_two,
     random,
     readiness,
     round_robin,
     service,
 )
+from dynamo.sdk.channels import OpenQueue, OpenTopic, Subscription
 
 
 @dataclass
@@ -42,6 +49,19 @@ class Token:
 class Worker(Service):
     def __init__(self, model: str = "") -> None:
         self.model = model
+
+    tokens = Topic(Token)
+    texts = Topic(dict[str, int], name="texts-of-all")
+    tasks = WorkQueue(Ask, max_tasks=10)
+
+    async def tell(self) -> None:
+        assert_type(self.tokens, OpenTopic[Token])
+        await self.tokens.publish(Token(1))
+        await self.texts.publish({"a": 1})
+        async for job in self.tasks.take(limit=2):
+            assert_type(job, Job[Ask])
+            async with job:
+                assert_type(job.task, Ask)
 
     @endpoint
     async def generate(self, request: Ask) -> AsyncIterator[Token]:
@@ -69,6 +89,16 @@ class Worker(Service):
 class Processor(Service):
     worker = depends(Worker)
 
+    @async_on_start
+    async def listen(self) -> None:
+        subscription = await self.worker.tokens.subscribe(self.hear)
+        assert_type(subscription, Subscription)
+        await self.worker.tasks.put(Ask(""))
+        assert_type(await self.worker.tasks.size(), int)
+        await subscription.close()
+
+    def hear(self, token: Token) -> None: ...
+
     @endpoint
     async def chat(self, request: Ask) -> AsyncIterator[str]:
         assert_type(self.worker, Worker)
@@ -78,6 +108,9 @@ class Processor(Service):
         assert_type(await self.worker.count(request), int)
         assert_type(direct(self.worker, instance_ids(self.worker)[0]), Worker)
         assert_type(await random(self.worker).count(request=request), int)
+        assert_type(await least_loaded(self.worker).count(request), int)
+        assert_type(power_of_two(self.worker), Worker)
+        assert_type(in_flight(self.worker), dict[int, int])
         async for token in round_robin(self.worker).piped(request):
             assert_type(token, Token)
         stream = self.worker.piped(request)
@@ -155,6 +188,9 @@ class Caller(Service):
 
 
 assert_type(Frontend().chat("me"), str)
+assert_type(Worker.tokens, Topic[Token])
+assert_type(Worker.tasks, WorkQueue[Ask])
+assert_type(Worker().tasks, OpenQueue[Ask])
 assert_type(Frontend.link(Counter), type[Counter])
 assert_type(Frontend.link(Processor), type[Processor])
 assert_type(Frontend.link(Processor).link(Worker), type[Worker])

@@ -1,18 +1,28 @@
-"""The mock engine: deterministic tokens, stop conditions, cancellation, and steps over many sequences."""
+"""The mock engine: deterministic tokens, stop conditions, cancellation, ranks, what it tells, and failures on purpose."""
 
 from __future__ import annotations
 
 import asyncio
-import time
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dynamo.errors import EngineError, RequestError
-from dynamo.llm.engines.mock import DECODE_MS, MockEngine, prefill_ms
+from components.worker import VllmWorker
+from dynamo.config.settings import declared
+from dynamo.errors import ContextLengthError, EngineError, RequestError, StartError
+from dynamo.kv.events import BlocksRemoved, BlocksStored, EngineEvent
+from dynamo.kv.hashing import block_hashes
+from dynamo.llm.engines.mock import MockEngine, faults
+from dynamo.llm.engines.mock import engine as mock_engine
+from dynamo.llm.engines.mock.settings import MockSettings, mock_settings
+from dynamo.llm.engines.mock.timing import decode_ms, prefill_ms
 from dynamo.llm.models import tokenizer_dir
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
 
@@ -163,16 +173,16 @@ def test_refusals() -> None:
 
 def test_cancelling_frees() -> None:
     async def work(engine: MockEngine) -> None:
-        waiting = engine.generate(request([1] * 3000, max_tokens=None, ignore_eos=True))
         running = engine.generate(request([1], max_tokens=None, ignore_eos=True))
         await running.__anext__()
-        assert (engine.stats()[0].running, engine.stats()[0].waiting) == (1, 1)
+        waiting = engine.generate(request([1] * 3000, max_tokens=None, ignore_eos=True, n=2))
+        assert engine.stats()[0][:2] == (1, 2)
+        assert engine.stats()[0].kv_usage > 0
         waiting.cancel()
         running.cancel()
-        assert (engine.stats()[0].running, engine.stats()[0].waiting) == (0, 0)
-        await asyncio.sleep(0.02)
-        assert not engine._running
-        assert engine._stepping is None
+        assert engine.stats()[0][:3] == (0, 0, 0.0)
+        await asyncio.sleep(0.05)
+        assert engine._ranks[0]._stepping is None, "an idle engine costs nothing"
         for name in ("a", "b"):
             engine.generate(request([1], name=name)).pipe(lambda _: None, lambda _: None)
         await engine.abort("a")
@@ -214,26 +224,216 @@ def test_a_reader_may_start_and_cancel_others_meanwhile() -> None:
     assert run(work) == 40
 
 
-def test_pace() -> None:
-    """The schedule that the engine asks its loop for, rather than the clock of a busy machine."""
+def paced(prompt: list[int], late_s: float = 0.0, **arguments: Any) -> list[float]:
+    """The delays, in ms, that the engine asks its loop for, by a clock that goes on when it is asked.
+
+    The first step ends `late_s` after its time.
+    """
 
     async def work(engine: MockEngine) -> list[float]:
-        loop = asyncio.get_running_loop()
+        rank, loop = engine._ranks[0], asyncio.get_running_loop()
         asked: list[float] = []
-        call_later = loop.call_later
 
-        def spy(delay: float, *rest: Any) -> Any:
-            asked.append(delay)
-            return call_later(0, *rest)
+        def wait(delay: float, *callback: Any) -> Any:
+            clock.now += delay + (0.0 if asked else late_s)
+            asked.append(delay * 1e3)
+            return loop.call_soon(*callback)
 
-        engine._loop = type("Loop", (), {"call_later": staticmethod(spy), "call_soon": loop.call_soon})()
-        began = time.monotonic()
-        deltas = [d async for d in engine.generate(request([1] * 100, max_tokens=5, ignore_eos=True))]
-        assert len(deltas) == 5
-        assert engine._next_step - began == pytest.approx(4 * DECODE_MS / 10 / 1e3, abs=0.02)
+        clock = SimpleNamespace(now=5.0, monotonic=lambda: clock.now)
+        rank._loop = SimpleNamespace(call_later=wait, call_soon=loop.call_soon)  # type: ignore[assignment]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mock_engine, "time", clock)
+            assert len([d async for d in engine.generate(request(prompt, max_tokens=5, ignore_eos=True))]) == 5
         return asked
 
-    asked = run(work, **{"speedup-ratio": 10})
-    assert asked[0] == pytest.approx(prefill_ms(100) / 10 / 1e3)
-    assert len(asked) == 5
-    assert prefill_ms(1000) == pytest.approx(16.50142 + 15.18344 + 0.4209989)
+    found: list[float] = run(work, **arguments)
+    return found
+
+
+def test_pace() -> None:
+    usage = 2 / 16383  # two blocks of 64 tokens
+    expected = [prefill_ms(100), *[decode_ms(usage)] * 4]
+    assert paced([1] * 100, **{"speedup-ratio": 1}) == pytest.approx(expected)
+    slow = paced([1] * 100, **{"speedup-ratio": 10, "mock-slow-factor": 1000})
+    assert slow == pytest.approx([ms * 100 for ms in expected])
+    chunks = paced([1] * 100, **{"speedup-ratio": 1, "max-num-batched-tokens": 60})
+    assert chunks[:2] == pytest.approx([prefill_ms(60), prefill_ms(40)])
+
+
+def test_a_late_step_shortens_the_next() -> None:
+    usual = paced([1] * 100, **{"speedup-ratio": 1})
+    late = paced([1] * 100, late_s=2e-3, **{"speedup-ratio": 1})
+    assert late == pytest.approx([usual[0], usual[1] - 2, *usual[2:]])
+    very_late = paced([1] * 100, late_s=2e-2, **{"speedup-ratio": 1})
+    assert very_late == pytest.approx([usual[0], 0, *usual[2:]]), "but no more than one step is made up for"
+
+
+def test_cached_tokens_and_stats() -> None:
+    async def work(engine: MockEngine) -> None:
+        prompt = list(range(200))
+        for expected in (0, 192):
+            deltas = [d async for d in engine.generate(request(prompt, ignore_eos=True))]
+            assert [(d.prompt_tokens, d.cached_tokens) for d in deltas] == [(200, expected)] + [(None, None)] * 39
+        together = [d async for d in engine.generate(request(prompt, n=3, final_only=True))]
+        assert [(d.cached_tokens) for d in sorted(together, key=lambda d: d.index)] == [192, None, None]
+        assert engine.stats()[0] == (0, 0, 0.0, 1000, 192 * 4)
+
+    run(work, **{"block-size": 64})
+
+
+def test_events_tell_what_the_cache_holds() -> None:
+    events: list[tuple[int, list[EngineEvent]]] = []
+
+    async def main() -> None:
+        engine = MockEngine(
+            "dynamo-tiny", {"speedup-ratio": 0, "block-size": 32, "num-gpu-blocks-override": 9}, lambda _: None
+        )
+        assert engine.kv_events(lambda rank, new: events.append((rank, list(new))))
+        info = await engine.start()
+        assert (info.context_length, info.kv_block_size, info.kv_blocks, info.ranks) == (256, 32, 9, 1)
+        for number in range(4):
+            deltas = [d async for d in engine.generate(request([number] * 60, ignore_eos=True))]
+            last = ([number] * 60 + tokens(deltas))[:-1]
+        there: list[int] = []
+        for rank, batch in events:
+            assert rank == 0
+            for event in batch:
+                if isinstance(event, BlocksStored):
+                    assert event.block_size == 32
+                    there += event.hashes
+                else:
+                    assert isinstance(event, BlocksRemoved)
+                    for name in event.hashes:
+                        there.remove(name)
+        assert set(block_hashes(last, 32)) < set(there)
+        assert len(there) <= 8
+
+    asyncio.run(main())
+    assert any(isinstance(event, BlocksRemoved) for _, batch in events for event in batch)
+    assert not MockEngine("dynamo-tiny", {"enable-prefix-caching": False}, print).kv_events(lambda *_: None)
+
+
+def test_ranks_are_apart() -> None:
+    heard: set[int] = set()
+
+    async def main() -> None:
+        engine = MockEngine("dynamo-tiny", {"speedup-ratio": 0, "data-parallel-size": 3}, lambda _: None)
+        engine.kv_events(lambda rank, _: heard.add(rank))
+        assert (await engine.start()).ranks == 3
+
+        async def hit(rank: int) -> int | None:
+            asked = request([7] * 130)
+            asked.rank = rank
+            return (await engine.generate(asked).__anext__()).cached_tokens
+
+        assert [await hit(rank) for rank in (1, 1, 2)] == [0, 128, 0]
+        assert heard == {1, 2}
+        assert [stats.prefix_queries for stats in engine.stats()] == [0, 260, 130]
+        streams = [engine.generate(request([1], max_tokens=None, ignore_eos=True)) for _ in range(7)]
+        assert sorted(s.running + s.waiting for s in engine.stats()) == [2, 2, 3]
+        for stream in streams:
+            stream.cancel()
+        with pytest.raises(RequestError, match="rank 3: the engine has 3"):
+            await hit(3)
+
+    asyncio.run(main())
+
+
+def test_a_preempted_request_gives_the_same_tokens() -> None:
+    requests = [request([i] * 30, max_tokens=200, ignore_eos=True, name=str(i)) for i in range(6)]
+    small = {"block-size": 16, "num-gpu-blocks-override": 30}
+    roomy = answers(*requests)
+    found = answers(*requests, **small)
+    assert [tokens(d) for d in found] == [tokens(d) for d in roomy]
+    assert [text(d) for d in found] == [text(d) for d in roomy]
+
+
+def test_more_than_the_kv_cache_is_refused() -> None:
+    small = {"block-size": 16, "num-gpu-blocks-override": 5}
+    with pytest.raises(ContextLengthError, match="64 prompt tokens do not fit 64"):
+        answer(request([1] * 64), **small)
+    assert len(tokens(answer(request([1] * 60, max_tokens=500, ignore_eos=True), **small))) == 4
+    whole = {"enable-chunked-prefill": False, "max-num-batched-tokens": 50}
+    with pytest.raises(ContextLengthError, match="51 prompt tokens do not fit 50"):
+        answer(request([1] * 51), **whole)
+    with pytest.raises(RequestError, match="32 bits"):
+        answer(request([1 << 40] * 64))
+    with pytest.raises(RequestError, match="no tokens"):
+        answer(request([]))
+
+
+def test_errors_in_the_middle() -> None:
+    async def work(engine: MockEngine) -> list[int]:
+        async def read(number: int) -> int:
+            got: list[Delta] = []
+            ended: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+            engine.generate(request([number], max_tokens=50, ignore_eos=True)).pipe(got.append, ended.set_result)
+            error = await ended
+            assert (len(got) < 50) == (isinstance(error, EngineError) and "mock-error-rate" in str(error))
+            return len(got)
+
+        found = await asyncio.gather(*map(read, range(200)))
+        assert engine.stats()[0][:3] == (0, 0, 0.0)
+        return list(found)
+
+    found = run(work, **{"mock-error-rate": 0.3})
+    assert 30 < sum(tokens < 50 for tokens in found) < 90
+    assert run(work, **{"mock-error-rate": 0.3}) == found
+    assert set(run(work)) == {50}
+
+
+def test_freezing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "NOTICED_S", 0.0)
+
+    async def work(engine: MockEngine) -> None:
+        await engine.check_health()
+        stream = engine.generate(request([1], ignore_eos=True))
+        for _ in range(5):
+            await stream.__anext__()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(stream.__anext__(), 0.2)
+        later = engine.generate(request([2]))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(later.__anext__(), 0.2)
+        with pytest.raises(EngineError, match="mock-freeze-after-tokens"):
+            await engine.check_health()
+
+    run(work, **{"mock-freeze-after-tokens": 5})
+
+
+def test_crashing() -> None:
+    program = """
+import asyncio
+from dynamo.llm.engines.mock import MockEngine
+from dynamo.llm.protocol import GenerateRequest, Sampling
+
+async def main():
+    engine = MockEngine("dynamo-tiny", {"speedup-ratio": 0, "mock-crash-after-tokens": 7}, lambda _: None)
+    await engine.start()
+    async for delta in engine.generate(GenerateRequest([1], Sampling(max_tokens=50, ignore_eos=True))):
+        print(delta.token_ids, flush=True)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(done.stdout.splitlines()) == 6  # the last had no time to be read
+
+
+def test_settings() -> None:
+    assert mock_settings({}) == MockSettings()
+    found = mock_settings({"max_num_seqs": "7", "no-enable-prefix-caching": True, "gpu-memory-utilization": 0.5})
+    assert found == MockSettings(max_num_seqs=7, enable_prefix_caching=False)
+    assert mock_settings({"num-gpu-blocks-override": None}) == MockSettings()
+    with pytest.raises(StartError, match="the mock engine's mock-error-rate 2: expected float <= 1"):
+        mock_settings({"mock-error-rate": 2})
+    with pytest.raises(StartError, match="block-size 'x': expected int"):
+        mock_settings({"block_size": "x"})
+
+
+def test_a_worker_takes_the_settings_of_the_mock() -> None:
+    takes = declared(VllmWorker)
+    assert takes is not None
+    for name in MockSettings.__struct_fields__:
+        assert takes.takes(name.replace("_", "-")), name
+    assert not takes.takes("mock-crash-after-token")

@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 
 from dynamo.errors import GraphError
-from dynamo.sdk import bind, depends, direct, endpoint, instance_ids, random, round_robin, service
+from dynamo.sdk import (
+    bind,
+    depends,
+    direct,
+    endpoint,
+    in_flight,
+    instance_ids,
+    least_loaded,
+    power_of_two,
+    random,
+    round_robin,
+    service,
+)
 from dynamo.sdk.depends import Choice, Dependency, Remote, dependencies
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.service import spec_of
@@ -57,6 +69,9 @@ class Recorder:
     def instance_ids(self) -> list[int]:
         return [7]
 
+    def in_flight(self) -> dict[int, int]:
+        return {7: 2}
+
 
 @pytest.fixture
 def recorder() -> Recorder:
@@ -79,10 +94,14 @@ def test_calls_go_to_the_caller(remote: Any, recorder: Recorder) -> None:
 
 
 def test_choices(remote: Any, recorder: Recorder) -> None:
-    for chosen in (remote, random(remote), direct(remote, 5), round_robin(random(remote))):
-        chosen.generate(1)
-    assert [choice for _, _, choice in recorder.calls] == ["round_robin", "random", 5, "round_robin"]
+    chosen = (remote, random(remote), direct(remote, 5), round_robin(random(remote)))
+    for client in (*chosen, power_of_two(remote), least_loaded(remote)):
+        client.generate(1)
+    assert [choice for _, _, choice in recorder.calls] == [
+        "round_robin", "random", 5, "round_robin", "power_of_two", "least_loaded"
+    ]  # fmt: skip
     assert instance_ids(remote) == [7]
+    assert in_flight(remote) == {7: 2}
     assert repr(direct(remote, 5)) == "<remote Worker, 5>"
 
 
@@ -105,9 +124,10 @@ async def test_bind_a_fake() -> None:
     bind(processor, worker=Worker())
     assert await processor.run(4) == [4]
     assert processor.worker.inner() == 1
-    for choose in (random, round_robin, lambda client: direct(client, 3)):
+    for choose in (random, round_robin, power_of_two, least_loaded, lambda client: direct(client, 3)):
         assert choose(processor.worker) is processor.worker
     assert instance_ids(processor.worker) == []
+    assert in_flight(processor.worker) == {}
 
 
 def test_unlinked_dependency_says_what_to_do() -> None:

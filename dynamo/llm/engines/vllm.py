@@ -23,6 +23,7 @@ from typing import Any
 
 from dynamo.errors import ContextLengthError, EngineError, RequestError, StartError
 from dynamo.llm.engine import EngineInfo, EngineStats, KvListener
+from dynamo.llm.engines import vllm_events
 from dynamo.llm.engines.installed import cpu_build
 from dynamo.llm.models import resolve, tokenizer_dir
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling, TokenLogprob
@@ -50,13 +51,19 @@ _CPU_ENVIRONMENT = {
 }
 
 
+_IDLE = EngineStats(0, 0, 0.0, 0, 0)
+
+
 class VllmEngine:
     def __init__(self, model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> None:
         self._model, self._arguments, self._progress = model, dict(arguments), progress
         self._llm: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stats = EngineStats(0, 0, 0.0, 0, 0)
+        self._stats = [_IDLE]  # of each data-parallel rank
         self._last_output = 0.0
+        self._listener: KvListener | None = None
+        self._private_events: dict[str, Any] | None = None
+        self._sources: list[vllm_events.KvEventSource] = []
 
     async def start(self) -> EngineInfo:
         """Blocks the event loop for as long as vLLM takes to import and load: it must stay in the main thread."""
@@ -79,6 +86,8 @@ class VllmEngine:
         async_llm = importlib.import_module("vllm.v1.engine.async_llm")
         usage = importlib.import_module("vllm.usage.usage_lib")
         log.debug("vLLM imported in %.1f s", time.monotonic() - started)
+        if self._listener is not None and self._argument("kv-events-config") is None:
+            self._private_events = vllm_events.private_config()
         options = self._parse(arg_utils.AsyncEngineArgs, cpu)
         try:
             config = arg_utils.AsyncEngineArgs.from_cli_args(options).create_engine_config(
@@ -86,6 +95,8 @@ class VllmEngine:
             )
         except (ValueError, OSError) as error:
             raise StartError(f"vLLM refuses the configuration: {_first_line(error)}") from error
+        ranks = int(config.parallel_config.data_parallel_size)
+        self._stats = [_IDLE] * ranks
         fork = cpu and config.parallel_config.world_size == 1
         if fork:
             _prepare_fork()
@@ -97,8 +108,16 @@ class VllmEngine:
         except Exception as error:
             raise StartError(f"vLLM did not start: {_first_line(error)}", hint="its own log is above") from error
         self._defaults = config.model_config.get_diff_sampling_param()
-        cache = self._llm.vllm_config.cache_config
-        return EngineInfo(config.model_config.max_model_len, cache.block_size, cache.num_gpu_blocks or 0)
+        self._listen(config.kv_events_config, ranks)
+        cache = self._llm.vllm_config.cache_config  # as the engine cores have set it; its blocks are those of all ranks
+        blocks = (cache.num_gpu_blocks or 0) // ranks
+        return EngineInfo(config.model_config.max_model_len, cache.block_size, blocks, ranks)
+
+    def _listen(self, config: Any, ranks: int) -> None:
+        if self._listener is not None:
+            for rank in range(ranks):
+                source = vllm_events.KvEventSource(rank, config.endpoint, config.replay_endpoint, self._listener)
+                self._sources.append(source)
 
     def _parse(self, arguments: Any, cpu: bool) -> Any:
         argparse_utils = importlib.import_module("vllm.utils.argparse_utils")
@@ -110,6 +129,10 @@ class VllmEngine:
         given = {name.replace("-", "_") for name in self._arguments}
         parser = arguments.add_cli_args(Parser())
         argv = ["--model", resolve(self._model), *to_argv(self._arguments, parser)]
+        if self._private_events is not None:
+            argv += ["--kv-events-config", json.dumps(self._private_events)]
+        if self._listener is not None and "enable_prefix_caching" not in given:
+            argv.append("--enable-prefix-caching")  # off by default for some models
         if cpu and "dtype" not in given and not _fast_bfloat16():
             argv += ["--dtype", "float32"]
         share = os.environ.get("DYNAMO_GPU_SHARE")
@@ -144,6 +167,7 @@ class VllmEngine:
                 self._sampling_params(request),
                 request.request_id or os.urandom(8).hex(),
                 priority=request.sampling.priority,
+                data_parallel_rank=request.rank,
             )
             async for output in outputs:
                 self._last_output = time.monotonic()
@@ -217,7 +241,7 @@ class VllmEngine:
                 if found is not None:
                     self.queries += found.prefix_cache_stats.queries
                     self.hits += found.prefix_cache_stats.hits
-                    engine._stats = EngineStats(
+                    engine._stats[engine_index] = EngineStats(
                         found.num_running_reqs, found.num_waiting_reqs, found.kv_cache_usage, self.queries, self.hits
                     )
 
@@ -230,10 +254,23 @@ class VllmEngine:
         await self._llm.abort(request_id)
 
     def stats(self) -> list[EngineStats]:
-        return [self._stats]
+        """vLLM tells what it does with its steps: without requests there are none, and its last word may be old."""
+        if self._tasks:
+            return list(self._stats)
+        return [_IDLE._replace(prefix_queries=s.prefix_queries, prefix_hits=s.prefix_hits) for s in self._stats]
 
     def kv_events(self, listener: KvListener) -> bool:
-        return False
+        """False without prefix caching, and where a kv-events-config sends the events elsewhere."""
+        if self._argument("enable-prefix-caching") is False or self._argument("no-enable-prefix-caching"):
+            return False
+        given = self._argument("kv-events-config")
+        if given is not None and not vllm_events.can_listen(given):
+            return False
+        self._listener = listener
+        return True
+
+    def _argument(self, name: str) -> Any:
+        return self._arguments.get(name, self._arguments.get(name.replace("-", "_")))
 
     async def check_health(self) -> None:
         """vLLM notices an engine core that died; one that is stopped or hangs it does not."""
@@ -248,11 +285,15 @@ class VllmEngine:
             raise EngineError(f"vLLM has answered nothing for {STALL_S:.0f} s", hint="the worker is being restarted")
 
     async def stop(self) -> None:
+        for source in self._sources:
+            source.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._llm is not None:
             self._llm.shutdown()
+        if self._private_events is not None:
+            vllm_events.remove(self._private_events)
 
 
 def _children() -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from dynamo.llm.models import tokenizer_dir
@@ -18,6 +19,16 @@ UNPACED = 1_000_000  # its own pace, divided by this
 
 
 def start(environment: Path, run_dir: Path, paced: bool) -> Running:
+    began = time.perf_counter()
+    engine = ["--speedup-ratio", "1" if paced else str(UNPACED), "--num-workers", "1", "--block-size", "16",
+              "--max-num-seqs", "100000", "--max-num-batched-tokens", "10000000"]  # fmt: skip
+    running = launch(environment, run_dir, engine, [])
+    running.start_s = answers(running, began, START_LIMIT_S)
+    return running
+
+
+def launch(environment: Path, run_dir: Path, engine: Sequence[str], frontend: Sequence[str]) -> Running:
+    """Both programs with these arguments; they are not ready yet."""
     port = free_port()
     python = environment / "bin" / "python"
     env = {
@@ -27,21 +38,22 @@ def start(environment: Path, run_dir: Path, paced: bool) -> Running:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
-    began = time.perf_counter()
     mocker = Process(
         [python, "-m", "dynamo.mocker", "--discovery-backend", "file", "--model-path", tokenizer_dir("dynamo-tiny"),
-         "--model-name", MODEL, "--speedup-ratio", "1" if paced else str(UNPACED), "--num-workers", "1",
-         "--block-size", "16", "--max-num-seqs", "100000", "--max-num-batched-tokens", "10000000"],
+         "--model-name", MODEL, *engine],
         run_dir / "mocker.log", env, run_dir,
     )  # fmt: skip
-    frontend = Process(
+    server = Process(
         [python, "-m", "dynamo.frontend", "--discovery-backend", "file", "--http-host", "127.0.0.1", "--http-port",
-         str(port)],
+         str(port), *frontend],
         run_dir / "frontend.log", env, run_dir,
     )  # fmt: skip
-    running = Running(NAME, port, MODEL, [frontend, mocker], _role)
-    running.start_s = answers(running, began, START_LIMIT_S)
-    return running
+    return Running(NAME, port, MODEL, [server, mocker], _role)
+
+
+def registered(run_dir: Path) -> int:
+    """Mock workers that can be found."""
+    return sum("generate" in path.name for path in (run_dir / "kv" / "v1" / "instances").glob("*"))
 
 
 def _role(argv: list[str]) -> str:

@@ -1,0 +1,118 @@
+"""What it costs to run a request on a worker, in KV blocks; the lowest cost wins.
+
+    cost = prefill_load_scale * max(prefill + prompt - credit * overlap, 0) + decode + prompt
+
+prefill: prompt blocks that the worker has still to compute; decode: blocks of the requests it runs; prompt: the
+request's own blocks; overlap: those of them that the worker has in its prefix cache. This is the cost function of
+Dynamo 0.4 to 1.6 (its docs/components/router) with its defaults.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from operator import itemgetter
+from typing import NamedTuple
+
+from dynamo.kv.index import Match, slots
+
+
+class Weights(NamedTuple):
+    """`temperature` 0 takes the cheapest worker, more spreads: softmax over costs scaled to 0..1."""
+
+    prefill_load_scale: float = 1.0
+    overlap_credit: float = 1.0
+    temperature: float = 0.0
+
+
+class Loads:
+    """Load of every cache by slot, in blocks. `weighed` is `scale * prefill + decode`, what decides where nothing is
+    cached."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.prefill: list[float] = []
+        self.decode: list[float] = []
+        self.weighed: list[float] = []
+
+    def set(self, slot: int, prefill: float, decode: float) -> None:
+        missing = slot + 1 - len(self.weighed)
+        if missing > 0:
+            for column in (self.prefill, self.decode, self.weighed):
+                column += [0.0] * missing
+        self.prefill[slot], self.decode[slot] = prefill, decode
+        self.weighed[slot] = self.scale * prefill + decode
+
+
+def overlaps(matches: Sequence[Match]) -> dict[int, int]:
+    """Blocks by slot, for those that have any."""
+    return {slot: match.blocks for match in matches for slot in slots(match.caches)}
+
+
+def costs(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, weights: Weights) -> dict[int, float]:
+    """The cost of each cache of a bit set, by slot."""
+    scale, credit, _ = weights
+    prefill, decode, overlap = loads.prefill, loads.decode, overlaps(matches)
+    return {
+        slot: scale * max(prefill[slot] + prompt - credit * overlap.get(slot, 0), 0.0) + decode[slot] + prompt
+        for slot in slots(caches)
+    }
+
+
+def cheapest(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, weights: Weights) -> int:
+    """The slot to take among `caches`, not 0; equal ones share by lot.
+
+    Caches of one match differ by their load only, so each match is asked for its least loaded cache. That holds while
+    the overlap's credit cannot exceed the prompt.
+    """
+    scale, credit, temperature = weights
+    if temperature > 0 or credit > 1 or scale != loads.scale:
+        return draw(costs(prompt, matches, loads, caches, weights), temperature)
+    weighed, left = loads.weighed, caches
+    lowest, group, load = math.inf, 0, 0.0
+    for blocks, holders in matches:
+        holders &= left
+        if holders:
+            left ^= holders
+            least = _least(weighed, holders)
+            cost = least - scale * credit * blocks
+            if cost < lowest or (cost == lowest and random.random() < 0.5):
+                lowest, group, load = cost, holders, least
+    if left:
+        least = _least(weighed, left)
+        if least < lowest or (least == lowest and random.random() < 0.5):
+            group, load = left, least
+    if not group & (group - 1):
+        return group.bit_length() - 1
+    members, loads_of = _members(group), _picker(group)(weighed)
+    if loads_of.count(load) == 1:
+        return members[loads_of.index(load)]
+    return random.choice([slot for slot, one in zip(members, loads_of, strict=True) if one == load])
+
+
+def _least(weighed: list[float], caches: int) -> float:
+    if caches & (caches - 1):
+        return min(_picker(caches)(weighed))
+    return weighed[caches.bit_length() - 1]
+
+
+@lru_cache(4096)
+def _members(caches: int) -> tuple[int, ...]:
+    return tuple(slots(caches))
+
+
+@lru_cache(4096)
+def _picker(caches: int) -> Callable[[list[float]], tuple[float, ...]]:
+    return itemgetter(*_members(caches))
+
+
+def draw(found: dict[int, float], temperature: float) -> int:
+    """A slot by softmax of the negated costs, scaled to 0..1 before; temperature 0 takes the lowest, by lot if several."""
+    lowest, highest = min(found.values()), max(found.values())
+    if temperature <= 0:
+        return random.choice([slot for slot, cost in found.items() if cost == lowest])
+    span = (highest - lowest) or 1.0
+    chances = [math.exp((lowest - cost) / span / temperature) for cost in found.values()]
+    return random.choices(list(found), chances)[0]

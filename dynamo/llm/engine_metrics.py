@@ -1,0 +1,67 @@
+"""An engine's load, for Prometheus and for `$SRV.STATS`, under ai-dynamo's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dynamo.llm.engine import Engine, EngineInfo, EngineStats
+
+
+class EngineCollector(Collector):
+    """Reads the engine at each scrape, and never else.
+
+    `worker_id` is the lease in hex. With several data-parallel ranks there is a sample for each, with the label `dp_rank`.
+    """
+
+    def __init__(self, engine: Engine, info: EngineInfo, *, component: str, endpoint: str, worker_id: str) -> None:
+        self._engine, self._info = engine, info
+        self._labels = {"component": component, "endpoint": endpoint, "worker_id": worker_id}
+
+    def collect(self) -> Iterable[Metric]:
+        ranks = self._engine.stats()
+        blocks = self._info.kv_blocks
+        yield self._gauge("llm_kv_blocks_active", "KV blocks in use.", [_active_blocks(r, blocks) for r in ranks])
+        yield self._gauge("llm_kv_blocks_total", "KV blocks.", [blocks for _ in ranks])
+        yield self._gauge("llm_requests_active_slots", "Requests that the engine runs.", [r.running for r in ranks])
+        yield self._gauge("llm_requests_waiting", "Requests that wait in the engine.", [r.waiting for r in ranks])
+        queries, hits = [r.prefix_queries for r in ranks], [r.prefix_hits for r in ranks]
+        yield self._counter("llm_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries)
+        yield self._counter("llm_prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits)
+
+    def _gauge(self, name: str, text: str, values: Sequence[float]) -> Metric:
+        return self._fill(GaugeMetricFamily(name, text, labels=self._names(values)), values)
+
+    def _counter(self, name: str, text: str, values: Sequence[float]) -> Metric:
+        return self._fill(CounterMetricFamily(name, text, labels=self._names(values)), values)
+
+    def _names(self, values: Sequence[float]) -> list[str]:
+        return [*self._labels, *(["dp_rank"] if len(values) > 1 else [])]
+
+    def _fill(self, family: GaugeMetricFamily | CounterMetricFamily, values: Sequence[float]) -> Metric:
+        for rank, value in enumerate(values):
+            family.add_metric([*self._labels.values(), *([str(rank)] if len(values) > 1 else [])], value)
+        return family
+
+
+def load_metrics(engine: Engine, info: EngineInfo) -> dict[str, float]:
+    """What a worker's `stats_data` says: all ranks together, with the names of ai-dynamo 0.3's `load_metrics`.
+
+    `gpu_cache_usage_perc` and `gpu_prefix_cache_hit_rate` are fractions of 0 to 1, as they were there.
+    """
+    ranks = engine.stats()
+    queries = sum(rank.prefix_queries for rank in ranks)
+    return {
+        "request_active_slots": sum(rank.running for rank in ranks),
+        "num_requests_waiting": sum(rank.waiting for rank in ranks),
+        "kv_active_blocks": sum(_active_blocks(rank, info.kv_blocks) for rank in ranks),
+        "kv_total_blocks": info.kv_blocks * len(ranks),
+        "gpu_cache_usage_perc": sum(rank.kv_usage for rank in ranks) / max(len(ranks), 1),
+        "gpu_prefix_cache_hit_rate": sum(rank.prefix_hits for rank in ranks) / queries if queries else 0.0,
+    }
+
+
+def _active_blocks(rank: EngineStats, blocks: int) -> int:
+    return round(rank.kv_usage * blocks)

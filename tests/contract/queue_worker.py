@@ -1,0 +1,28 @@
+"""A process to kill: takes tasks of `Worker.tasks`, prints the number of each, and never ends one. See test_work_queue."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import uvloop
+
+from dynamo.runtime import DistributedRuntime
+from dynamo.sdk.channels import attach
+from dynamo.serve.channels import ServiceChannels
+from tests.contract.test_work_queue import Worker
+
+
+async def main(nats: str, etcd: str, namespace: str, limit: str) -> None:
+    worker = Worker()
+    runtime = DistributedRuntime(nats_url=nats, etcd_endpoints=etcd)
+    attach(worker, ServiceChannels(runtime, namespace, "Worker"))
+    held = []
+    async for job in worker.tasks.take(int(limit)):
+        held.append(job)
+        print(job.task.number, flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(main(*sys.argv[1:]))

@@ -1,0 +1,164 @@
+"""Metrics of several processes, collected over a real NATS."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from prometheus_client import Counter
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from dynamo.http.app import create_app
+from dynamo.runtime import DistributedRuntime
+from dynamo.runtime import metrics as process_metrics
+from dynamo.runtime.metrics import ProcessMetrics
+from dynamo.serve.infra import Infra
+from tests.contract.runtime_steps import namespace, soon
+from tests.http_backend import FakeBackend
+
+__all__ = ["namespace"]  # a fixture
+
+Join = Callable[..., Awaitable[DistributedRuntime]]
+SERVICES = ("Frontend", "Processor", "Worker")
+WAIT_S = 1.5
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than in earnest, so that a busy machine does not make a process late."""
+    monkeypatch.setattr(process_metrics, "WAIT_S", WAIT_S)
+
+
+class Broken(Collector):
+    """While it is broken, its process gives no metrics."""
+
+    broken = True
+
+    def collect(self) -> Iterator[Metric]:
+        if self.broken:
+            raise RuntimeError("broken")
+        yield GaugeMetricFamily("repaired", "It is not broken.", 1)
+
+
+@asynccontextmanager
+async def joining(nats_url: str, etcd_endpoints: str, namespace: str) -> AsyncIterator[Join]:
+    made: list[DistributedRuntime] = []
+
+    async def join(service: str, namespace: str = namespace, graph: tuple[str, ...] = SERVICES) -> DistributedRuntime:
+        runtime = DistributedRuntime(nats_url=nats_url, etcd_endpoints=etcd_endpoints, name=service)
+        runtime.metrics.belong(namespace, service, [(namespace, name) for name in graph])
+        made.append(runtime)
+        await runtime.connect()
+        return runtime
+
+    yield join
+    await asyncio.gather(*(runtime.close() for runtime in made))
+
+
+@pytest.fixture
+async def join(nats_server: str, etcd_server: str, namespace: str) -> AsyncIterator[Join]:
+    """A process of a service: its runtime, connected."""
+    async with joining(nats_server, etcd_server, namespace) as join:
+        yield join
+
+
+def who(texts: list[bytes]) -> list[str]:
+    """worker_id of each text, which are those of its samples."""
+    found = []
+    for text in texts:
+        families = text_string_to_metric_families(text.decode())
+        (worker_id,) = {sample.labels["worker_id"] for family in families for sample in family.samples}
+        found.append(worker_id)
+    return found
+
+
+def ids(*runtimes: DistributedRuntime) -> set[str]:
+    return {runtime.metrics.worker_id for runtime in runtimes}
+
+
+async def timed(metrics: ProcessMetrics) -> tuple[set[str], float]:
+    started = time.monotonic()
+    texts = await metrics.gather()
+    found = who(texts)
+    assert len(found) == len(set(found))
+    return set(found), time.monotonic() - started
+
+
+async def test_all_answer_but_one_that_cannot(join: Join) -> None:
+    frontend, first, second, third = [await join(name) for name in ("Frontend", "Processor", "Worker", "Worker")]
+    broken = Broken()
+    third.metrics.registry.register(broken)
+    assert (await timed(frontend.metrics))[0] == ids(first, second)
+
+    broken.broken = False
+    await frontend.metrics.gather()  # does not wait for it: whether it is in time is open
+    await soon(lambda: third.metrics.worker_id in frontend.metrics._known)
+    assert (await timed(frontend.metrics))[0] == ids(first, second, third)
+
+    broken.broken = True
+    found, seconds = await timed(frontend.metrics)
+    assert found == ids(first, second)
+    assert seconds >= WAIT_S * 0.9
+    waited = [(await timed(frontend.metrics))[1] for _ in range(3)]
+    assert min(waited) < 1.0  # it was waited for once
+
+
+async def test_instances_that_discovery_has_are_waited_for(join: Join, namespace: str) -> None:
+    frontend = await join("Frontend")
+    assert await frontend.metrics.gather() == []
+    client = await frontend.client(namespace, "Worker", "run")
+    workers = [await join("Worker") for _ in range(3)]
+    for worker in workers:
+        await worker.serve(namespace, "Worker", "run", str)
+    await client.wait_for_instances(3, timeout_s=5)
+    assert (await timed(frontend.metrics))[0] == ids(*workers)
+
+
+async def test_graphs_that_share_a_nats_do_not_mix(join: Join, namespace: str) -> None:
+    frontend, worker = await join("Frontend"), await join("Worker")
+    await join("Worker", f"{namespace}x")
+    await join("Other", graph=("Other",))
+    assert (await timed(frontend.metrics))[0] == ids(worker)
+
+
+async def test_each_of_two_frontends_shows_the_other(join: Join) -> None:
+    frontends = [await join("Frontend") for _ in range(2)]
+    worker = await join("Worker")
+    Counter("jobs", "Jobs done.", registry=worker.metrics.registry).inc(2)
+    apps = [create_app(FakeBackend(), processes=frontend.metrics) for frontend in frontends]
+    for app, mine, other in zip(apps, frontends, reversed(frontends), strict=True):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            await http.post("/v1/completions", content=b"{")  # counted as refused
+            text = (await http.get("/metrics")).text
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        memory = families["process_resident_memory_bytes"].samples
+        assert {s.labels["worker_id"] for s in memory} == ids(mine, other, worker)
+        assert [s.labels["service"] for s in memory].count("Frontend") == 2
+        (jobs,) = [s for s in families["jobs"].samples if s.name == "jobs_total"]
+        assert (jobs.labels, jobs.value) == ({"service": "Worker", "worker_id": worker.metrics.worker_id}, 2)
+        requests = [s.labels for s in families["dynamo_frontend_requests"].samples if s.name.endswith("_total")]
+        assert [labels for labels in requests if "worker_id" not in labels]  # its own, as ever
+        if mine is frontends[1]:
+            assert ids(other) <= {labels.get("worker_id", "") for labels in requests}
+        assert text.count("# TYPE dynamo_frontend_requests_total ") == 1
+
+
+async def test_without_nats_a_frontend_shows_itself(private_infra: Infra, namespace: str) -> None:
+    async with joining(private_infra.nats_url, private_infra.etcd_endpoints, namespace) as join:
+        frontend, worker = await join("Frontend"), await join("Worker")
+        assert (await timed(frontend.metrics))[0] == ids(worker)
+        private_infra.processes["nats"].kill()
+        await soon(lambda: not frontend.nats.connected, 5)
+        assert await frontend.metrics.gather() == []
+        assert b"process_resident_memory_bytes{" in frontend.metrics.text()
+        await private_infra.restart_nats()
+        await soon(lambda: frontend.nats.connected and worker.nats.connected, 10)
+        await frontend.metrics.gather()  # the subscriptions may be on their way
+        await soon(lambda: worker.metrics.worker_id in frontend.metrics._known)
+        assert (await timed(frontend.metrics))[0] == ids(worker)

@@ -1,0 +1,8 @@
+"""A score of an author's own, for `Router.custom-router`."""
+
+from dynamo.kv.route import Candidate, RouteRequest
+
+
+def score(request: RouteRequest, candidate: Candidate) -> float:
+    assert request.prompt_tokens > 0
+    return candidate.worker

@@ -1,0 +1,380 @@
+"""KV events: vLLM on the CPU says what its prefix cache holds, and a second look at its hits proves it.
+
+vLLM runs in a process of its own (this file as a script), because it must see its environment before it is imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from dynamo.kv.events import BlocksCleared, BlocksRemoved, BlocksStored, EngineEvent
+from dynamo.kv.hashing import block_hashes
+from dynamo.kv.ledger import Ledger
+from dynamo.llm.engines import vllm_events
+from dynamo.llm.engines.vllm import VllmEngine
+from dynamo.llm.protocol import GenerateRequest, Sampling
+
+pytestmark = pytest.mark.vllm
+
+BLOCK = 32
+BLOCKS = 48
+ARGUMENTS = {
+    "block-size": BLOCK,
+    "max-model-len": 1024,
+    "num-gpu-blocks-override": BLOCKS,
+    "enforce-eager": True,
+    "dtype": "float32",
+    "kv-cache-memory-bytes": 64 << 20,
+}
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.002)
+
+
+# -- with vLLM
+
+
+def run(part: str) -> Any:
+    """What `watch` or `watch_ranks` has seen, in a process of its own."""
+    result = subprocess.run([sys.executable, __file__, part], capture_output=True, text=True, timeout=110, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return run("watch")
+
+
+def test_the_ledger_predicts_every_prompts_hit(found: Any) -> None:
+    assert [hit["cached"] for hit in found["hits"]] == [hit["predicted"] for hit in found["hits"]]
+    assert sum(hit["predicted"] > 0 for hit in found["hits"]) > 10
+    assert found["removed"] > BLOCKS, "the cache was too large: nothing was evicted"
+
+
+def test_concurrent_requests_leave_a_ledger_that_is_right(found: Any) -> None:
+    assert [hit["cached"] for hit in found["after"]] == [hit["predicted"] for hit in found["after"]]
+
+
+def test_salted_blocks_are_known_and_match_no_plain_prompt(found: Any) -> None:
+    assert found["salted"] == {"blocks": 3, "plain_hit": 0, "predicted": 0}
+
+
+def test_reset_empties_the_ledger(found: Any) -> None:
+    assert found["reset"] == 0
+
+
+def test_engine_info_and_stats_are_those_of_the_engine_core(found: Any) -> None:
+    assert found["info"] == [1024, BLOCK, BLOCKS, 1]
+    (stats,) = found["stats"]
+    assert stats["running"] == stats["waiting"] == 0
+    assert stats["prefix_hits"] >= sum(hit["cached"] for hit in found["hits"])
+    assert stats["prefix_queries"] > stats["prefix_hits"]
+
+
+def test_the_rank_reaches_vllm(found: Any) -> None:
+    assert found["rank 0"] == 1
+    assert "rank" in found["rank 7"]
+
+
+def test_nothing_is_left_of_the_sockets(found: Any) -> None:
+    assert found["left"] is False
+
+
+def test_data_parallel_ranks_are_told_apart() -> None:
+    assert run("watch_ranks") == {"info": [1024, BLOCK, BLOCKS, 2], "blocks": [3, 6], "queries": [100, 300]}
+
+
+async def watch() -> dict[str, Any]:
+    engine = VllmEngine("dynamo-tiny", ARGUMENTS, lambda _: None)
+    ledger, seen = Ledger(BLOCK), dict.fromkeys((BlocksStored, BlocksRemoved, BlocksCleared), 0)
+
+    def listen(rank: int, events: Sequence[EngineEvent]) -> None:
+        assert rank == 0
+        for event in events:
+            seen[type(event)] += len(getattr(event, "hashes", "x"))
+        ledger.apply(events)
+
+    assert engine.kv_events(listen)
+    info = await engine.start()
+    directory = Path(engine._private_events["endpoint"].removeprefix("ipc://")).parent  # type: ignore[index]
+    assert directory.stat().st_mode & 0o077 == 0
+
+    async def send(tokens: list[int], max_tokens: int = 8, rank: int | None = None) -> tuple[int, list[int]]:
+        """(cached tokens, all tokens that were computed)"""
+        request = GenerateRequest(tokens, Sampling(max_tokens=max_tokens, ignore_eos=True), rank=rank)
+        deltas = [delta async for delta in engine.generate(request)]
+        generated = [token for delta in deltas for token in delta.token_ids]
+        return deltas[0].cached_tokens or 0, [*tokens, *generated[:-1]]
+
+    def predicted(tokens: list[int]) -> int:
+        """vLLM computes the last prompt token in any case."""
+        held = set(ledger.blocks())
+        hits = itertools.takewhile(held.__contains__, block_hashes(tokens[:-1], BLOCK))
+        return BLOCK * sum(1 for _ in hits)
+
+    async def told(*computed: list[int]) -> None:
+        """The blocks of the last step are the last that vLLM tells of."""
+        await until(lambda: all(set(block_hashes(c, BLOCK)) <= set(ledger.blocks()) for c in computed))
+
+    async def compare(prompts: list[list[int]]) -> list[dict[str, int]]:
+        hits = []
+        for prompt in prompts:
+            expected = predicted(prompt)
+            cached, computed = await send(prompt, dice.randrange(1, 40))
+            hits.append({"predicted": expected, "cached": cached})
+            await told(computed)
+        return hits
+
+    dice = random.Random(5)
+    stems = [[dice.randrange(10, 1000) for _ in range(n * BLOCK + 7)] for n in (2, 4, 6)]
+    prompts = [
+        dice.choice(stems)[: dice.randrange(BLOCK, 7 * BLOCK)] + [dice.randrange(10, 1000)] * dice.randrange(1, 150)
+        for _ in range(25)
+    ]
+    result: dict[str, Any] = {"hits": await compare([*prompts, *dice.choices(prompts, k=25)])}
+    result["removed"] = seen[BlocksRemoved]
+    same = prompts[0]
+    together = await asyncio.gather(*(send(p, 4) for p in [same, same, *prompts[1:4]]))  # blocks stored twice
+    await told(*(computed for _, computed in together))
+    result["after"] = await compare(dice.choices(prompts, k=25))
+
+    await engine._llm.reset_prefix_cache()
+    await send([5, 6], 1)  # vLLM tells with its next step
+    await until(lambda: seen[BlocksCleared] == 1)
+    result["reset"] = len(ledger)
+
+    plain = [dice.randrange(10, 1000) for _ in range(3 * BLOCK + 1)]
+    from vllm import SamplingParams
+
+    async for _ in engine._llm.generate(
+        {"prompt_token_ids": plain, "cache_salt": "tenant"}, SamplingParams(max_tokens=1), "s"
+    ):
+        pass
+    await until(lambda: len(ledger) == 3)
+    result["salted"] = {"blocks": len(ledger), "predicted": predicted(plain)}
+    result["salted"]["plain_hit"], computed = await send(plain)
+    await told(computed)
+    result["rank 0"] = len((await send([5, 6], 1, rank=0))[1]) - 1
+    try:
+        await send([5, 6], 1, rank=7)
+        result["rank 7"] = "taken"
+    except Exception as error:
+        result["rank 7"] = str(error)
+    result["info"], result["stats"] = list(info), [stats._asdict() for stats in engine.stats()]
+    await engine.stop()
+    result["left"] = directory.exists()
+    return result
+
+
+async def watch_ranks() -> dict[str, Any]:
+    engine, ledgers = VllmEngine("dynamo-tiny", {**ARGUMENTS, "data-parallel-size": 2}, lambda _: None), []
+    assert engine.kv_events(lambda rank, events: ledgers[rank].apply(events))
+    info = await engine.start()
+    ledgers += [Ledger(info.kv_block_size) for _ in range(info.ranks)]
+    for rank, token in ((0, 5), (1, 6), (1, 6), (1, 7)):
+        request = GenerateRequest([token] * 100, Sampling(max_tokens=2, ignore_eos=True), rank=rank)
+        async for _ in engine.generate(request):
+            pass
+    await until(lambda: [len(ledger) for ledger in ledgers] == [3, 6])
+    queries = [stats.prefix_queries for stats in engine.stats()]
+    await engine.stop()
+    return {"info": list(info), "blocks": [len(ledger) for ledger in ledgers], "queries": queries}
+
+
+# -- the layouts, and what happens to messages that are lost
+
+
+def payload(*events: dict[str, Any]) -> bytes:
+    return msgspec.msgpack.encode([0.5, events, 0])
+
+
+def stored(*hashes: Any, parent: Any = None, size: int = 2, **more: Any) -> dict[str, Any]:
+    tokens = list(range(size * len(hashes)))
+    fields = {"block_hashes": hashes, "parent_block_hash": parent, "token_ids": tokens, "block_size": size}
+    return {"type": "BlockStored", "lora_id": None, "medium": "GPU", "lora_name": None, **fields, **more}
+
+
+def removed(*hashes: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "BlockRemoved", "block_hashes": hashes, "medium": "GPU", **more}
+
+
+def test_both_layouts_and_both_kinds_of_names() -> None:
+    new = {"ownership": None, "session_id": "s", "kv_cache_spec_kind": "full_attention", "group_idx": 0}
+    for event in (stored(7, 8, parent=6), stored(b"\0\7", b"\0\10", parent=b"\0\6", **new)):
+        assert vllm_events.events_of(payload(event, removed(7))) == [
+            BlocksStored([7, 8], 6, [0, 1, 2, 3], 2),
+            BlocksRemoved([7]),
+        ]
+    assert vllm_events.events_of(payload({"type": "AllBlocksCleared"})) == [BlocksCleared()]
+
+
+def test_other_groups_and_media_say_nothing() -> None:
+    others: list[dict[str, Any]] = [{"group_idx": 1}, {"medium": "CPU"}, {"medium": "STORAGE"}]
+    for other in others:
+        assert vllm_events.events_of(payload(stored(1, **other), removed(1, **other))) == []
+
+
+def test_extra_keys_are_salts_block_by_block() -> None:
+    keys = [["tenant"], None, [["image", 3]], [["image", 1]]]
+    first, second, third, fourth = vllm_events.events_of(payload(stored(1, 2, 3, 4, parent=9, extra_keys=keys)))
+    assert isinstance(first, BlocksStored)
+    assert (first.hashes, first.parent, first.token_ids) == ([1], 9, [0, 1])
+    assert second == BlocksStored([2], 1, [2, 3], 2)
+    assert isinstance(third, BlocksStored)
+    assert isinstance(fourth, BlocksStored)
+    assert len({first.salt, third.salt, fourth.salt, ""}) == 4
+    (lora,) = vllm_events.events_of(payload(stored(1, 2, lora_name="a", extra_keys=[["a"], ["a"]])))
+    assert isinstance(lora, BlocksStored)
+    assert lora.salt not in ("", first.salt)
+
+
+@pytest.mark.parametrize(
+    ("given", "can"),
+    [
+        ({"enable_kv_cache_events": True}, True),
+        ('{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:5600"}', True),
+        ({"enable_kv_cache_events": True, "endpoint": "ipc:///run/kv"}, True),
+        ({"enable_kv_cache_events": True, "endpoint": "tcp://collector:5557"}, False),
+        ({"enable_kv_cache_events": True, "endpoint": "tcp://*:0"}, False),
+        ({"enable_kv_cache_events": True, "publisher": "null"}, False),
+        ({"enable_kv_cache_events": False}, False),
+        ("{", False),
+    ],
+)
+def test_a_users_configuration_is_listened_to_where_that_can_be(given: Any, can: bool) -> None:
+    assert VllmEngine("m", {"kv-events-config": given}, print).kv_events(lambda *_: None) is can
+
+
+@pytest.mark.parametrize("arguments", [{"enable-prefix-caching": False}, {"enable_prefix_caching": False}])
+def test_without_a_prefix_cache_there_is_nothing_to_tell(arguments: dict[str, Any]) -> None:
+    assert not VllmEngine("m", arguments, print).kv_events(lambda *_: None)
+
+
+class Publisher:
+    """Publishes as an engine core does; leaves out what `lost` names, and forgets what `forgotten` names."""
+
+    def __init__(self, directory: Path, *, replays: bool = True, rank: int = 0) -> None:
+        import zmq.asyncio
+
+        self.context = zmq.asyncio.Context()
+        suffix = f"_dp{rank}" if rank else ""
+        self.endpoint, self.replay_endpoint = f"ipc://{directory}/inproc", f"ipc://{directory}/replay-inproc"
+        self.messages, self.replay = self.context.socket(zmq.XPUB), self.context.socket(zmq.ROUTER)
+        self.messages.bind(self.endpoint + suffix)
+        self.replay.bind(self.replay_endpoint + suffix)
+        self.sent: list[tuple[int, bytes]] = []
+        self.numbers = itertools.count()
+        self.answering = asyncio.ensure_future(self._answer()) if replays else None
+
+    async def subscribed(self) -> None:
+        await self.messages.recv()
+
+    async def publish(self, *events: dict[str, Any], lost: bool = False, forgotten: bool = False) -> None:
+        number, data = next(self.numbers), payload(*events)
+        if not forgotten:
+            self.sent.append((number, data))
+        if not lost:
+            await self.messages.send_multipart([b"", number.to_bytes(8, "big"), data])
+
+    async def _answer(self) -> None:
+        while True:
+            client, _, start = await self.replay.recv_multipart()
+            for number, data in [*self.sent]:
+                if number >= int.from_bytes(start, "big"):
+                    await self.replay.send_multipart([client, b"", b"", number.to_bytes(8, "big"), data])
+            await self.replay.send_multipart([client, b"", b"", (-1).to_bytes(8, "big", signed=True), b""])
+
+
+Listen = Callable[..., tuple[Publisher, list[EngineEvent]]]
+
+
+@pytest.fixture
+async def listen(tmp_path: Path) -> AsyncIterator[Listen]:
+    opened: list[Any] = []
+
+    def connect(*, rank: int = 0, asks: bool = True, **options: Any) -> tuple[Publisher, list[EngineEvent]]:
+        publisher, events = Publisher(tmp_path, rank=rank, **options), list[EngineEvent]()
+
+        def take(number: int, found: Sequence[EngineEvent]) -> None:
+            assert number == rank
+            events.extend(found)
+
+        replay = publisher.replay_endpoint if asks else None
+        opened.extend((publisher, vllm_events.KvEventSource(rank, publisher.endpoint, replay, take)))
+        return publisher, events
+
+    yield connect
+    for one in opened:
+        if isinstance(one, Publisher):
+            if one.answering is not None:
+                one.answering.cancel()
+            one.context.destroy(linger=0)
+        else:
+            one.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_burst_arrives_whole_and_in_order(listen: Listen, rank: int) -> None:
+    publisher, events = listen(rank=rank)
+    await publisher.subscribed()
+    for number in range(1000):
+        await publisher.publish(stored(number))
+    await until(lambda: len(events) == 1000)
+    assert [event.hashes for event in events if isinstance(event, BlocksStored)] == [[n] for n in range(1000)]
+
+
+async def test_missing_messages_are_asked_for_again(listen: Listen) -> None:
+    publisher, events = listen()
+    for number in range(3):
+        await publisher.publish(stored(number), lost=True)  # before anybody listened
+    await publisher.subscribed()
+    for number in range(3, 50):
+        await publisher.publish(stored(number), lost=number % 7 in (2, 3))
+    await publisher.publish(stored(50))
+    await until(lambda: len(events) == 51)
+    assert [event.hashes for event in events if isinstance(event, BlocksStored)] == [[n] for n in range(51)]
+
+
+@pytest.mark.parametrize("options", [{}, {"asks": False}, {"replays": False}])
+async def test_what_is_lost_for_good_empties_the_cache(
+    listen: Listen, options: dict[str, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher, events = listen(**options)
+    await publisher.subscribed()
+    await publisher.publish(stored(0))
+    await publisher.publish(removed(0), lost=True, forgotten=True)
+    await publisher.publish(stored(2))
+    await publisher.publish(stored(3))
+    await until(lambda: len(events) == 4)
+    assert [type(event) for event in events] == [BlocksStored, BlocksCleared, BlocksStored, BlocksStored]
+    assert "1 messages are lost" in caplog.text
+
+
+async def test_a_message_of_another_kind_counts_as_lost(listen: Listen) -> None:
+    publisher, events = listen()
+    await publisher.subscribed()
+    await publisher.publish({"type": "BlockMoved"})
+    await publisher.publish(stored(1))
+    await until(lambda: len(events) == 2)
+    assert isinstance(events[0], BlocksCleared)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run({"watch": watch, "watch_ranks": watch_ranks}[sys.argv[1]]())))
