@@ -13,7 +13,7 @@ import msgspec
 
 from components.worker import VllmWorker
 from dynamo.errors import ConfigError, DynamoError, RequestError
-from dynamo.kv.cost import Weights
+from dynamo.kv.cost import PREFILL_LOAD_SCALE, Weights
 from dynamo.kv.events import KvEvents, SnapshotRequest, WorkerLoad
 from dynamo.kv.hashing import block_hashes, pack
 from dynamo.kv.metrics import RouterMetrics
@@ -62,7 +62,7 @@ class Router(Service):
         block_size: int = 64,
         router: KvMode = "kv",
         overlap_score_credit: float = 1.0,
-        prefill_load_scale: float = 1.0,
+        prefill_load_scale: float = PREFILL_LOAD_SCALE,
         router_temperature: float = 0.0,
         custom_router: str | bool = False,
     ) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dynamo.kv.cost import Loads
+from dynamo.kv.cost import PREFILL_LOAD_SCALE, Loads
 from dynamo.kv.events import KvEvents, KvSnapshot, WorkerLoad
 from dynamo.kv.hashing import unpack
 from dynamo.kv.index import PrefixIndex
@@ -53,7 +53,7 @@ class Caches:
     worker is needed. `alive` and `blind` are bits by slot; blind: not told what it holds.
     """
 
-    def __init__(self, prefill_load_scale: float = 1.0) -> None:
+    def __init__(self, prefill_load_scale: float = PREFILL_LOAD_SCALE) -> None:
         self.index, self.routed, self.loads = PrefixIndex(), RoutedBlocks(), Loads(prefill_load_scale)
         self.alive = self.blind = 0
         self.block_size = 0

@@ -4,7 +4,7 @@
 
 prefill: prompt blocks that the worker has still to compute; decode: blocks of the requests it runs; prompt: the
 request's own blocks; overlap: those of them that the worker has in its prefix cache. This is the cost function of
-Dynamo 0.4 to 1.6 (its docs/components/router) with its defaults.
+Dynamo 0.4 to 1.6 (its docs/components/router), with a scale of its own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from typing import NamedTuple
 
 from dynamo.kv.index import Match, slots
 
+PREFILL_LOAD_SCALE = 8.0
+"""A block that must be computed delays everybody on the worker once, by all its tokens; one that is held is read once a
+step. 1 is Dynamo's. Simulated (tests/bench/replay) over conversations, agents and documents, 8 found 90 to 98 % of the
+hits that there were to find, 1 found 60 to 84 %; beyond 16, load gathers on few workers and tokens come more slowly."""
+
 
 class Weights(NamedTuple):
     """`temperature` 0 takes the cheapest worker, more spreads: softmax over costs scaled to 0..1."""
 
-    prefill_load_scale: float = 1.0
+    prefill_load_scale: float = PREFILL_LOAD_SCALE
     overlap_credit: float = 1.0
     temperature: float = 0.0
 
@@ -31,7 +36,7 @@ class Loads:
     """Load of every cache by slot, in blocks. `weighed` is `scale * prefill + decode`, what decides where nothing is
     cached."""
 
-    def __init__(self, scale: float = 1.0) -> None:
+    def __init__(self, scale: float = PREFILL_LOAD_SCALE) -> None:
         self.scale = scale
         self.prefill: list[float] = []
         self.decode: list[float] = []

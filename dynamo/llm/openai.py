@@ -46,7 +46,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"expected at most {MAX_PROMPTS} prompts, but got {len(value)}")
     for prompt in value:
-        tokens = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+        tokens = isinstance(prompt, list) and set(map(type, prompt)) <= {int}
         if not tokens and not isinstance(prompt, str):
             raise ValueError("expected a string, an array of strings, of token ids, or of arrays of token ids")
     return value

@@ -91,6 +91,8 @@ class GenerateRequest(msgspec.Struct, omit_defaults=True):
     """the data-parallel engine that should take it; None: any"""
     expected_hit: int = 0
     """prompt tokens that the router expects in this worker's prefix cache"""
+    kv_transfer: dict[str, Any] | None = None
+    """where the prompt's KV is to be fetched: what `Engine.prefill` gave on another worker; None: it is computed here"""
 
 
 class TokenLogprob(msgspec.Struct, array_like=True, gc=False):

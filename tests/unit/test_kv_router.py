@@ -160,7 +160,7 @@ class Clock:
 
 def served(*workers: Worker, **options: object) -> tuple[KvRouter, Clock]:
     clock = Clock()
-    router = KvRouter(clock=clock, **options)  # type: ignore[arg-type]
+    router = KvRouter(clock=clock, **{"weights": Weights(1.0), **options})  # type: ignore[arg-type]
     for worker in workers:
         router.caches.join(worker.id)
         router.caches.take_snapshot(worker.id, worker.snapshot())

@@ -251,8 +251,8 @@ def paced(prompt: list[int], late_s: float = 0.0, **arguments: Any) -> list[floa
 
 
 def test_pace() -> None:
-    usage = 2 / 16383  # two blocks of 64 tokens
-    expected = [prefill_ms(100), *[decode_ms(usage)] * 4]
+    cache_tokens = 16383 * 64
+    expected = [prefill_ms(100), *(decode_ms((100 + i) / cache_tokens) for i in range(1, 5))]
     assert paced([1] * 100, **{"speedup-ratio": 1}) == pytest.approx(expected)
     slow = paced([1] * 100, **{"speedup-ratio": 10, "mock-slow-factor": 1000})
     assert slow == pytest.approx([ms * 100 for ms in expected])

@@ -79,6 +79,7 @@ def check(cache: Checked, scheduler: Scheduler[Text]) -> None:
     unnamed = sum(sequence.unnamed for sequence in scheduler.running)
     assert len(holders) + unnamed + cache.free == cache.usable
     assert cache.unnamed >= 0
+    assert scheduler.kv_tokens == sum(sequence.computed for sequence in scheduler.running)
 
     for sequence in scheduler.running:
         tokens = sequence.prompt + sequence.output

@@ -250,6 +250,9 @@ class VllmEngine:
 
         return Recorder()
 
+    async def prefill(self, request: GenerateRequest) -> dict[str, Any]:
+        raise EngineError("this engine does not compute KV for others")
+
     async def abort(self, request_id: str) -> None:
         await self._llm.abort(request_id)
 

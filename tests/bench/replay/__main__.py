@@ -3,6 +3,7 @@
 python -m tests.bench.replay generate conversation --requests 1000 --seed 1 > trace.jsonl
 python -m tests.bench.replay describe trace.jsonl
 python -m tests.bench.replay trace.jsonl --modes round-robin,random,kv --peers DIR --load 0.7
+python -m tests.bench.replay simulate trace.jsonl --modes round-robin,kv --load 0.7 --workers 200    # no processes
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import dataclasses
 import gc
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from tests.bench.replay.generate import DEFAULTS, generate
 from tests.bench.replay.oracle import describe
 from tests.bench.replay.prompts import Prompts, vocabulary
 from tests.bench.replay.report import Goal
+from tests.bench.replay.simulate import Simulation
 from tests.bench.replay.trace import MOONCAKE_BLOCK, Cut, Limits, Request, TraceError, read, write
 from tests.bench.system import Running
 
@@ -44,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
             return _generate(rest)
         if command == "describe":
             return _describe(rest)
+        if command == "simulate":
+            return _replay(rest, simulated=True)
         return _replay(arguments)
     except (TraceError, StartError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -158,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _replay(arguments: Sequence[str]) -> int:
+def _replay(arguments: Sequence[str], *, simulated: bool = False) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     for name in ("speed", "load", "workers", "blocks", "block", "speedup", "max_sequences", "batched_tokens"):
@@ -187,7 +192,12 @@ def _replay(arguments: Sequence[str]) -> int:
     replays: dict[str, Replay] = {}
     results: dict[str, dict[str, Any]] = {}
     failures: list[str] = []
-    for target in _targets(options, engines, requests):
+    for mode in filter(None, options.modes.split(",")) if simulated else ():
+        random.seed(options.seed)
+        found = Simulation(engines, mode).run(list(schedule(requests, speed)), prompts)
+        name = f"simulated {mode}"
+        replays[name], results[name] = found, report.summarise(found, goal) | {"server_cores": 0.0, "client_cores": 0.0}
+    for target in [] if simulated else _targets(options, engines, requests):
         print(f"{target.name} …", file=sys.stderr)
         try:
             replays[target.name], results[target.name] = _measure(target, requests, speed, prompts, engines, goal)

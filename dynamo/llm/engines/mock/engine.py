@@ -84,6 +84,9 @@ class MockEngine:
         channel.on_cancel = generation.withdraw
         rank.add(generation.choices)
 
+    async def prefill(self, request: GenerateRequest) -> dict[str, Any]:
+        raise EngineError("this engine does not compute KV for others")
+
     async def abort(self, request_id: str) -> None:
         for generation in [g for g in self._live if g.request.request_id == request_id]:
             generation.channel.cancel()
@@ -129,6 +132,7 @@ class Rank:
         )
         self._emit = faults.advance if faults.wanted else Choice.advance
         self._s_per_ms = settings.mock_slow_factor / settings.speedup_ratio / 1e3 if settings.speedup_ratio else 0.0
+        self._kv_tokens = self.scheduler.cache.usable * self.scheduler.cache.block_size
         self._loop = asyncio.get_running_loop()
         self._stepping: asyncio.Handle | None = None  # the end of the step, or the beginning of the first
         self._step_end = 0.0
@@ -153,7 +157,8 @@ class Rank:
             self._stepping = None
         elif self._s_per_ms:
             now = time.monotonic()  # a late step shortens the next, so that the pace is kept
-            self._step_end = max(self._step_end + step_ms(step, self.scheduler.cache.usage) * self._s_per_ms, now)
+            read = min(self.scheduler.kv_tokens / self._kv_tokens, 1.0)
+            self._step_end = max(self._step_end + step_ms(step, read) * self._s_per_ms, now)
             self._stepping = self._loop.call_later(self._step_end - now, self._end_step)
         else:
             self._stepping = self._loop.call_soon(self._end_step)

@@ -89,6 +89,8 @@ class Scheduler(Generic[S]):
         self.waiting: OrderedDict[S, None] = OrderedDict()
         self.prefix_queries = self.prefix_hits = 0
         """prompt tokens looked up and found; what a preempted sequence finds again is not counted"""
+        self.kv_tokens = 0
+        """whose KV the running sequences read, each its own: what they share counts for each"""
         self._batched_tokens, self._sequences = batched_tokens, min(sequences, batched_tokens)
         self._chunked_prefill, self._prefix_caching = chunked_prefill, prefix_caching
         self.batch: list[S] = []
@@ -125,6 +127,7 @@ class Scheduler(Generic[S]):
             sequence.computed = computed
         partial = self._partial
         decodes = len(running) - (partial is not None)
+        self.kv_tokens += decodes
         budget = self._batched_tokens - decodes
         if partial is not None:
             budget -= self._continue(partial, budget)
@@ -158,6 +161,7 @@ class Scheduler(Generic[S]):
         if not self._make_room(partial, partial.computed + new):
             return 0
         partial.computed += new
+        self.kv_tokens += new
         if partial.computed == partial.length:
             self._partial = None
         return new
@@ -201,6 +205,7 @@ class Scheduler(Generic[S]):
                 self.prefix_hits += computed
         self._grow(sequence, computed + new)
         sequence.computed = computed + new
+        self.kv_tokens += sequence.computed
         if sequence.computed < length:
             self._partial = sequence
         return new
@@ -244,5 +249,6 @@ class Scheduler(Generic[S]):
         sequence.running = False
         if sequence is self._partial:
             self._partial = None
+        self.kv_tokens -= sequence.computed
         self.cache.release(sequence.blocks, sequence.unnamed)
         sequence.blocks, sequence.unnamed, sequence.room = [], 0, 0

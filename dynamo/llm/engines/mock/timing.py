@@ -14,17 +14,18 @@ def prefill_ms(tokens: int) -> float:
     return constant + linear * tokens + square * tokens * tokens
 
 
-def decode_ms(kv_usage: float) -> float:
-    """One token for each running sequence; `kv_usage` is the part of the KV cache that is held, 0 to 1."""
+def decode_ms(kv_read: float) -> float:
+    """One token for each running sequence. `kv_read`: tokens whose KV they read, against those that the cache holds, at
+    most 1. Sequences that share blocks read them each, as attention does and as the mocker counts (measured)."""
     constant, linear, square = DECODE_MS
-    return max(constant + linear * kv_usage + square * kv_usage * kv_usage, 1.0)
+    return max(constant + linear * kv_read + square * kv_read * kv_read, 1.0)
 
 
-def step_ms(step: Step, kv_usage: float) -> float:
+def step_ms(step: Step, kv_read: float) -> float:
     """A step that does both takes the sum, fixed costs twice: dearer than a real mixed step rather than cheaper.
 
     So the chunks of a long prompt delay the tokens of all others, which is what a graph is to be tried with.
     """
     return (prefill_ms(step.prefill_tokens) if step.prefill_tokens else 0.0) + (
-        decode_ms(kv_usage) if step.decodes else 0.0
+        decode_ms(kv_read) if step.decodes else 0.0
     )
