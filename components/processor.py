@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Callable, Set
+from functools import partial
 from typing import cast
 
 import msgspec
@@ -15,6 +17,7 @@ from components.worker import VllmWorker
 from dynamo.errors import ConfigError, DynamoError, TransportError, UnavailableError
 from dynamo.kv.hashing import block_hashes, pack
 from dynamo.kv.route import KvMode, Route, RouteRequest
+from dynamo.llm.migration import Prepare, migrating
 from dynamo.llm.models import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, GenerateRequest, RouterMode, Routing
@@ -23,12 +26,14 @@ from dynamo.sdk import (
     Service,
     Stream,
     async_on_start,
+    avoiding,
     depends,
     direct,
     endpoint,
     instance_ids,
     is_linked,
     least_loaded,
+    metrics_registry,
     power_of_two,
     random,
     round_robin,
@@ -64,6 +69,7 @@ class Processor(Service):
         block_size: int = 64,
         max_model_len: int | None = None,
         router: RouterMode = "round-robin",
+        migration_limit: int = 3,
     ) -> None:
         """
         Args:
@@ -72,9 +78,12 @@ class Processor(Service):
             max_model_len: context length in tokens; None: what the model's config.json says.
             router: how a worker is chosen: round-robin, random, power-of-two and least-loaded by this process itself,
                 kv, kv-load and approx-kv by the Router.
+            migration_limit: how many times a request goes on at another worker when the one that computes it is lost;
+                0: the loss ends it with an error. It also limits how many workers a request can take down.
         """
         self.model, self.block_size, self.max_model_len = model, block_size, max_model_len
         self.router = router
+        self.migration_limit = migration_limit
         self._complained_s = 0.0
 
     @property
@@ -101,32 +110,46 @@ class Processor(Service):
             config = json.loads((directory / "config.json").read_text("utf-8"))
             length = int(config.get("max_position_embeddings", DEFAULT_CONTEXT_TOKENS))
         self.preprocessor = Preprocessor(Tokenizer(directory), length)
+        self._count()
+
+    def _count(self) -> None:
+        from prometheus_client import Counter  # here, so that a dry run does not import it
+
+        registry = metrics_registry()
+        told = "Requests that went on at another worker, by the code of the error that ended them at the first."
+        self._migrations = Counter("dynamo_migrations", told, ["reason"], registry=registry)
+
+    def _migrated(self, reason: str) -> None:
+        self._migrations.labels(reason).inc()
 
     @endpoint(name="chat/completions")
     def chat(self, request: ChatRequest) -> Stream[Delta]:
-        return Stream.opening(self._chat(request))
+        return self._answer(partial(self.preprocessor.chat, request), request.routing)
 
     @endpoint(name="completions")
     def completion(self, request: CompletionRequest) -> Stream[Delta]:
-        return Stream.opening(self._completion(request))
+        stream = self._answer(partial(self.preprocessor.completion, request), request.routing)
+        return _echoed(partial(self.preprocessor.prompt_text, request), stream) if request.echo else stream
 
-    async def _chat(self, request: ChatRequest) -> Stream[Delta]:
-        return await self._generate(await self.preprocessor.chat(request), request.routing)
-
-    async def _completion(self, request: CompletionRequest) -> Stream[Delta]:
-        stream = await self._generate(await self.preprocessor.completion(request), request.routing)
-        return _echoed(self.preprocessor.prompt_text(request), stream) if request.echo else stream
-
-    async def _generate(self, request: GenerateRequest, routing: Routing | None) -> Stream[Delta]:
+    def _answer(self, prepare: Prepare, routing: Routing | None) -> Stream[Delta]:
         routing = routing or Routing()
+        limit = self.migration_limit if routing.worker is None else 0  # a worker that was named cannot be replaced
+        return migrating(
+            prepare, partial(self._generate, routing), self.preprocessor.tokenizer.decode, limit, self._migrated
+        )
+
+    async def _generate(self, routing: Routing, request: GenerateRequest, lost: Set[int]) -> Stream[Delta]:
+        """Send a request to a worker that is not among those that it has lost."""
         if routing.worker is not None:
             return direct(self.worker, routing.worker).generate(request)
         mode = self._possible(routing.mode) if routing.mode is not None else self.router
         if mode in CHOOSE:
-            return CHOOSE[mode](self.worker).generate(request)
-        return await self._where_routed(request, mode, routing)
+            return avoiding(CHOOSE[mode](self.worker), lost).generate(request)
+        return await self._where_routed(request, mode, routing, lost)
 
-    async def _where_routed(self, request: GenerateRequest, mode: RouterMode, routing: Routing) -> Stream[Delta]:
+    async def _where_routed(
+        self, request: GenerateRequest, mode: RouterMode, routing: Routing, lost: Set[int]
+    ) -> Stream[Delta]:
         """Ask the Router; where it does not answer, or names workers that refuse, take the least loaded one."""
         size = self.block_size
         question = RouteRequest(
@@ -137,6 +160,7 @@ class Processor(Service):
             mode=cast(KvMode, mode),
             temperature=routing.temperature,
             overlap_credit=routing.overlap_credit,
+            exclude=list(lost),
         )
         for _ in range(PLACES):
             route = await self._ask(question)
@@ -150,7 +174,7 @@ class Processor(Service):
             except (UnavailableError, TransportError):
                 question.exclude.append(route.worker)
         request.expected_hit, request.rank = 0, None
-        return least_loaded(self.worker).generate(request)
+        return avoiding(least_loaded(self.worker), question.exclude).generate(request)
 
     async def _ask(self, question: RouteRequest) -> Route | None:
         try:
@@ -169,7 +193,7 @@ class Processor(Service):
         return route
 
 
-def _echoed(prompt: str, stream: Stream[Delta]) -> Stream[Delta]:
+def _echoed(prompt: Callable[[], str], stream: Stream[Delta]) -> Stream[Delta]:
     """Put the prompt's text in front of each choice's first delta."""
     seen: set[int] = set()
 
@@ -177,7 +201,7 @@ def _echoed(prompt: str, stream: Stream[Delta]) -> Stream[Delta]:
         if delta.index in seen:
             return delta
         seen.add(delta.index)
-        return msgspec.structs.replace(delta, text=prompt + delta.text)
+        return msgspec.structs.replace(delta, text=prompt() + delta.text)
 
     return stream.map(add)
 

@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
+from components.engine_service import EngineService
+from components.prefill_worker import PrefillWorker
+from dynamo.errors import ConfigError
 from dynamo.kv.events import EngineEvent, KvEvents, KvSnapshot, SnapshotRequest, WorkerLoad
-from dynamo.llm import engine as engines
 from dynamo.llm.activity import Activity
-from dynamo.llm.engines.installed import cpu_build, engine_arguments
+from dynamo.llm.disagg import Rules
 from dynamo.llm.protocol import Delta, GenerateRequest, ModelCard, model_key
+from dynamo.llm.remote_prefill import RemotePrefill
 from dynamo.sdk import (
-    Service,
     Stream,
     Topic,
     async_on_start,
+    depends,
+    direct,
     dynamo_context,
     endpoint,
-    liveness,
+    instance_ids,
+    is_linked,
     metrics_registry,
     on_shutdown,
     service,
 )
 from dynamo.wire.stream import Channel
 
+if TYPE_CHECKING:
+    from dynamo.runtime import DistributedRuntime
+
 log = logging.getLogger(__name__)
 
 
 @service(dynamo={"namespace": "dynamo"}, resources={"gpu": 1, "cpu": "10", "memory": "20Gi"}, workers=1)
-class VllmWorker(Service):
+class VllmWorker(EngineService):
     """Computes tokens. Keys of the configuration that are not parameters here go to vLLM as its command-line flags."""
 
+    prefill_worker = depends(PrefillWorker, optional=True)
     kv_events = Topic(KvEvents)
     load = Topic(WorkerLoad)
 
-    extra_settings = staticmethod(engine_arguments)
-
-    @staticmethod
-    def gpus_needed(settings: Mapping[str, Any]) -> float:
-        """GPUs of one worker with these settings, unless ServiceArgs says otherwise."""
-        if settings.get("engine") == "mock" or cpu_build():
-            return 0
-        sizes = (settings.get(f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline", "data"))
-        return math.prod(int(size) for size in sizes)
+    live_settings = (
+        "remote-prefill",
+        "conditional-disagg",
+        "max-local-prefill-length",
+        "max-prefill-queue-size",
+        "prefill-timeout-s",
+    )
 
     def __init__(
         self,
@@ -54,6 +62,11 @@ class VllmWorker(Service):
         router: str = "random",
         speedup_ratio: float | None = None,
         kv_events: bool | None = None,
+        remote_prefill: bool = False,
+        conditional_disagg: bool = False,
+        max_local_prefill_length: int = 1000,
+        max_prefill_queue_size: int = 3,
+        prefill_timeout_s: float = 20.0,
         **engine_args: Any,
     ) -> None:
         """
@@ -62,29 +75,44 @@ class VllmWorker(Service):
             engine: vllm, or mock: deterministic tokens at a modelled pace, without a model.
             router: how requests reach this worker; the Processor decides, this is for the record.
             speedup_ratio: divides the mock engine's modelled times; 0: no waiting.
-            kv_events: publish what is in the KV cache, which needs prefix caching; None: when router begins with kv.
+            kv_events: publish what is in the KV cache, which needs prefix caching; None: when router begins with kv, or
+                with remote_prefill, which asks what is cached.
+            remote_prefill: let PrefillWorkers compute prompts.
+            conditional_disagg: only long ones, while few wait for it; False: all.
+            max_local_prefill_length: tokens not cached here up to which a prompt is not long.
+            max_prefill_queue_size: tasks in the prefill queue, taken by nobody yet, from which on prompts are computed here.
+            prefill_timeout_s: how long a prompt may wait for a PrefillWorker and be computed there; then it is computed here.
         """
-        self.model, self.router = model, router
-        if speedup_ratio is not None and engine == "mock":
-            engine_args["speedup-ratio"] = speedup_ratio
         named = engine_args.get("served-model-name", engine_args.get("served_model_name", model))
+        self.router = router
         self.served_name = str(named[0] if isinstance(named, list) else named)
-        self.engine_name = engine
-        self.tells_kv_events = router.startswith("kv") if kv_events is None else kv_events
+        self.tells_kv_events = router.startswith("kv") or remote_prefill if kv_events is None else kv_events
         self.prefix_caching = engine_args.get("enable-prefix-caching", engine_args.get("enable_prefix_caching"))
-        self.engine = engines.create(engine, model, engine_args, self._progress)
+        self.remote_prefill, self.conditional_disagg = remote_prefill, conditional_disagg
+        self.max_local_prefill_length, self.max_prefill_queue_size = max_local_prefill_length, max_prefill_queue_size
+        self.prefill_timeout_s = prefill_timeout_s
+        super().__init__(model, engine, speedup_ratio, engine_args, kv_transfer=is_linked(self, "prefill_worker"))
         self.activity: Activity | None = None  # in a graph only
+        self.prefills: RemotePrefill | None = None  # with PrefillWorkers only
 
-    def _progress(self, text: str) -> None:
-        report = dynamo_context.get("progress")
-        if report is not None:
-            report(text)
+    @property
+    def remote_prefill(self) -> bool:
+        return self._remote_prefill
+
+    @remote_prefill.setter
+    def remote_prefill(self, wanted: bool) -> None:
+        if wanted and not is_linked(self, "prefill_worker"):
+            raise ConfigError(
+                "remote-prefill: true needs a PrefillWorker, which is not in this graph",
+                hint="serve graphs.disagg:Frontend or graphs.disagg_router:Frontend",
+            )
+        self._remote_prefill = wanted
 
     @async_on_start
     async def start(self) -> None:
         runtime = dynamo_context.get("runtime")
         if runtime is None:
-            await self.engine.start()
+            self.info = await self.engine.start()
             return  # plain Python: a test, or a debugger
         tells = self.tells_kv_events and self._listen()
         self.info = info = await self.engine.start()
@@ -95,9 +123,12 @@ class VllmWorker(Service):
             kv_events=tells,
             publish_kv=self.kv_events.publish,
             publish_load=self.load.publish,
+            generate=self._generate,
         )
+        self.count("generate")
+        if is_linked(self, "prefill_worker"):
+            self.prefills = await self._ask_prefill_workers(runtime, self.activity)
         namespace, component = self.dynamo_address()
-        self._count(component, f"{runtime.instance_id:x}")
         card = ModelCard(
             name=self.served_name,
             source=self.model,
@@ -112,18 +143,27 @@ class VllmWorker(Service):
         await runtime.publish(model_key(card.name, runtime.instance_id), card)
         self.activity.start()
 
-    def _count(self, component: str, worker_id: str) -> None:
-        # here, so that a dry run does not import prometheus_client
-        from dynamo.llm.engine_metrics import EngineCollector
+    async def _ask_prefill_workers(self, runtime: DistributedRuntime, activity: Activity) -> RemotePrefill:
+        from dynamo.llm.disagg_metrics import DecodeMetrics  # here, so that a dry run does not import prometheus_client
 
-        labels = {"component": component, "endpoint": "generate", "worker_id": worker_id}
-        metrics_registry().register(EngineCollector(self.engine, self.info, **labels))
+        prefills = RemotePrefill(
+            self.engine.generate,
+            tasks=self.prefill_worker.tasks,
+            workers=lambda: instance_ids(self.prefill_worker),
+            at=lambda worker: direct(self.prefill_worker, worker),
+            hit=activity.hit,
+            rules=self._rules,
+            timeout_s=lambda: self.prefill_timeout_s,
+            reply=f"{'.'.join(self.dynamo_address())}.prefill_offers.{runtime.instance_id:x}",
+            metrics=DecodeMetrics(metrics_registry()),
+        )
+        await runtime.listen(prefills.reply, prefills.take_offer)
+        return prefills
 
-    def stats_data(self) -> dict[str, float]:
-        """For `$SRV.STATS` and `dynamo status`."""
-        from dynamo.llm.engine_metrics import load_metrics
-
-        return load_metrics(self.engine, self.info)
+    def _rules(self) -> Rules:
+        return Rules(
+            self.remote_prefill, self.conditional_disagg, self.max_local_prefill_length, self.max_prefill_queue_size
+        )
 
     def _listen(self) -> bool:
         if self.engine.kv_events(self._take_events):
@@ -143,7 +183,12 @@ class VllmWorker(Service):
     def generate(self, request: GenerateRequest) -> Stream[Delta]:
         if self.activity is None:
             return self.engine.generate(request)
+        if self.prefills is not None:
+            request = msgspec.structs.replace(request)  # its own, which changes when the prompt is computed elsewhere
         return self.activity.generate(request)
+
+    def _generate(self, request: GenerateRequest) -> Stream[Delta]:
+        return self.engine.generate(request) if self.prefills is None else self.prefills.generate(request)
 
     @endpoint
     def kv_snapshot(self, request: SnapshotRequest) -> Stream[KvSnapshot]:
@@ -154,16 +199,13 @@ class VllmWorker(Service):
         nothing.end()
         return Stream(nothing)
 
-    @liveness
-    async def healthy(self) -> bool:
-        await self.engine.check_health()
-        return True
-
     @on_shutdown
     async def stop(self) -> None:
         if self.activity is not None:
             await self.activity.stop()
-        await self.engine.stop()
+        if self.prefills is not None:
+            await self.prefills.stop()
+        await super().stop()
 
 
 if __name__ == "__main__":  # python -m components.worker -f configs/agg.yaml: this service alone, under a debugger too

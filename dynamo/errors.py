@@ -14,6 +14,7 @@
     ├── DeadlineError            the request's time is over                            HTTP 504
     ├── TransportError           etcd, NATS or a stream connection failed              HTTP 503
     ├── EngineError              the inference engine failed                           HTTP 500
+    │   └── EngineDeadError      it will answer nothing more                           HTTP 500
     └── RemoteError              a remote endpoint raised a class unknown here         HTTP 500
 
 An error says what failed, to what, and the fact; `hint` says in one imperative what to do. Errors cross process
@@ -115,6 +116,12 @@ class EngineError(DynamoError):
     """The inference engine failed."""
 
     code = "engine_error"
+
+
+class EngineDeadError(EngineError):
+    """The engine has ended or will answer nothing more; another worker's can take over what it was computing."""
+
+    code = "engine_dead"
 
 
 class RemoteError(DynamoError):

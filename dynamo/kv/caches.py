@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from dynamo.kv.cost import PREFILL_LOAD_SCALE, Loads
 from dynamo.kv.events import KvEvents, KvSnapshot, WorkerLoad
@@ -22,14 +22,6 @@ SILENT_REQUESTS, SILENT_S = 8, 10.0
 """After so many requests and so long without a single event, a cache is held for one that tells none."""
 
 
-class Pending(NamedTuple):
-    """A request placed and not yet reported by its worker, in blocks."""
-
-    prefill: int
-    decode: int
-    until_s: float
-
-
 class Cache:
     """One engine's cache. `sequence` is that of the last events applied, None while a snapshot is awaited; `held` are
     the messages that came meanwhile; `owed` is the last sequence that the worker said it has sent."""
@@ -44,7 +36,7 @@ class Cache:
         self.held: list[KvEvents] = []
         self.owed = 0
         self.load: WorkerLoad | None = None
-        self.pending: dict[str, Pending] = {}
+        self.pending: dict[str, tuple[int, int, float]] = {}  # new blocks, blocks, until when
         self.silent_requests, self.silent_since_s = 0, 0.0
 
 
@@ -74,6 +66,9 @@ class Caches:
     def all(self) -> list[Cache]:
         return [cache for cache in self._slots if cache is not None]
 
+    def ranks(self, worker: int) -> int:
+        return len(self._ranks[worker])
+
     def of(self, worker: int) -> list[Cache]:
         return list(self._ranks.get(worker, {}).values())
 
@@ -88,6 +83,7 @@ class Caches:
         freed = [cache.slot for cache in self._ranks.pop(worker, {}).values()]
         for slot in freed:
             self._slots[slot] = None
+            self.loads.set(slot, math.inf, math.inf)
             self.alive, self.blind = self.alive & ~(1 << slot), self.blind & ~(1 << slot)
             self.index.drop(slot)
             self.routed.drop(slot)
@@ -189,14 +185,14 @@ class Caches:
         prefill = decode = 0
         if cache.load is not None:
             prefill, decode = cache.load.prefill_blocks, cache.load.decode_blocks
-        for pending in cache.pending.values():
-            prefill += pending.prefill
-            decode += pending.decode
+        for new_blocks, blocks, _ in cache.pending.values():
+            prefill += new_blocks
+            decode += blocks
         self.loads.set(cache.slot, prefill, decode)
 
     def place(self, cache: Cache, request_id: str, new_blocks: int, blocks: int, now_s: float) -> None:
         """A request was sent there: it counts until the worker reports it."""
-        cache.pending[request_id] = Pending(new_blocks, blocks, now_s + PENDING_S)
+        cache.pending[request_id] = (new_blocks, blocks, now_s + PENDING_S)
         prefill, decode = self.loads.prefill[cache.slot], self.loads.decode[cache.slot]
         self.loads.set(cache.slot, prefill + new_blocks, decode + blocks)
         if new_blocks:
@@ -208,7 +204,7 @@ class Caches:
         """Forget what is over."""
         self.routed.expire(now_s)
         for cache in self.all():
-            late = [request for request, pending in cache.pending.items() if pending.until_s <= now_s]
+            late = [request for request, (_, _, until_s) in cache.pending.items() if until_s <= now_s]
             for request in late:
                 del cache.pending[request]
             if late:

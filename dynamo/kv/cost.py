@@ -41,14 +41,20 @@ class Loads:
         self.prefill: list[float] = []
         self.decode: list[float] = []
         self.weighed: list[float] = []
+        self.lowest = math.inf
+        """of `weighed`, or less"""
 
     def set(self, slot: int, prefill: float, decode: float) -> None:
-        missing = slot + 1 - len(self.weighed)
-        if missing > 0:
+        weighed = self.scale * prefill + decode
+        if slot >= len(self.weighed):
             for column in (self.prefill, self.decode, self.weighed):
-                column += [0.0] * missing
+                column += [math.inf] * (slot + 1 - len(column))
+        before, self.weighed[slot] = self.weighed[slot], weighed
         self.prefill[slot], self.decode[slot] = prefill, decode
-        self.weighed[slot] = self.scale * prefill + decode
+        if weighed <= self.lowest:
+            self.lowest = weighed
+        elif before == self.lowest:
+            self.lowest = min(self.weighed)
 
 
 def overlaps(matches: Sequence[Match]) -> dict[int, int]:
@@ -77,15 +83,18 @@ def cheapest(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, w
         return draw(costs(prompt, matches, loads, caches, weights), temperature)
     weighed, left = loads.weighed, caches
     lowest, group, load = math.inf, 0, 0.0
-    for blocks, holders in matches:
+    for blocks, holders in sorted(matches, reverse=True) if len(matches) > 1 else matches:
         holders &= left
         if holders:
             left ^= holders
+            worth = scale * credit * blocks
+            if loads.lowest - worth > lowest:
+                continue  # none of them can be cheaper
             least = _least(weighed, holders)
-            cost = least - scale * credit * blocks
+            cost = least - worth
             if cost < lowest or (cost == lowest and random.random() < 0.5):
                 lowest, group, load = cost, holders, least
-    if left:
+    if left and loads.lowest <= lowest:
         least = _least(weighed, left)
         if least < lowest or (least == lowest and random.random() < 0.5):
             group, load = left, least

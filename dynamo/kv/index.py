@@ -37,6 +37,7 @@ class PrefixIndex:
     def __init__(self) -> None:
         self.holders: dict[BlockHash, int] = {}
         self._blocks: dict[int, set[BlockHash]] = {}
+        self._split = 0  # where the first caches dropped out of the last prompt of which others held more
 
     def __len__(self) -> int:
         """Different blocks, whoever holds them."""
@@ -101,6 +102,17 @@ class PrefixIndex:
             if at_end:
                 found.append(Match(high, at_end))
             high, at_high = high - 1, at_end
+        if low < (guess := self._split) < high:
+            # most prompts leave what is common to all where the last one did
+            at_guess = get(prompt[guess], 0) & at_low
+            if at_guess == at_low:
+                low = guess
+            else:
+                if at_guess != at_high:
+                    others.append((guess, high, at_guess, at_high))
+                high, at_high = guess, at_guess
+                if get(prompt[guess - 1], 0) & at_low == at_low:
+                    low = guess - 1
         while True:
             while high - low > 1:
                 middle = (low + high) // 2
@@ -114,6 +126,8 @@ class PrefixIndex:
                     high, at_high = middle, at_middle
             found.append(Match(high, at_low & ~at_high))
             if not others:
+                if len(found) > 1:
+                    self._split = min(found)[0]
                 return found
             low, high, at_low, at_high = others.pop()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from xxhash import xxh3_64_intdigest
 
@@ -47,6 +47,10 @@ class Ledger:
     def blocks(self) -> list[BlockHash]:
         """All blocks held now: what the changes up to here, those not yet asked for included, lead to."""
         return list(self._held)
+
+    def found(self, hashes: Sequence[BlockHash]) -> int:
+        """How many blocks of a prompt, from the first on, are held."""
+        return next((number for number, block in enumerate(hashes) if block not in self._held), len(hashes))
 
     def __len__(self) -> int:
         return len(self._held)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from dynamo.errors import NoInstancesError
 from dynamo.kv.caches import Cache, Caches
@@ -16,11 +15,6 @@ from dynamo.kv.route import Candidate, KvMode, Route, RouteRequest, Score
 EXPECTED_S = 30.0
 """How long a placed prompt is taken for cached before events confirm it; it may wait for a place in the batch."""
 DEFAULT_KV_BLOCKS = 16384
-
-
-class _Expected(NamedTuple):
-    prompt: Sequence[BlockHash]
-    until_s: float
 
 
 class KvRouter:
@@ -36,7 +30,8 @@ class KvRouter:
         self.mode: KvMode = mode
         self.weights, self.score, self._clock = weights, score, clock
         self.caches = Caches(weights.prefill_load_scale)
-        self._expected: dict[BlockHash, dict[int, _Expected]] = {}  # by first block to be computed, then by slot
+        # by first block to be computed, then by slot: prompts placed there, and until when they count
+        self._expected: dict[BlockHash, dict[int, tuple[Sequence[BlockHash], float]]] = {}
 
     def leave(self, worker: int) -> None:
         for slot in self.caches.leave(worker):
@@ -61,23 +56,25 @@ class KvRouter:
         prompt = view(request.hashes if caches.block_size in (0, request.block_size) else b"")
         matches = self._matches(prompt, candidates, now_s, mode)
         slot = self._choose(request, blocks, matches, candidates, mode)
-        overlap = next((match.blocks for match in matches if match.caches >> slot & 1), 0)
+        overlap = 0
+        for held, holders in matches:
+            if holders >> slot & 1:
+                overlap = held
         cache = caches[slot]
         caches.place(cache, request.request_id, blocks - overlap, blocks, now_s)
         if prompt and mode != "kv-load":
             self._expect(cache, prompt, overlap, now_s, mode)
-        return Route(cache.worker, cache.rank, len(caches.of(cache.worker)), overlap, caches.block_size)
+        return Route(cache.worker, cache.rank, caches.ranks(cache.worker), overlap, caches.block_size)
 
     def _matches(self, prompt: Sequence[BlockHash], candidates: int, now_s: float, mode: KvMode) -> list[Match]:
         caches = self.caches
         blind = candidates if mode == "approx-kv" else caches.blind
         matches = caches.index.matches(prompt, candidates, caches.routed.holders, blind)
-        if not prompt:
+        if not prompt or not self._expected:
             return matches
         found: dict[int, int] = {}
-        ends = {blocks for blocks, _ in matches if blocks < len(prompt)}
-        for end in (0, *ends):
-            expected = self._expected.get(prompt[end])
+        for end in (0, *(match[0] for match in matches)):
+            expected = self._expected.get(prompt[end]) if end < len(prompt) else None
             if expected is not None:
                 for slot, (placed, until_s) in expected.items():
                     if until_s > now_s and candidates >> slot & 1:
@@ -124,7 +121,7 @@ class KvRouter:
         if mode == "approx-kv" or self.caches.blind >> cache.slot & 1:
             self.caches.routed.add(cache.slot, prompt, now_s, _kv_blocks(cache))
         elif overlap < len(prompt):
-            self._expected.setdefault(prompt[overlap], {})[cache.slot] = _Expected(prompt, now_s + EXPECTED_S)
+            self._expected.setdefault(prompt[overlap], {})[cache.slot] = (prompt, now_s + EXPECTED_S)
 
     def _forget(self, gone: int | None, now_s: float) -> None:
         """Prompts expected in a slot that is free now, those whose time is over, those that events have confirmed."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from dynamo.errors import DynamoError
 from dynamo.kv.events import Change, EngineEvent, KvEvents, KvSnapshot, WorkerLoad
-from dynamo.kv.hashing import pack
+from dynamo.kv.hashing import block_hashes, pack
 from dynamo.kv.ledger import Ledger
 from dynamo.llm.engine import Engine, EngineInfo
 from dynamo.llm.protocol import Delta, GenerateRequest
@@ -36,10 +36,15 @@ SNAPSHOT_HASHES = 65_536
 class _Request:
     """One that is accepted and not finished. Lengths in tokens; `generated` is of all its choices."""
 
-    __slots__ = ("expected_hit", "generated", "prompt")
+    __slots__ = ("generated", "prompt", "request")
 
-    def __init__(self, prompt: int, expected_hit: int) -> None:
-        self.prompt, self.expected_hit, self.generated = prompt, expected_hit, 0
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request, self.prompt, self.generated = request, len(request.token_ids), 0
+
+    @property
+    def to_prefill(self) -> int:
+        """Tokens of the prompt that this worker has still to compute."""
+        return 0 if self.generated else max(self.prompt - self.request.expected_hit, 0)
 
 
 class _Rank:
@@ -72,8 +77,11 @@ class Activity:
         kv_events: bool,
         publish_kv: Publish[KvEvents],
         publish_load: Publish[WorkerLoad],
+        generate: Callable[[GenerateRequest], Stream[Delta]] | None = None,
     ) -> None:
+        """`generate` stands before the engine's own; it may change `expected_hit` of a request while that runs."""
         self._worker, self._engine, self._info, self._kv_events = worker, engine, info, kv_events
+        self._generate = generate or engine.generate
         self._publish_kv, self._publish_load = publish_kv, publish_load
         self._ranks = [_Rank(number, info.kv_block_size) for number in range(info.ranks)]
         self._kv_changed, self._load_changed = asyncio.Event(), asyncio.Event()
@@ -98,14 +106,14 @@ class Activity:
         """What the engine gives. Of several ranks, one is chosen here when the request names none, so that it is known."""
         if request.rank is None and len(self._ranks) > 1:
             request.rank = min(self._ranks, key=lambda rank: len(rank.requests)).number
-        stream = self._engine.generate(request)
+        stream = self._generate(request)
         number = request.rank or 0
         if not 0 <= number < len(self._ranks):
             return stream  # an error
         return self._follow(self._ranks[number], request, stream)
 
     def _follow(self, rank: _Rank, request: GenerateRequest, stream: Stream[Delta]) -> Stream[Delta]:
-        followed = _Request(len(request.token_ids), request.expected_hit)
+        followed = _Request(request)
         rank.requests.add(followed)
         if request.request_id:
             rank.accepted.append(request.request_id)
@@ -135,6 +143,13 @@ class Activity:
         stream.pipe(take, end, counted=False)
         return Stream(out)
 
+    def hit(self, request: GenerateRequest) -> int:
+        """Prompt tokens in the prefix cache: what the engine has told of it, else what the router expects."""
+        number, size = request.rank or 0, self._info.kv_block_size
+        if not self._kv_events or not 0 <= number < len(self._ranks):
+            return request.expected_hit
+        return self._ranks[number].ledger.found(block_hashes(request.token_ids, size)) * size
+
     # -- load
 
     def _load_changes(self, rank: _Rank) -> None:
@@ -151,9 +166,7 @@ class Activity:
             rank=number,
             running=stats.running,
             waiting=stats.waiting,
-            prefill_blocks=sum(
-                _blocks(max(r.prompt - r.expected_hit, 0), size) for r in rank.requests if not r.generated
-            ),
+            prefill_blocks=sum(_blocks(r.to_prefill, size) for r in rank.requests),
             decode_blocks=sum(_blocks(r.prompt + r.generated, size) for r in rank.requests),
             kv_blocks=info.kv_blocks,
             kv_usage=stats.kv_usage,

@@ -28,7 +28,7 @@ class Tokenizer:
         self.directory = directory
         config = _read_json(directory / "tokenizer_config.json")
         self._encode: Callable[[str, bool], list[int]]
-        self._decode: Callable[[list[int]], str]
+        self._decode: Callable[[list[int], bool], str]
         if (directory / "tokenizer.json").is_file():
             self._load_fast(directory / "tokenizer.json")
         else:
@@ -44,7 +44,7 @@ class Tokenizer:
         fast.no_truncation()
         fast.no_padding()  # both may be saved in the file, for training
         self._encode = lambda text, special: list(fast.encode_batch_fast([text], add_special_tokens=special)[0].ids)
-        self._decode = lambda ids: fast.decode(ids, skip_special_tokens=False)
+        self._decode = lambda ids, skip: fast.decode(ids, skip_special_tokens=skip)
         self.vocabulary_size = fast.get_vocab_size()
 
     def _load_slow(self, directory: Path) -> None:
@@ -57,11 +57,11 @@ class Tokenizer:
                 f"{directory} holds no tokenizer: {str(error).splitlines()[0]}", hint="give a complete model directory"
             ) from None
         self._encode = lambda text, special: list(slow.encode(text, add_special_tokens=special))
-        self._decode = lambda ids: str(slow.decode(ids))
+        self._decode = lambda ids, skip: str(slow.decode(ids, skip_special_tokens=skip))
         self.vocabulary_size = len(slow)
 
-    def decode(self, token_ids: list[int]) -> str:
-        return self._decode(token_ids)
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        return self._decode(token_ids, skip_special_tokens)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if len(text) > THREAD_ABOVE_CHARS:

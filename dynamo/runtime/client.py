@@ -8,6 +8,7 @@ import logging
 import random
 import time
 import uuid
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -98,16 +99,25 @@ class Client:
             ) from None
         return self.instance_ids()
 
-    def call(self, request: Any, choice: str | int, decode: codec.Decode, *, streaming: bool) -> Stream[Any]:
+    def call(
+        self,
+        request: Any,
+        choice: str | int,
+        decode: codec.Decode,
+        *,
+        streaming: bool,
+        avoid: Collection[int] = (),
+    ) -> Stream[Any]:
         """Send a request; the result is a `Stream` of items or, for a unary endpoint, a `Reply`.
 
         `choice` is "round_robin", "random", "power_of_two" (the one of two random instances where fewer calls of this
         process run), "least_loaded" or an instance id. An instance that does not accept is replaced by another one, for
-        `PATIENCE_S` and within the request's deadline; an instance that is named is not replaced. A request may run
+        `PATIENCE_S` and within the request's deadline; an instance that is named is not replaced. Instances to
+        `avoid` are taken when no other is there, as if they had refused. A request may run
         twice where the first instance's acceptance was lost; the caller gets the items of one run only.
         """
         channel: Channel[Any] = Channel()
-        task = asyncio.get_running_loop().create_task(self._open(channel, request, choice, decode))
+        task = asyncio.get_running_loop().create_task(self._open(channel, request, choice, decode, avoid))
         channel.on_cancel = task.cancel
         self._opening.add(task)
 
@@ -127,17 +137,21 @@ class Client:
             task.cancel()
         await asyncio.gather(*opening, return_exceptions=True)
 
-    async def _open(self, channel: Channel[Any], request: Any, choice: str | int, decode: codec.Decode) -> None:
+    async def _open(
+        self, channel: Channel[Any], request: Any, choice: str | int, decode: codec.Decode, avoid: Collection[int]
+    ) -> None:
         try:
             if self._closed:
                 raise self._shut()
-            await self._send_to_any(channel, codec.encode(request), choice, decode)
+            await self._send_to_any(channel, codec.encode(request), choice, decode, avoid)
         except Exception as error:
             channel.end(error)
 
-    async def _send_to_any(self, channel: Channel[Any], body: bytes, choice: str | int, decode: codec.Decode) -> None:
+    async def _send_to_any(
+        self, channel: Channel[Any], body: bytes, choice: str | int, decode: codec.Decode, avoid: Collection[int]
+    ) -> None:
         give_up = time.monotonic() + (NAMED_PATIENCE_S if isinstance(choice, int) else PATIENCE_S)
-        refused: set[InstanceId] = set()
+        refused = {InstanceId(instance_id) for instance_id in avoid}
         failure: DynamoError | None = None
         for attempt in itertools.count(1):
             left_s = scope.time_left_s()
@@ -170,6 +184,7 @@ class Client:
     ) -> None:
         """Returns when the instance has accepted. Raises what it refused with, or TransportError."""
         incoming = connection.receive(decode, channel, left_s)
+        channel.source = instance.id
         envelope = Request(
             id=log.request_id.get() or uuid.uuid4().hex,
             connection=connection.id,

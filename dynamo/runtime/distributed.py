@@ -29,6 +29,7 @@ from dynamo.runtime.static import StaticDiscovery, static_subject, tell
 from dynamo.transport.etcd import Delete, Etcd, Put
 from dynamo.transport.listener import StreamListener
 from dynamo.transport.nats import DEFAULT_URL, Listening, Nats
+from dynamo.transport.pulse import Pulse
 from dynamo.transport.queue import Queue
 from dynamo.wire import codec
 from dynamo.wire.messages import Instance, instances_prefix, subject
@@ -97,6 +98,7 @@ class DistributedRuntime:
                     self.lease = await self.etcd.lease(LEASE_TTL_S, self.instance_id)
                 self.server = Server(self.nats, self.listener)
                 await self._listen()
+                opened.callback(self._pulse.close)
                 await announce(self.nats, self.server, self.instance_id)
                 await self.metrics.answer(self.nats)
                 opened.pop_all()
@@ -104,6 +106,7 @@ class DistributedRuntime:
 
     async def _listen(self) -> None:
         host = advertised_host(self.nats_url)
+        self._pulse = _pulse(host)
         for port in random.sample(STREAM_PORTS, 50):
             try:
                 await self.listener.listen(tcp=(host, port))
@@ -172,7 +175,7 @@ class DistributedRuntime:
             endpoint=endpoint,
             instance_id=self.instance_id,
             transport={"nats_tcp": topic},
-            streams=self.listener.addresses,
+            streams={**self.listener.addresses, "pulse": self._pulse.address},
             host=host_id(),
         )
         self.serving = True
@@ -277,6 +280,7 @@ class DistributedRuntime:
         await asyncio.gather(*(client.close() for client in self._clients.values()))
         await self.peers.close()
         await self.listener.close()
+        self._pulse.close()
         await self.nats.close()
         if not self.is_static:
             await self.etcd.close()
@@ -296,6 +300,15 @@ def _with_argument(method: Callable[..., Any]) -> Callable[[Any], Any]:
     except (TypeError, ValueError):  # a builtin
         return method
     return method if takes else lambda _: method()
+
+
+def _pulse(host: str) -> Pulse:
+    for port in random.sample(STREAM_PORTS, 50):
+        try:
+            return Pulse(host, port)
+        except OSError:
+            continue
+    raise TransportError(f"no free port on {host}", hint="set DYN_HOST_IP to an address of this host")
 
 
 def advertised_host(nats_url: str) -> str:

@@ -5,19 +5,35 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import time
 import uuid
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from dynamo.errors import TransportError
+from dynamo.errors import ConfigError, TransportError
+from dynamo.transport import pulse
 from dynamo.transport.caller import CallerConnection, connect
 from dynamo.wire.messages import Instance, InstanceId
 
 log = logging.getLogger(__name__)
 
 RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SILENCE_S = 5.0
+SILENCE_VARIABLE = "DYN_PEER_SILENCE_S"
+
+
+def silence_s() -> float:
+    """How long a process may show no sign of life before what it answers is taken for lost; 0: for ever."""
+    given = os.environ.get(SILENCE_VARIABLE, "")
+    try:
+        value = float(given or SILENCE_S)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{SILENCE_VARIABLE}={given}: not a number of seconds", hint="unset it, or give 0 for never")
+    return value
 
 
 @functools.cache
@@ -32,12 +48,13 @@ def host_id() -> str:
 class Peer:
     """One process that may be called. `available` while connected and not stopping."""
 
-    def __init__(self, instance: Instance, on_change: Callable[[], None]) -> None:
+    def __init__(self, instance: Instance, on_change: Callable[[], None], silence_s: float) -> None:
         self.id = instance.id
         self.instance = instance
         self.connection: CallerConnection | None = None
         self.stopping = False
-        self._on_change = on_change
+        self._on_change, self._silence_s = on_change, silence_s
+        self._watch: pulse.Watch | None = None
         self._lost = asyncio.Event()
         self.task = asyncio.get_running_loop().create_task(self._keep(), name=f"peer {instance.id:x}")
 
@@ -58,6 +75,7 @@ class Peer:
             self._lost.clear()
             started = time.monotonic()
             try:
+                self._watch = await self._watch_it()
                 self.connection = await connect(
                     self.instance.streams, same_host=same_host, on_lost=self._on_lost, on_bye=self._on_bye
                 )
@@ -68,13 +86,35 @@ class Peer:
             except TransportError as error:
                 log.debug("%s/%s %x: %s", self.instance.component, self.instance.endpoint, self.id, error)
             self.connection = None
+            self._unwatch()
             await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
             failures += 1
+
+    async def _watch_it(self) -> pulse.Watch | None:
+        """Before the connection, which the kernel accepts for a stopped process too. Raises TransportError."""
+        address = self.instance.streams.get("pulse")
+        if address is None or not self._silence_s:
+            return None
+        return await pulse.watch(address, self._silence_s, self._on_silent)
+
+    def _unwatch(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+
+    def _on_silent(self) -> None:
+        if self.connection is not None and self.connection.alive:
+            log.warning(
+                "%s %x shows no sign of life for %g s: what it was answering is lost",
+                self.instance.component, self.id, self._silence_s,
+            )  # fmt: skip
+            self.connection.abort()
 
     def _on_lost(self, connection: CallerConnection) -> None:
         self._lost.set()  # if it is lost before `connect` returned it, `_keep` sees that then
         if self.connection is connection:
             self.connection = None
+            self._unwatch()
             self._on_change()
 
     def _on_bye(self) -> None:
@@ -86,11 +126,14 @@ class Peer:
         self.task.cancel()
         if self.connection is not None:
             self.connection.retire()
+        else:
+            self._unwatch()
 
     async def close(self) -> None:
         """Close the connection; what runs on it ends with WorkerLostError."""
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
+        self._unwatch()
         if self.connection is not None:
             self.connection.abort()
 
@@ -102,6 +145,7 @@ class Peers:
         self._peers: dict[InstanceId, tuple[Peer, int]] = {}
         self._retired: weakref.WeakSet[Peer] = weakref.WeakSet()
         self._listeners: list[Callable[[], None]] = []
+        self._silence_s = silence_s()
 
     def on_change(self, listener: Callable[[], None]) -> None:
         self._listeners.append(listener)
@@ -113,7 +157,7 @@ class Peers:
     def join(self, instance: Instance) -> Peer:
         peer, users = self._peers.get(instance.id, (None, 0))
         if peer is None:
-            peer = Peer(instance, self._changed)
+            peer = Peer(instance, self._changed, self._silence_s)
         self._peers[instance.id] = (peer, users + 1)
         return peer
 

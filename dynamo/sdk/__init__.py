@@ -3,6 +3,7 @@
 from dynamo.sdk.channels import Job, Topic, WorkQueue
 from dynamo.sdk.context import dynamo_context
 from dynamo.sdk.depends import (
+    avoiding,
     bind,
     depends,
     direct,
@@ -47,6 +48,7 @@ __all__ = [
     "api",
     "async_on_shutdown",
     "async_on_start",
+    "avoiding",
     "bind",
     "depends",
     "direct",

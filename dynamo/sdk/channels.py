@@ -57,6 +57,7 @@ class Tasks(Protocol):
 
     async def put(self, payload: bytes) -> None: ...
     async def size(self) -> int: ...
+    async def waiting(self) -> int: ...
     def take(self, limit: int) -> AsyncGenerator[Taken, None]: ...
 
 
@@ -230,6 +231,10 @@ class OpenQueue(Generic[M]):
         The number is at most 100 ms old; tasks that this process put since then are in it.
         """
         return await self._tasks.size()
+
+    async def waiting(self) -> int:
+        """Tasks that no worker has taken, as of 10 ms ago at most; what was put since then is not in it."""
+        return await self._tasks.waiting()
 
     async def take(self, limit: int = 1) -> AsyncGenerator[Job[M], None]:
         """Tasks as they come, each for this worker alone; at most `limit` of them are unfinished at a time.

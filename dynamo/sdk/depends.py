@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast, overload
 
 from dynamo.errors import GraphError
 from dynamo.sdk.channels import Carrier
@@ -14,7 +14,15 @@ from dynamo.wire.stream import Stream
 
 T = TypeVar("T")
 
-Choice = Literal["round_robin", "random", "power_of_two", "least_loaded"] | int
+
+class Avoiding(NamedTuple):
+    """Choose so, but none of these instances while there are others."""
+
+    choice: Literal["round_robin", "random", "power_of_two", "least_loaded"]
+    instances: frozenset[int]
+
+
+Choice = Literal["round_robin", "random", "power_of_two", "least_loaded"] | int | Avoiding
 """How a call picks an instance; an int is an instance id."""
 
 
@@ -66,8 +74,8 @@ def _call(caller: Caller, endpoint: EndpointSpec, choice: Choice, /, *args: Any,
 class Dependency(Generic[T]):
     """The descriptor that `depends()` returns. On an instance it is typed as the service itself."""
 
-    def __init__(self, on: type[T]) -> None:
-        self.on = on
+    def __init__(self, on: type[T], *, optional: bool = False) -> None:
+        self.on, self.optional = on, optional
         self.attribute = self.slot = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -95,15 +103,16 @@ class Dependency(Generic[T]):
         return f"depends({self.on.__name__})"
 
 
-def depends(on: Callable[..., T], /) -> Dependency[T]:
+def depends(on: Callable[..., T], /, *, optional: bool = False) -> Dependency[T]:
     """Declare that this service calls `on`, a service or an interface. `self.<attribute>` is then typed as `on` itself.
 
-    Behind an interface (a subclass of `AbstractService`) stands what `.link()` puts there.
+    An `optional` one is there only where a graph links it (ask `is_linked`), and this service starts without waiting
+    for an instance of it. Behind an interface (a subclass of `AbstractService`) stands what `.link()` puts there.
     """
     cls = cast("type[T]", on)  # not its type above: there, mypy would refuse a class with abstract methods
     if not is_interface(cls):
         spec_of(cls)
-    return Dependency(cls)
+    return Dependency(cls, optional=optional)
 
 
 def dependencies(cls: type[Any]) -> dict[str, Dependency[Any]]:
@@ -164,6 +173,14 @@ def power_of_two(client: T) -> T:
 def least_loaded(client: T) -> T:
     """The same client, each call to the instance where fewest calls of this process run; to equal ones in turn."""
     return _choose(client, "least_loaded")
+
+
+def avoiding(client: T, instances: Collection[int]) -> T:
+    """The same client, whose calls go to none of these instances while there are others; not for a pinned client."""
+    if not instances or not isinstance(client, Remote) or isinstance(client._choice, int):
+        return client
+    choice = client._choice.choice if isinstance(client._choice, Avoiding) else client._choice
+    return _choose(client, Avoiding(choice, frozenset(instances)))
 
 
 def instance_ids(client: object) -> list[int]:

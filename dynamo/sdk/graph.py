@@ -86,7 +86,7 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
             return
         path.append(cls)
         # a service that takes part in any link keeps its linked dependencies only
-        active = linked.get(cls, {}) if cls in ends else {attr: dep.on for attr, dep in dependencies(cls).items()}
+        active = linked.get(cls, {}) if cls in ends else _needed(cls)
         targets[name] = active
         for target in active.values():
             visit(target)
@@ -95,6 +95,10 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
 
     visit(entry)
     return Graph(spec, entry, services, targets)
+
+
+def _needed(cls: type[Any]) -> dict[str, type[Any]]:
+    return {attribute: found.on for attribute, found in dependencies(cls).items() if not found.optional}
 
 
 def load_function(spec: str, working_dir: Path = Path()) -> Callable[..., Any]:

@@ -50,7 +50,7 @@ class Queue:
 
     def __init__(self, name: str, limits: Limits) -> None:
         self.name, self.limits = name, limits
-        self.waiting: deque[Taken] = deque()
+        self.untaken: deque[Taken] = deque()
         self.unfinished = 0
         self.changed = asyncio.Condition()
 
@@ -59,18 +59,21 @@ class Queue:
             raise OverloadedError(f"the work queue {self.name} is full: {self.limits.max_tasks} tasks")
         self.unfinished += 1
         async with self.changed:
-            self.waiting.append(Taken(self, payload))
+            self.untaken.append(Taken(self, payload))
             self.changed.notify_all()
 
     async def size(self) -> int:
         return self.unfinished
 
+    async def waiting(self) -> int:
+        return len(self.untaken)
+
     async def take(self, limit: int) -> AsyncGenerator[Taken, None]:
         held: set[Taken] = set()
         while True:
             async with self.changed:
-                await self.changed.wait_for(lambda: self.waiting and len(held) < limit)
-                taken = self.waiting.popleft()
+                await self.changed.wait_for(lambda: self.untaken and len(held) < limit)
+                taken = self.untaken.popleft()
                 taken.begin(held)
             yield taken
 
@@ -105,7 +108,7 @@ class Taken:
         async with queue.changed:
             self._held.discard(self)
             if again:
-                queue.waiting.append(self)
+                queue.untaken.append(self)
             else:
                 queue.unfinished -= 1
             queue.changed.notify_all()

@@ -160,7 +160,7 @@ def _active_dependencies(cls: type[Any]) -> dict[str, Any]:
 
     mine = {edge.attribute for edge in EDGES if edge.source is cls}
     linked = any(cls in (edge.source, edge.target) for edge in EDGES)
-    return {name: found for name, found in dependencies(cls).items() if name in mine or not linked}
+    return {name: found for name, found in dependencies(cls).items() if name in mine or not (linked or found.optional)}
 
 
 def _all_services(cls: type[Any]) -> dict[str, type[Any]]:

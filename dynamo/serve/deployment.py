@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from dynamo import log
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import constructor_arguments, declared
 from dynamo.errors import DynamoError, StartError
+from dynamo.llm.engines.kv_transfer.session import SECRET
 from dynamo.sdk.service import spec_of
 from dynamo.serve import announcement, gpus, infra, ports
 from dynamo.serve.child import Event, ProcessSpec
@@ -95,7 +97,12 @@ async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir:
             resolved.services,
             working_dir=options.working_dir,
             visible_gpus=gpus.visible(),
-            environment={**servers.env, RUN_DIR: str(run_dir), **({RELOAD: "1"} if options.reload else {})},
+            environment={
+                **servers.env,
+                RUN_DIR: str(run_dir),
+                SECRET: os.environ.get(SECRET) or secrets.token_hex(32),  # several hosts are given the same
+                **({RELOAD: "1"} if options.reload else {}),
+            },
         )
         revoker = _Revoker(servers.etcd_endpoints)
         supervisor = Supervisor(

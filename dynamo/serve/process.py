@@ -29,7 +29,7 @@ from dynamo.errors import DynamoError
 from dynamo.runtime import Client, DistributedRuntime
 from dynamo.sdk import bind, dynamo_context
 from dynamo.sdk.channels import attach
-from dynamo.sdk.depends import Choice, Remote
+from dynamo.sdk.depends import Avoiding, Choice, Remote, dependencies
 from dynamo.sdk.endpoint import EndpointSpec, Hook, hooks
 from dynamo.sdk.graph import Graph, load
 from dynamo.sdk.service import spec_of
@@ -93,9 +93,13 @@ class ServiceCaller:
         return client
 
     def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
+        avoid: frozenset[int] = frozenset()
+        if isinstance(choice, Avoiding):
+            avoid, choice = choice.instances, choice.choice
         client = self.clients.get(endpoint.name)
         if client is not None:
-            return client.call(request, choice, self._decoders[endpoint.name], streaming=endpoint.streaming)
+            decode = self._decoders[endpoint.name]
+            return client.call(request, choice, decode, streaming=endpoint.streaming, avoid=avoid)
 
         async def connect_first() -> Stream[Any]:  # a start hook that calls a dependency
             client = await self._client(endpoint)
@@ -200,8 +204,9 @@ class ServiceProcess:
         await runtime.connect()
         for caller in callers.values():
             await caller.open()
-        for caller in callers.values():
-            for client in caller.clients.values():
+        known = dependencies(self.cls)
+        for attribute, caller in callers.items():
+            for client in caller.clients.values() if not known[attribute].optional else ():
                 if not client.instance_ids():
                     self.status.progress(f"waiting for {client.address[1]}")
                     await self._unless_stopping(client.wait_for_instances())

@@ -28,10 +28,13 @@ API_TIMEOUT_S = 5.0
 PUT_TIMEOUT_S = 2.0
 DONE_TIMEOUT_S = 10.0
 """how long a worker tries to say that a task is done: a restart of the server takes less"""
+SAY_TIMEOUT_S = 1.0
+"""after which it says so again: a server that has just started may lose the first word"""
 PULL_S = 30.0
 """a request for a task is given up, and made again, after that"""
 TICK_S = 1.0
 SIZE_AGE_S = 0.1
+WAITING_AGE_S = 0.01
 MAX_PULLS = 4096
 REQUEST_OVER = "408"
 NAME_IN_USE, FULL = 10058, 10077  # err_code of JetStream
@@ -144,7 +147,7 @@ class _Taker:
             while True:
                 try:
                     await self.nats.wait_connected(deadline - time.monotonic())
-                    await self.nats.request(taken.reply, word, API_TIMEOUT_S)
+                    await self.nats.request(taken.reply, word, SAY_TIMEOUT_S)
                     return
                 except (TransportError, NoInstancesError) as error:
                     if time.monotonic() > deadline or self.nats.closing:
@@ -197,6 +200,7 @@ class Queue:
         self.is_open = self._was_open = False
         self._opening, self._measuring = asyncio.Lock(), asyncio.Lock()
         self._size, self._measured = 0, float("-inf")
+        self._waiting, self._waiting_measured = 0, float("-inf")
         self._takers: set[_Taker] = set()
         self._ticking: asyncio.Task[None] | None = None
         self._stopped = False
@@ -286,6 +290,18 @@ class Queue:
                     raise TransportError(f"no size of {self.subject}: {answer['error'].get('description')}")
                 self._size, self._measured = answer["state"]["messages"], time.monotonic()
             return self._size
+
+    async def waiting(self) -> int:
+        """Tasks that nobody has taken, as of `WAITING_AGE_S` ago at most."""
+        async with self._measuring:
+            if time.monotonic() - self._waiting_measured > WAITING_AGE_S:
+                nats = await self._opened()
+                answer = await self._ask(nats, f"CONSUMER.INFO.{self.stream}.{CONSUMER}")
+                if _error_code(answer):
+                    self.is_open = False
+                    raise TransportError(f"no length of {self.subject}: {answer['error'].get('description')}")
+                self._waiting, self._waiting_measured = answer["num_pending"], time.monotonic()
+            return self._waiting
 
     async def take(self, limit: int) -> AsyncGenerator[Taken, None]:
         """Tasks, at most `limit` of them unfinished at a time, until `stop`."""

@@ -34,7 +34,8 @@ class Instance(msgspec.Struct):
     transport: dict[str, str]
     """`nats_tcp`: the NATS subject of requests"""
     streams: dict[str, str] = {}
-    """addresses of the stream plane: `unix` path, `tcp` host:port"""
+    """addresses of the stream plane: `unix` path, `tcp` host:port; and `pulse` host:port, where the process shows that it
+    runs"""
     host: str = ""
     """identity of the host, to know whether the unix socket can be reached"""
 

@@ -44,6 +44,7 @@ class Channel(Generic[T]):
         "error",
         "on_cancel",
         "on_consumed",
+        "source",
     )
 
     def __init__(
@@ -52,6 +53,7 @@ class Channel(Generic[T]):
         self.on_cancel, self.on_consumed = on_cancel, on_consumed
         self.done = self.cancelled = False
         self.error: BaseException | None = None
+        self.source: int | None = None
         self._items: deque[T] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._on_item: Callable[[T], None] | None = None
@@ -215,6 +217,11 @@ class Stream(Generic[T]):
         else:  # the garbage collector runs in any thread
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(channel.cancel)
+
+    @property
+    def source(self) -> int | None:
+        """Id of the instance that answers, or was asked last; None where the call has not left, or stays in memory."""
+        return self._channel.source
 
     def cancel(self) -> None:
         """Stop now, from any callback: later items are dropped, iteration ends, a pipe hears nothing more."""

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo.llm.engines.mock.timing import prefill_ms
 from dynamo.llm.models import tokenizer_dir
 from tests.bench.processes import StartError, command_line, descendants
 from tests.bench.replay import capacity, picture, report
@@ -31,7 +33,8 @@ from tests.bench.replay.generate import DEFAULTS, generate
 from tests.bench.replay.oracle import describe, hit_rate, spread
 from tests.bench.replay.prompts import Prompts, vocabulary
 from tests.bench.replay.report import Goal
-from tests.bench.replay.trace import Cut, Limits, Request, TraceError, read, write
+from tests.bench.replay.simulate import MODES, Simulation
+from tests.bench.replay.trace import MOONCAKE_BLOCK, Cut, Limits, Request, TraceError, read, write
 
 # --- traces
 
@@ -541,3 +544,33 @@ def test_replays_to_a_graph_that_it_starts_and_ends(tmp_path: Path, capfd: pytes
     assert found["server_cores"] > 0
     left = [argv for pid in descendants(os.getpid()) if "dynamo.serve.process" in (argv := command_line(pid))]
     assert left == []
+
+
+# --- simulation
+
+
+def simulated(mode: str, workers: int = 4) -> Replay:
+    requests = list(generate("documents", dataclasses.replace(DEFAULTS["documents"], requests=80, sessions=8, seed=2)))
+    engines = Engines(workers=workers, blocks=512)
+    due = list(schedule(requests, 2.0))
+    random.seed(1)
+    return Simulation(engines, mode).run(due, Prompts(range(100, 900), MOONCAKE_BLOCK))
+
+
+def cached_share(replay: Replay) -> float:
+    total = sum(answer.request.input_length for answer in replay.answers)
+    return sum(answer.cached_tokens or 0 for answer in replay.answers) / total
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_simulated_replay_answers_everything(mode: str) -> None:
+    replay = simulated(mode)
+    for answer in replay.answers:
+        assert prefill_ms(1) / 1e3 <= answer.ttft_s <= answer.end_s
+        assert answer.cached_tokens is not None
+    assert [a.end_s for a in simulated(mode).answers] == [a.end_s for a in replay.answers]  # the same each time
+
+
+def test_a_simulated_router_finds_what_is_cached() -> None:
+    assert cached_share(simulated("kv")) > cached_share(simulated("round-robin")) + 0.1
+    assert cached_share(simulated("round-robin", workers=1)) == cached_share(simulated("kv", workers=1))

@@ -121,7 +121,7 @@ def test_a_killed_service_comes_back(serve_graph: Start, service: str) -> None:
 
 
 def test_one_of_two_workers_killed_under_load(serve_graph: Start) -> None:
-    """New requests never go to the dead one; those it was answering end with an error, not with a false success."""
+    """New requests never go to the dead one. What it was answering: test_migration.py."""
     served = serve_graph(*MOCK, "--VllmWorker.ServiceArgs.workers=2").ready()
     expected = chat(served)
     os.kill(served.pids("--service-name VllmWorker")[0], signal.SIGKILL)

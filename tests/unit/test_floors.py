@@ -25,7 +25,7 @@ ONLY_IN = {
     "grpc": "dynamo/transport/etcd.py",
     "aetcd": "dynamo/transport/etcd.py",
     "nats": "dynamo/transport/nats.py",
-    "vllm": "dynamo/llm/engines/vllm.py",
+    "vllm": ("dynamo/llm/engines/vllm.py", "dynamo/llm/engines/kv_transfer/connector.py"),
     "fastapi": "dynamo/http/",
     "uvicorn": "dynamo/http/",
     "starlette": "dynamo/http/",

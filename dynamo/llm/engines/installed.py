@@ -31,7 +31,7 @@ def engine_arguments() -> frozenset[str] | None:
     for (name, start), (_, end) in itertools.pairwise(starts):
         if name in ("EngineArgs", "AsyncEngineArgs"):
             names.update(_FIELD.findall(text[start:end]))
-    return frozenset(names) | FAULTS if names else None
+    return frozenset(names) | FAULTS | {"kv_transfer_lease_s"} if names else None
 
 
 @cache

@@ -17,14 +17,19 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamo.errors import ContextLengthError, EngineError, RequestError, StartError
+import msgspec
+
+from dynamo.errors import ContextLengthError, EngineDeadError, EngineError, RequestError, StartError
 from dynamo.llm.engine import EngineInfo, EngineStats, KvListener
 from dynamo.llm.engines import vllm_events
 from dynamo.llm.engines.installed import cpu_build
+from dynamo.llm.engines.kv_transfer import configuration as kv_transfer
+from dynamo.llm.engines.kv_transfer.address import own_address
+from dynamo.llm.engines.kv_transfer.release import release
 from dynamo.llm.models import resolve, tokenizer_dir
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling, TokenLogprob
 from dynamo.wire.stream import Channel, Stream
@@ -51,14 +56,24 @@ _CPU_ENVIRONMENT = {
 }
 
 
+_CACHED = "remote_prefill_cached_tokens"  # vLLM's name in kv_transfer_params
 _IDLE = EngineStats(0, 0, 0.0, 0, 0)
 
 
 class VllmEngine:
     def __init__(self, model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> None:
+        """`arguments` are vLLM's flags, and ours: `kv-transfer` (bool), to compute KV for other engines and to fetch it
+        from them with our connector unless a `kv-transfer-config` names one; `kv-transfer-lease-s`, for how long it is
+        kept for whoever does not come.
+        """
         self._model, self._arguments, self._progress = model, dict(arguments), progress
+        self._transfers = bool(self._arguments.pop("kv-transfer", False))
+        self._lease_s = float(self._arguments.pop("kv-transfer-lease-s", kv_transfer.LEASE_S))
+        self.kv_transferred: dict[str, float] = {}
+        """since the start: pulls, failures, bytes and seconds of pulls, and how many requests' KV nobody fetched"""
         self._llm: Any = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._releases: set[asyncio.Task[None]] = set()
         self._stats = [_IDLE]  # of each data-parallel rank
         self._last_output = 0.0
         self._listener: KvListener | None = None
@@ -88,6 +103,7 @@ class VllmEngine:
         log.debug("vLLM imported in %.1f s", time.monotonic() - started)
         if self._listener is not None and self._argument("kv-events-config") is None:
             self._private_events = vllm_events.private_config()
+        own_transfer = self._configure_transfer()
         options = self._parse(arg_utils.AsyncEngineArgs, cpu)
         try:
             config = arg_utils.AsyncEngineArgs.from_cli_args(options).create_engine_config(
@@ -95,6 +111,11 @@ class VllmEngine:
             )
         except (ValueError, OSError) as error:
             raise StartError(f"vLLM refuses the configuration: {_first_line(error)}") from error
+        if own_transfer and config.parallel_config.world_size > 1:
+            raise StartError(
+                f"KV transfer of an engine on {config.parallel_config.world_size} GPUs: our connector takes one",
+                hint="set kv-transfer-config: {kv_connector: NixlConnector, kv_role: kv_both}, which needs dynamo[nixl]",
+            )
         ranks = int(config.parallel_config.data_parallel_size)
         self._stats = [_IDLE] * ranks
         fork = cpu and config.parallel_config.world_size == 1
@@ -118,6 +139,23 @@ class VllmEngine:
             for rank in range(ranks):
                 source = vllm_events.KvEventSource(rank, config.endpoint, config.replay_endpoint, self._listener)
                 self._sources.append(source)
+
+    def _configure_transfer(self) -> bool:
+        """Whether our connector is used."""
+        given = self._argument("kv-transfer-config")
+        if given is None:
+            if not self._transfers:
+                return False
+            self._arguments["kv-transfer-config"] = kv_transfer.own(self._lease_s)
+            if self._argument("disable-hybrid-kv-cache-manager") is None:
+                self._arguments["disable-hybrid-kv-cache-manager"] = True  # one group of KV caches
+            return True
+        self._transfers = True
+        self._arguments.pop("kv_transfer_config", None)
+        self._arguments["kv-transfer-config"] = kv_transfer.completed(given)
+        for name, value in kv_transfer.nixl_environment(given, own_address()).items():
+            os.environ.setdefault(name, value)
+        return False
 
     def _parse(self, arguments: Any, cpu: bool) -> Any:
         argparse_utils = importlib.import_module("vllm.utils.argparse_utils")
@@ -159,17 +197,20 @@ class VllmEngine:
         channel.on_cancel = task.cancel
         return Stream(channel)
 
+    def _outputs(self, request: GenerateRequest) -> AsyncIterator[Any]:
+        outputs: AsyncIterator[Any] = self._llm.generate(
+            {"prompt_token_ids": request.token_ids},
+            self._sampling_params(request),
+            request.request_id or os.urandom(8).hex(),
+            priority=request.sampling.priority,
+            data_parallel_rank=request.rank,
+        )
+        return outputs
+
     async def _generate(self, request: GenerateRequest, channel: Channel[Delta]) -> None:
         first = True
         try:
-            outputs = self._llm.generate(
-                {"prompt_token_ids": request.token_ids},
-                self._sampling_params(request),
-                request.request_id or os.urandom(8).hex(),
-                priority=request.sampling.priority,
-                data_parallel_rank=request.rank,
-            )
-            async for output in outputs:
+            async for output in self._outputs(request):
                 self._last_output = time.monotonic()
                 for choice in output.outputs:
                     if not (choice.token_ids or choice.text or choice.finish_reason):
@@ -182,7 +223,7 @@ class VllmEngine:
                             choice.finish_reason,
                             choice.stop_reason,
                             len(output.prompt_token_ids) if first else None,
-                            (output.num_cached_tokens or 0) if first else None,
+                            _cached_tokens(request, output) if first else None,
                             _logprobs(choice.token_ids, choice.logprobs) if choice.logprobs else None,
                         )
                     )
@@ -190,9 +231,17 @@ class VllmEngine:
             channel.end()
         except asyncio.CancelledError:
             channel.cancel()
+            if first and request.kv_transfer:
+                self._release(request.kv_transfer)
             raise
         except Exception as error:
             channel.end(_translate(error))
+
+    def _release(self, params: Mapping[str, Any]) -> None:
+        """Of a request that ended before its first token: perhaps the engine core, which would tell, has not seen it."""
+        task = asyncio.get_running_loop().create_task(asyncio.to_thread(release, params))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
 
     def _sampling_params(self, request: GenerateRequest) -> Any:
         params = importlib.import_module("vllm.sampling_params")
@@ -224,6 +273,7 @@ class VllmEngine:
                 prompt_logprobs=given.prompt_logprobs,
                 logit_bias={int(k): v for k, v in given.logit_bias.items()} if given.logit_bias else None,
                 output_kind=kind.FINAL_ONLY if request.final_only else kind.DELTA,
+                extra_args={"kv_transfer_params": request.kv_transfer} if request.kv_transfer else None,
             )
         except (ValueError, TypeError) as error:
             raise RequestError(_first_line(error)) from None
@@ -244,6 +294,9 @@ class VllmEngine:
                     engine._stats[engine_index] = EngineStats(
                         found.num_running_reqs, found.num_waiting_reqs, found.kv_cache_usage, self.queries, self.hits
                     )
+                    for name, count in (found.kv_connector_stats or {}).items():
+                        if isinstance(count, (int, float)):  # another connector's may be lists
+                            engine.kv_transferred[name] = engine.kv_transferred.get(name, 0) + count
 
             def log_engine_initialized(self) -> None:
                 return None
@@ -251,7 +304,38 @@ class VllmEngine:
         return Recorder()
 
     async def prefill(self, request: GenerateRequest) -> dict[str, Any]:
-        raise EngineError("this engine does not compute KV for others")
+        """Empty where a user's connector has both sides find KV by its content, without being told."""
+        if not self._transfers:
+            raise EngineError("this engine keeps no KV for others", hint="set kv-transfer: true for its worker")
+        if not self._tasks:
+            self._last_output = time.monotonic()
+        task = asyncio.get_running_loop().create_task(self._prefill(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise EngineError("the engine is stopping") from None
+
+    async def _prefill(self, request: GenerateRequest) -> dict[str, Any]:
+        # connectors keep the KV of requests that end by their length
+        sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True, priority=request.sampling.priority)
+        wanted = msgspec.structs.replace(request, sampling=sampling, final_only=True, kv_transfer=kv_transfer.PREFILL)
+        last: Any = None
+        try:
+            async for output in self._outputs(wanted):
+                self._last_output = time.monotonic()
+                last = output
+        except Exception as error:
+            raise _translate(error) from error
+        if last is None or last.outputs[0].finish_reason != "length":
+            raise EngineError("the prefill was aborted")
+        if not last.kv_transfer_params:
+            return {}
+        return {**last.kv_transfer_params, _CACHED: last.num_cached_tokens or 0}
 
     async def abort(self, request_id: str) -> None:
         await self._llm.abort(request_id)
@@ -260,7 +344,8 @@ class VllmEngine:
         """vLLM tells what it does with its steps: without requests there are none, and its last word may be old."""
         if self._tasks:
             return list(self._stats)
-        return [_IDLE._replace(prefix_queries=s.prefix_queries, prefix_hits=s.prefix_hits) for s in self._stats]
+        # while it holds KV for others it steps, and tells
+        return [s._replace(running=0, waiting=0, kv_usage=s.kv_usage if self._transfers else 0.0) for s in self._stats]
 
     def kv_events(self, listener: KvListener) -> bool:
         """False without prefix caching, and where a kv-events-config sends the events elsewhere."""
@@ -293,6 +378,7 @@ class VllmEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._releases, return_exceptions=True)
         if self._llm is not None:
             self._llm.shutdown()
         if self._private_events is not None:
@@ -363,6 +449,15 @@ def _fast_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags.partition("Features")[2]
 
 
+def _cached_tokens(request: GenerateRequest, output: Any) -> int:
+    """Prompt tokens that were computed by nobody for this request: those that the engine which did its prefill found in
+    its prefix cache. vLLM's own count would have them all, since none was computed here.
+    """
+    if request.kv_transfer:
+        return int(request.kv_transfer.get(_CACHED, 0))
+    return output.num_cached_tokens or 0
+
+
 def _logprobs(token_ids: Sequence[int], positions: Sequence[Any]) -> list[TokenLogprob]:
     found: list[TokenLogprob] = []
     for token, candidates in zip(token_ids, positions, strict=True):
@@ -388,7 +483,7 @@ def _translate(error: Exception) -> Exception:
     if names & {"VLLMValidationError", "VLLMClientError"} or type(error) is ValueError:
         return RequestError(text)
     if "EngineDeadError" in names:
-        return EngineError("vLLM's engine core has died", hint="the worker is being restarted")
+        return EngineDeadError("vLLM's engine core has died", hint="the worker is being restarted")
     return EngineError(f"vLLM failed: {text}")
 
 

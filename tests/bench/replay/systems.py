@@ -123,7 +123,7 @@ def _start_peer(environment: Path, mode: str, engines: Engines, run_dir: Path) -
     began = time.perf_counter()
     with _ended_on_error(running):
         # the model is listed when the first worker is there
-        while (found := rust.registered(run_dir)) < engines.workers or not _models(running.port):
+        while (found := rust.registered(run_dir)) < engines.workers or not models(running.port):
             if time.perf_counter() - began > rust.START_LIMIT_S:
                 logs = "\n".join(process.log.read_text(errors="replace")[-1000:] for process in running.processes)
                 raise StartError(f"{rust.NAME} has {found} of {engines.workers} workers\n{logs}")
@@ -140,15 +140,15 @@ def url_target(url: str, model: str | None) -> Target:
     host, port = parts.hostname, parts.port or 80
 
     def found(_: Path) -> Running:
-        models = [model] if model else _models(port, host)
-        if not models:
+        names = [model] if model else models(port, host)
+        if not names:
             raise StartError(f"{url} lists no model at /v1/models")
-        return Running(url, port, models[0], [], _role, host=host)
+        return Running(url, port, names[0], [], _role, host=host)
 
     return Target(url, found)
 
 
-def _models(port: int, host: str = "127.0.0.1") -> list[str]:
+def models(port: int, host: str = "127.0.0.1") -> list[str]:
     text = fetch(host, port, "/v1/models")
     return [one["id"] for one in orjson.loads(text)["data"]] if text else []
 

@@ -6,6 +6,7 @@ tokens it already has must go on identically, and a wrong or lost token shows.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from array import array
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import xxhash
 from dynamo.errors import StartError
 from dynamo.kv.hashing import BlockHash
 from dynamo.llm.engines.mock.scheduler import Scheduler, Sequence
+from dynamo.llm.engines.mock.transfer import KvPlace
 from dynamo.llm.models import tokenizer_dir
 from dynamo.llm.protocol import Delta, FinishReason, GenerateRequest
 from dynamo.wire.stream import Channel
@@ -52,9 +54,12 @@ def _vocabulary(path: str) -> Vocabulary:
 
 
 class Generation:
-    """One running request: its choices share a channel, which ends with the last of them."""
+    """One running request: its choices share a channel, which ends with the last of them.
 
-    __slots__ = ("channel", "choices", "forget", "left", "request", "scheduler")
+    With `keep`, a choice that ends is given to it, and holds its KV blocks on.
+    """
+
+    __slots__ = ("channel", "choices", "forget", "keep", "left", "request", "scheduler")
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class Generation:
     ) -> None:
         self.request, self.channel, self.scheduler, self.forget = request, channel, scheduler, forget
         self.choices: list[Choice] = []
+        self.keep: Callable[[Choice], None] | None = None
         self.left = request.sampling.n  # choices that still run
 
     def end(self, error: Exception | None = None) -> None:
@@ -76,12 +82,26 @@ class Generation:
         self.forget(self)
         for choice in self.choices:
             self.scheduler.remove(choice)
+            if choice.fetch is not None:
+                choice.fetch.cancel()
 
 
 class Choice(Sequence):
     """One choice. `hash` has seen all tokens so far, so it decides on the next."""
 
-    __slots__ = ("fails_at", "generation", "hash", "index", "kept", "limit", "sampling", "tail", "vocabulary")
+    __slots__ = (
+        "fails_at",
+        "fetch",
+        "generation",
+        "hash",
+        "index",
+        "kept",
+        "limit",
+        "sampling",
+        "source",
+        "tail",
+        "vocabulary",
+    )
 
     def __init__(
         self,
@@ -99,6 +119,8 @@ class Choice(Sequence):
         self.hash = xxhash.xxh3_64(seen, seed=((self.sampling.seed or 0) + index) % 2**64)
         self.tail = ""  # text that may be the beginning of a stop string
         self.kept: list[str] | None = [] if request.final_only else None
+        self.source: KvPlace | None = None  # of its prompt's KV, where `fetches`
+        self.fetch: asyncio.Task[None] | None = None  # that is under way
         self.fails_at = 0  # tokens after which the request fails on purpose; 0: it does not
 
     def advance(self) -> bool:
@@ -135,6 +157,8 @@ class Choice(Sequence):
         generation.channel.push(delta)
         if reason is None:
             return False
+        if generation.keep is not None:
+            generation.keep(self)
         generation.left -= 1
         if not generation.left:
             generation.forget(generation)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dynamo.errors import ContextLengthError, EngineError, RequestError
+import msgspec
+
+from dynamo.errors import ContextLengthError, EngineDeadError, EngineError, RequestError
 from dynamo.kv.hashing import block_hashes
 from dynamo.llm.engine import EngineInfo, EngineStats, KvListener
 from dynamo.llm.engines.mock.choice import Choice, Generation, Vocabulary, packed, vocabulary
@@ -17,7 +20,8 @@ from dynamo.llm.engines.mock.kv_cache import KvCache
 from dynamo.llm.engines.mock.scheduler import Scheduler
 from dynamo.llm.engines.mock.settings import MockSettings, mock_settings
 from dynamo.llm.engines.mock.timing import step_ms
-from dynamo.llm.protocol import Delta, GenerateRequest
+from dynamo.llm.engines.mock.transfer import KvLender, KvPlace, fetch
+from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
 from dynamo.wire.stream import Channel, Stream
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ class MockEngine:
         self._vocabulary: Vocabulary = []
         self._ranks: list[Rank] = []
         self._listener: KvListener | None = None
+        self._lender = KvLender(settings.kv_transfer_lease_s)
 
     async def start(self) -> EngineInfo:
         settings = self._settings
@@ -58,7 +63,9 @@ class MockEngine:
             channel.end(error)
         return stream
 
-    def _begin(self, request: GenerateRequest, channel: Channel[Delta]) -> None:
+    def _begin(
+        self, request: GenerateRequest, channel: Channel[Delta], keep: Callable[[Choice], None] | None = None
+    ) -> None:
         sampling, prompt = request.sampling, request.token_ids
         room = self._context - len(prompt)
         if sampling.logprobs is not None:
@@ -76,16 +83,52 @@ class MockEngine:
         except OverflowError:
             raise RequestError("a prompt token is not a number of 32 bits") from None
         limit = min(room, sampling.max_tokens or room)
+        place = self._kv_place(request)
         generation = Generation(request, channel, rank.scheduler, self._live.discard)
+        generation.keep = keep
         for index in range(sampling.n):
-            generation.choices.append(Choice(generation, index, names, seen, limit, self._vocabulary))
+            choice = Choice(generation, index, names, seen, limit, self._vocabulary)
+            choice.source, choice.fetches = place, place is not None
+            generation.choices.append(choice)
         self._faults.choose(generation.choices[0])
         self._live.add(generation)
-        channel.on_cancel = generation.withdraw
+
+        def withdraw() -> None:
+            generation.withdraw()
+            rank.wake()
+
+        channel.on_cancel = withdraw
         rank.add(generation.choices)
 
+    def _kv_place(self, request: GenerateRequest) -> KvPlace | None:
+        if request.kv_transfer is None or not self._settings.kv_transfer or request.sampling.n > 1:
+            return None
+        try:
+            return msgspec.convert(request.kv_transfer, KvPlace)
+        except msgspec.ValidationError as error:
+            raise RequestError(f"kv_transfer is not of the mock engine: {error}", param="kv_transfer") from None
+
     async def prefill(self, request: GenerateRequest) -> dict[str, Any]:
-        raise EngineError("this engine does not compute KV for others")
+        if not self._settings.kv_transfer:
+            raise EngineError("this engine does not compute KV for others", hint="start it with kv-transfer: true")
+        await self._lender.open()
+        name = os.urandom(8).hex()
+
+        def keep(choice: Choice) -> None:
+            rank = next(rank for rank in self._ranks if rank.scheduler is choice.generation.scheduler)
+            rank.scheduler.keep(choice)
+            self._lender.keep(name, lambda: rank.free(choice))
+
+        channel: Channel[Delta] = Channel()
+        stream = Stream(channel)
+        sampling = Sampling(max_tokens=1, ignore_eos=True, seed=request.sampling.seed)
+        self._begin(msgspec.structs.replace(request, sampling=sampling, kv_transfer=None), channel, keep)
+        try:
+            deltas = [delta async for delta in stream]
+        except BaseException:
+            self._lender.drop(name)
+            raise
+        return self._lender.place(name, deltas[0].cached_tokens or 0)
 
     async def abort(self, request_id: str) -> None:
         for generation in [g for g in self._live if g.request.request_id == request_id]:
@@ -106,9 +149,10 @@ class MockEngine:
     async def stop(self) -> None:
         """Running requests end with an error."""
         for rank in self._ranks:
-            rank.stop()
+            await rank.stop()
         for generation in list(self._live):
-            generation.end(EngineError("the engine is stopping"))
+            generation.end(EngineDeadError("the engine is stopping"))
+        await self._lender.close()
 
 
 def _capacities(settings: MockSettings) -> list[int]:
@@ -136,6 +180,9 @@ class Rank:
         self._loop = asyncio.get_running_loop()
         self._stepping: asyncio.Handle | None = None  # the end of the step, or the beginning of the first
         self._step_end = 0.0
+        self._s_per_kv_token = settings.mock_kv_bytes_per_token / settings.mock_kv_bandwidth_gb_s / 1e9
+        self._fetches: set[asyncio.Task[None]] = set()
+        self._stopped = False
 
     def __len__(self) -> int:
         return len(self.scheduler)
@@ -143,16 +190,48 @@ class Rank:
     def add(self, choices: list[Choice]) -> None:
         for choice in choices:
             self.scheduler.add(choice)
-        if self._stepping is None:  # requests of one turn of the loop share the first step
-            self._step_end = time.monotonic()
+        self.wake()
+
+    def wake(self) -> None:
+        """Something may be done that could not be before."""
+        if self._stepping is None and len(self.scheduler) and not self._stopped:
+            self._step_end = time.monotonic()  # requests of one turn of the loop share the first step
             self._stepping = self._loop.call_soon(self._step)
 
-    def stop(self) -> None:
+    def free(self, choice: Choice) -> None:
+        """The blocks that it was kept with."""
+        self.scheduler.free(choice)
+        self.wake()
+
+    async def stop(self) -> None:
+        self._stopped = True
         if self._stepping is not None:
             self._stepping.cancel()
+        for task in self._fetches:
+            task.cancel()
+        await asyncio.gather(*self._fetches, return_exceptions=True)
+
+    async def _fetch(self, choice: Choice, place: KvPlace) -> None:
+        """As long as a transfer of what the prefix cache lacks takes."""
+        scheduler, lacking = self.scheduler, len(choice.prompt) - choice.cached_tokens
+        try:
+            await fetch(place, lacking * self._s_per_kv_token * self._s_per_ms * 1e3)
+        except EngineError as error:
+            log.debug("a prompt of %d tokens is computed here: %s", len(choice.prompt), error.message)
+            scheduler.not_fetched(choice)
+        else:
+            scheduler.fetched(choice)
+            choice.cached_tokens = place.cached_tokens  # as with vLLM: what nobody has computed for this request
+        self.wake()
 
     def _step(self) -> None:
         step = self.scheduler.schedule()
+        for choice in self.scheduler.to_fetch:
+            assert choice.source is not None
+            task = choice.fetch = self._loop.create_task(self._fetch(choice, choice.source))
+            self._fetches.add(task)
+            task.add_done_callback(self._fetches.discard)
+        self.scheduler.to_fetch.clear()
         if step is None:
             self._stepping = None
         elif self._s_per_ms:
@@ -175,7 +254,7 @@ class Rank:
         scheduler = self.scheduler
         return EngineStats(
             len(scheduler.running),
-            len(scheduler.waiting),
+            scheduler.idle,
             scheduler.cache.usage,
             scheduler.prefix_queries,
             scheduler.prefix_hits,

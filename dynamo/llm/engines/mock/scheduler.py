@@ -9,7 +9,9 @@ tests/vllm/test_mock_parity.py:
 * a sequence is admitted when the blocks for all its tokens are free, though it takes only those of its first chunk;
 * found in the prefix cache are whole blocks up to the last token but one;
 * a generated token's block is stored in the step that computes the token, which is the one after it was generated: a
-  request's last token is never stored.
+  request's last token is never stored;
+* a sequence whose KV is fetched from another engine gets all its blocks when its turn comes and waits beside the others;
+  once the KV is there its last token is computed, as if all before it had been found in the cache.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Sequence:
         "blocks",
         "cached_tokens",
         "computed",
+        "fetches",
         "names",
         "output",
         "preemptions",
@@ -48,6 +51,7 @@ class Sequence:
         self.room = 0  # tokens that fit into both
         self.cached_tokens = 0  # prompt tokens found in the prefix cache at the first admission
         self.preemptions = 0
+        self.fetches = False  # its prompt's KV comes from elsewhere: from `add` until it is there, or cannot be had
 
     @property
     def length(self) -> int:
@@ -95,13 +99,22 @@ class Scheduler(Generic[S]):
         self._chunked_prefill, self._prefix_caching = chunked_prefill, prefix_caching
         self.batch: list[S] = []
         """what the step computes, in the order of admission"""
+        self.to_fetch: list[S] = []
+        """have their blocks since the last look; the caller takes them out and says `fetched` or `not_fetched` later"""
+        self._fetching: dict[S, None] = {}
+        self._fetched: list[S] = []  # wait for a place among those that run
         # All that run are computed up to their last token, and take one a step. Only the one admitted last may not be: as
         # long as it is not, it takes all that is left of a step, so that nobody is admitted behind it.
         self._partial: S | None = None
         self._refused: tuple[S, int] | None = None
 
     def __len__(self) -> int:
-        return len(self.running) + len(self.waiting)
+        return len(self.running) + self.idle
+
+    @property
+    def idle(self) -> int:
+        """Sequences that wait, for blocks or for their KV."""
+        return len(self.waiting) + len(self._fetching) + len(self._fetched)
 
     def add(self, sequence: S) -> None:
         self.waiting[sequence] = None
@@ -111,12 +124,46 @@ class Scheduler(Generic[S]):
         if sequence.running:
             self.running.remove(sequence)
             self._release(sequence)
-        else:
-            self.waiting.pop(sequence, None)
+        elif sequence in self.waiting:
+            del self.waiting[sequence]
+        elif sequence in self._fetching:
+            del self._fetching[sequence]
+            self.free(sequence)
+        elif sequence in self._fetched:
+            self._fetched.remove(sequence)
+            self.free(sequence)
+
+    def keep(self, sequence: S) -> None:
+        """End a running sequence, which holds its blocks until `free`."""
+        self.running.remove(sequence)
+        self._leave(sequence)
+
+    def free(self, sequence: S) -> None:
+        """The blocks of a sequence that does not run."""
+        self.cache.release(sequence.blocks, sequence.unnamed)
+        sequence.blocks, sequence.unnamed, sequence.room = [], 0, 0
+
+    def fetched(self, sequence: S) -> None:
+        """Its KV is there: its blocks are stored. Nothing happens if it was removed."""
+        if sequence in self._fetching:
+            del self._fetching[sequence]
+            sequence.fetches = False
+            self._grow(sequence, sequence.length)
+            self._fetched.append(sequence)
+
+    def not_fetched(self, sequence: S) -> None:
+        """Its KV cannot be had: it is the next to be computed here. Nothing happens if it was removed."""
+        if sequence in self._fetching:
+            del self._fetching[sequence]
+            sequence.fetches = False
+            self.free(sequence)
+            self._wait_first(sequence)
 
     def schedule(self) -> Step | None:
-        """The next step, its KV blocks allocated and stored; None: nothing to do."""
+        """The next step, its KV blocks allocated and stored; None: nothing to do until something changes."""
         running, partial = self.running, self._partial
+        while self._fetched and len(running) < self._sequences:
+            self._join(self._fetched.pop(0))
         before = len(running)
         for sequence in running:  # loses its end meanwhile, at most up to this one
             if sequence is partial:
@@ -133,7 +180,12 @@ class Scheduler(Generic[S]):
             budget -= self._continue(partial, budget)
         if self.waiting and len(running) == before:
             while budget and self.waiting and len(running) < self._sequences:
-                new = self._admit(next(iter(self.waiting)), budget)
+                first = next(iter(self.waiting))
+                if first.fetches:
+                    if not self._reserve(first):
+                        break
+                    continue
+                new = self._admit(first, budget)
                 if not new:
                     break
                 budget -= new
@@ -173,36 +225,75 @@ class Scheduler(Generic[S]):
                 return False
         return True
 
+    def _find(self, sequence: S) -> list[Block]:
+        """What the prefix cache has of it."""
+        if not self._prefix_caching:
+            return []
+        limit = (sequence.length - 1) // self.cache.block_size
+        self._name(sequence, limit)
+        return self.cache.find(sequence.names, limit)
+
+    def _fits(self, sequence: S, found: list[Block]) -> bool:
+        """Whether there are blocks for all its tokens; False is remembered until the cache changes."""
+        cache = self.cache
+        evictable = sum(not block.holders for block in found)
+        if -(-sequence.length // cache.block_size) - len(found) + evictable > cache.free:
+            self._refused = sequence, cache.version
+            return False
+        return True
+
+    def _start(self, sequence: S, found: list[Block]) -> None:
+        """It waits no more, and holds what was found."""
+        computed = len(found) * self.cache.block_size
+        del self.waiting[sequence]
+        self.cache.hold(found)
+        sequence.blocks = found
+        if not sequence.preemptions:
+            sequence.cached_tokens = computed
+            if self._prefix_caching:
+                self.prefix_queries += sequence.length
+                self.prefix_hits += computed
+
+    def _reserve(self, sequence: S) -> bool:
+        """Blocks for all of a sequence whose KV comes from elsewhere; False: not now."""
+        if self._refused == (sequence, self.cache.version):
+            return False
+        found = self._find(sequence)
+        if not self._fits(sequence, found):
+            return False
+        self._start(sequence, found)
+        wanted = -(-sequence.length // self.cache.block_size) - len(found)
+        self.cache.take(wanted)
+        sequence.unnamed = wanted
+        sequence.computed = len(found) * self.cache.block_size
+        self._fetching[sequence] = None
+        self.to_fetch.append(sequence)
+        return True
+
+    def _join(self, sequence: S) -> None:
+        """It runs, before the one that is not computed to its last token."""
+        sequence.running = True
+        sequence.computed = sequence.length - 1
+        self.kv_tokens += sequence.computed
+        self.running.insert(len(self.running) - (self._partial is not None), sequence)
+
     def _admit(self, sequence: S, budget: int) -> int:
         """Tokens of the first chunk; 0: not now."""
-        cache, size, length = self.cache, self.cache.block_size, sequence.length
-        if self._refused == (sequence, cache.version):
+        length = sequence.length
+        if self._refused == (sequence, self.cache.version):
             return 0
-        found: list[Block] = []
-        if self._prefix_caching:
-            limit = (length - 1) // size
-            self._name(sequence, limit)
-            found = cache.find(sequence.names, limit)
-        computed = len(found) * size
+        found = self._find(sequence)
+        computed = len(found) * self.cache.block_size
         new = length - computed
         if new > budget:
             if not self._chunked_prefill:
                 return 0
             new = budget
-        evictable = sum(not block.holders for block in found)
-        if -(-length // size) - len(found) + evictable > cache.free:
-            self._refused = sequence, cache.version
+        if not self._fits(sequence, found):
             return 0
-        del self.waiting[sequence]
+        self._start(sequence, found)
         self.running.append(sequence)
         sequence.running = True
-        cache.hold(found)
-        sequence.blocks = found
-        if not sequence.preemptions:
-            sequence.cached_tokens = computed
-            if self._prefix_caching:
-                self.prefix_queries += length
-                self.prefix_hits += computed
         self._grow(sequence, computed + new)
         sequence.computed = computed + new
         self.kv_tokens += sequence.computed
@@ -239,16 +330,21 @@ class Scheduler(Generic[S]):
     def _preempt_last(self) -> S:
         victim = self.running.pop()
         self._release(victim)
-        victim.computed = 0
         victim.preemptions += 1
-        self.waiting[victim] = None
-        self.waiting.move_to_end(victim, last=False)
+        self._wait_first(victim)
         return victim
 
-    def _release(self, sequence: S) -> None:
+    def _wait_first(self, sequence: S) -> None:
+        sequence.computed = 0
+        self.waiting[sequence] = None
+        self.waiting.move_to_end(sequence, last=False)
+
+    def _leave(self, sequence: S) -> None:
         sequence.running = False
         if sequence is self._partial:
             self._partial = None
         self.kv_tokens -= sequence.computed
-        self.cache.release(sequence.blocks, sequence.unnamed)
-        sequence.blocks, sequence.unnamed, sequence.room = [], 0, 0
+
+    def _release(self, sequence: S) -> None:
+        self._leave(sequence)
+        self.free(sequence)

@@ -36,6 +36,14 @@ class MockSettings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """ranks, each with a KV cache and a scheduler of its own"""
     speedup_ratio: Annotated[float, Meta(ge=0)] = 1.0
     """divides the modelled times; 0: no waiting at all"""
+    kv_transfer: bool = False
+    """computes KV for other engines and fetches it from them; a worker of a disaggregated graph sets it"""
+    mock_kv_bytes_per_token: Annotated[int, Meta(ge=0)] = 131_072
+    """of the KV that is transferred: 32 layers of 8 heads of 128 numbers of 16 bits, twice, as Llama 3.1 8B has them"""
+    mock_kv_bandwidth_gb_s: Annotated[float, Meta(gt=0)] = 64.0
+    """at which it is transferred, in 10^9 bytes a second; dynamo.mocker's default"""
+    kv_transfer_lease_s: Annotated[float, Meta(gt=0)] = 30.0
+    """after which KV that nobody fetches is freed"""
     mock_slow_factor: Annotated[float, Meta(gt=0)] = 1.0
     """multiplies them: one slow worker among others"""
     mock_crash_after_tokens: Annotated[int, Meta(ge=0)] = 0

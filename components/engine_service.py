@@ -1,0 +1,68 @@
+"""EngineService: what the services around an engine share, which are VllmWorker and PrefillWorker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dynamo.llm import engine as engines
+from dynamo.llm.engine import EngineInfo
+from dynamo.llm.engines.installed import cpu_build, engine_arguments
+from dynamo.sdk import Service, dynamo_context, liveness, metrics_registry, on_shutdown
+
+
+class EngineService(Service):
+    """Keys of the configuration that are not parameters of the constructor go to the engine, as vLLM's flags."""
+
+    extra_settings = staticmethod(engine_arguments)
+    info: EngineInfo
+    """once the engine has started"""
+
+    @staticmethod
+    def gpus_needed(settings: Mapping[str, Any]) -> float:
+        """GPUs of one worker with these settings, unless ServiceArgs says otherwise."""
+        if settings.get("engine") == "mock" or cpu_build():
+            return 0
+        sizes = (settings.get(f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline", "data"))
+        return math.prod(int(size) for size in sizes)
+
+    def __init__(
+        self, model: str, engine: str, speedup_ratio: float | None, engine_args: dict[str, Any], *, kv_transfer: bool
+    ) -> None:
+        """`kv_transfer`: the engine gives KV to other engines and takes it from them."""
+        self.model, self.engine_name = model, engine
+        if speedup_ratio is not None and engine == "mock":
+            engine_args["speedup-ratio"] = speedup_ratio
+        if kv_transfer:
+            engine_args["kv-transfer"] = True
+        self.engine = engines.create(engine, model, engine_args, self._progress)
+
+    def _progress(self, text: str) -> None:
+        report = dynamo_context.get("progress")
+        if report is not None:
+            report(text)
+
+    def count(self, endpoint: str) -> None:
+        """Put the engine's load on /metrics, under the name of an endpoint."""
+        # here, so that a dry run does not import prometheus_client
+        from dynamo.llm.engine_metrics import EngineCollector
+
+        worker_id = f"{dynamo_context['runtime'].instance_id:x}"
+        labels = {"component": self.dynamo_address()[1], "endpoint": endpoint, "worker_id": worker_id}
+        metrics_registry().register(EngineCollector(self.engine, self.info, **labels))
+
+    def stats_data(self) -> dict[str, float]:
+        """For `$SRV.STATS` and `dynamo status`."""
+        from dynamo.llm.engine_metrics import load_metrics
+
+        return load_metrics(self.engine, self.info)
+
+    @liveness
+    async def healthy(self) -> bool:
+        await self.engine.check_health()
+        return True
+
+    @on_shutdown
+    async def stop(self) -> None:
+        await self.engine.stop()

@@ -1,0 +1,60 @@
+"""Two real vLLM workers, one killed in the middle of its answers: the FAQ is answered word for word."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from dynamo.llm import tiny
+from tests.graph.conftest import Served
+from tests.graph.conftest import serve_graph as serve_graph
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
+
+FAQ = tiny.faq()
+
+
+@pytest.fixture
+def served(serve_graph: Callable[..., Served]) -> Iterator[Served]:
+    found = serve_graph("-f", "configs/agg_tiny.yaml", "--VllmWorker.ServiceArgs.workers=2").ready(150)
+    yield found
+    found.stop()
+
+
+def test_a_worker_killed_in_the_middle_changes_no_word(served: Served) -> None:
+    worker = served.pids("--service-name VllmWorker --worker-id 1")[0]
+    begun = threading.Event()
+
+    def ask(question: str) -> tuple[str, int]:
+        chunks = served.client().chat.completions.create(
+            model="dynamo-tiny",
+            messages=[{"role": "user", "content": question}],
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        text, tokens = "", 0
+        for chunk in chunks:
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+            if text:
+                begun.set()
+            if chunk.usage is not None:
+                tokens = chunk.usage.completion_tokens
+        return text, tokens
+
+    with ThreadPoolExecutor(len(FAQ)) as pool:
+        asked = {question: pool.submit(ask, question) for question in FAQ}
+        assert begun.wait(60)
+        os.kill(worker, signal.SIGKILL)
+        answers = {question: one.result() for question, one in asked.items()}
+    assert {question: text for question, (text, _) in answers.items()} == FAQ
+    assert all(tokens > 3 for _, tokens in answers.values())
+    moved = re.findall(r"^dynamo_migrations_total\{.*\} (\S+)", httpx.get(f"{served.url}/metrics").text, re.MULTILINE)
+    assert sum(map(float, moved)) >= 1
