@@ -28,11 +28,21 @@ class Detokenizer:
     def __init__(self, decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> None:
         """`text` is then that of `tokens`."""
         self._decode = decode
+        known = [*lead[-LEAD_TOKENS:], *tokens]
+        before = self._whole(known[: len(known) - len(tokens)])
+        whole = self._whole(known)
+        self.text = decode(known[:whole])[len(decode(known[:before])) :]
         self._known = 0  # characters of the window's text that were given out
-        self._window = [*lead[-LEAD_TOKENS:], *tokens]
-        before = _whole(decode(self._window[: len(self._window) - len(tokens)]))
-        self.text = _whole(decode(self._window))[len(before) :]
+        self._window = known[:whole]
         self._shrink()
+        self._window += known[whole:]
+
+    def _whole(self, tokens: Sequence[int]) -> int:
+        """The tokens from the beginning that end with a whole character."""
+        end = len(tokens)
+        while end and self._decode(list(tokens[max(end - LEAD_TOKENS, 0) : end])).endswith(UNFINISHED):
+            end -= 1
+        return end
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
@@ -49,11 +59,7 @@ class Detokenizer:
     def _shrink(self) -> None:
         """Characters that the cut makes incomplete stay so, and count the same each time."""
         self._window = self._window[-LEAD_TOKENS:]
-        self._known = len(_whole(self._decode(self._window)))
-
-
-def _whole(text: str) -> str:
-    return text.rstrip(UNFINISHED)
+        self._known = len(self._decode(self._window))
 
 
 class Seam:

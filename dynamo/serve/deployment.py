@@ -26,7 +26,7 @@ from dynamo.serve import announcement, gpus, infra, ports
 from dynamo.serve.child import Event, ProcessSpec
 from dynamo.serve.console import Console
 from dynamo.serve.http_service import http_address
-from dynamo.serve.plan import RELOAD, RUN_DIR, plan
+from dynamo.serve.plan import RELOAD, RUN_DIR, namespace_of, plan
 from dynamo.serve.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -119,6 +119,11 @@ async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir:
                 return await supervisor.run()
         finally:
             await revoker.close()
+            if "nats" not in servers.embedded:
+                from dynamo.serve.channels import delete_queues  # NATS, which nothing else needs here
+
+                services = [(namespace_of(cls, resolved.services), cls) for cls in graph.services.values()]
+                await delete_queues(services, servers.nats_url, servers.etcd_endpoints)
     finally:
         await servers.stop()
 

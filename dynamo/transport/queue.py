@@ -1,8 +1,7 @@
 """A work queue on NATS JetStream: a stream whose messages go when they are done, and one consumer that all workers share.
 
-The stream is made at the first use and never deleted: with private servers it goes with their directory, and on shared
-ones other deployments may work on it. What nobody takes is dropped after `max_age_s`, so that an abandoned stream is
-empty.
+The stream is made at the first use. With private servers it goes with their directory; on shared ones `dynamo serve`
+deletes it at its end, if no other host serves the graph. What nobody takes is dropped after `max_age_s`.
 """
 
 from __future__ import annotations
@@ -353,6 +352,12 @@ class Queue:
         for taker in self._takers:
             for taken in list(taker.held):
                 await taker.give_back(taken)
+
+
+async def delete(nats: Nats, stream: str) -> None:
+    """Delete a queue with its tasks; nothing happens if there is none. Raises TransportError when NATS is away."""
+    with suppress(NoInstancesError):  # no JetStream, so no queue
+        await nats.request(f"$JS.API.STREAM.DELETE.{stream}", b"", API_TIMEOUT_S)
 
 
 def _deliveries(reply: str) -> int:

@@ -20,10 +20,11 @@ from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Remote
 from dynamo.sdk.service import spec_of
 from dynamo.serve import infra as infra_module
-from dynamo.serve.channels import ServiceChannels
+from dynamo.serve.channels import ServiceChannels, delete_queues, streams
 from dynamo.serve.infra import Infra, find_binary
 from dynamo.serve.process import ServiceCaller
 from dynamo.transport import queue
+from dynamo.transport.nats import Nats
 from tests.contract.runtime_steps import Make, make, namespace, soon
 
 __all__ = ["make", "namespace"]  # fixtures
@@ -364,3 +365,28 @@ async def test_a_server_without_jetstream(tmp_path: Any, namespace: str, etcd_se
     finally:
         process.kill()
         await process.wait()
+
+
+async def test_the_last_deployment_deletes_its_queues(make: Make, namespace: str, infra: Infra) -> None:
+    runtime = await make()
+    front = front_on(runtime, namespace)
+    await front.worker.tasks.put(Task(1))
+    services = [(namespace, Worker), (namespace, Front)]
+    nats = await Nats.connect(infra.nats_url)
+    try:
+
+        async def exists() -> bool:
+            (name,) = [name for name in streams(services) if name.endswith("_tasks")]
+            answer = msgspec.json.decode(await nats.request(f"$JS.API.STREAM.INFO.{name}", b"", 2))
+            return "error" not in answer
+
+        elsewhere = await make()
+        await elsewhere.serve(namespace, "Front", "run", lambda request: request)
+        await delete_queues(services, infra.nats_url, infra.etcd_endpoints)
+        assert await exists(), "another host serves the graph"
+        await elsewhere.close()
+        await delete_queues(services, infra.nats_url, infra.etcd_endpoints)
+        assert not await exists()
+        await delete_queues(services, infra.nats_url, infra.etcd_endpoints)  # nothing is left to delete
+    finally:
+        await nats.close()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
@@ -160,6 +160,13 @@ def cases(draw: st.DrawFn) -> tuple[list[list[int]], Sampling, list[tuple[int, E
 
 
 @settings(max_examples=400, deadline=None)
+@example(  # the seam in a character, behind one that is a replacement character itself
+    (
+        [[*FAST.encode("€�🏽").ids, EOS]],
+        Sampling(seed=0, max_tokens=10),
+        [(9, LOST)],
+    )
+)
 @given(cases())
 def test_cut_anywhere_the_answer_is_the_same(case: Any) -> None:
     scripts, sampling, cuts = case
