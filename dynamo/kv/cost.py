@@ -41,20 +41,20 @@ class Loads:
         self.prefill: list[float] = []
         self.decode: list[float] = []
         self.weighed: list[float] = []
-        self.lowest = math.inf
-        """of `weighed`, or less"""
+        self.lowest, self.lowest_slot = math.inf, 0
+        """the least of `weighed`, and where it is"""
 
     def set(self, slot: int, prefill: float, decode: float) -> None:
         weighed = self.scale * prefill + decode
         if slot >= len(self.weighed):
             for column in (self.prefill, self.decode, self.weighed):
                 column += [math.inf] * (slot + 1 - len(column))
-        before, self.weighed[slot] = self.weighed[slot], weighed
-        self.prefill[slot], self.decode[slot] = prefill, decode
+        self.prefill[slot], self.decode[slot], self.weighed[slot] = prefill, decode, weighed
         if weighed <= self.lowest:
-            self.lowest = weighed
-        elif before == self.lowest:
+            self.lowest, self.lowest_slot = weighed, slot
+        elif slot == self.lowest_slot:
             self.lowest = min(self.weighed)
+            self.lowest_slot = self.weighed.index(self.lowest)
 
 
 def overlaps(matches: Sequence[Match]) -> dict[int, int]:
@@ -81,8 +81,7 @@ def cheapest(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, w
     scale, credit, temperature = weights
     if temperature > 0 or credit > 1 or scale != loads.scale:
         return draw(costs(prompt, matches, loads, caches, weights), temperature)
-    weighed, left = loads.weighed, caches
-    lowest, group, load = math.inf, 0, 0.0
+    left, lowest, group, load = caches, math.inf, 0, 0.0
     for blocks, holders in sorted(matches, reverse=True) if len(matches) > 1 else matches:
         holders &= left
         if holders:
@@ -90,26 +89,28 @@ def cheapest(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, w
             worth = scale * credit * blocks
             if loads.lowest - worth > lowest:
                 continue  # none of them can be cheaper
-            least = _least(weighed, holders)
+            least = _least(loads, holders)
             cost = least - worth
             if cost < lowest or (cost == lowest and random.random() < 0.5):
                 lowest, group, load = cost, holders, least
     if left and loads.lowest <= lowest:
-        least = _least(weighed, left)
+        least = _least(loads, left)
         if least < lowest or (least == lowest and random.random() < 0.5):
             group, load = left, least
     if not group & (group - 1):
         return group.bit_length() - 1
-    members, loads_of = _members(group), _picker(group)(weighed)
-    if loads_of.count(load) == 1:
-        return members[loads_of.index(load)]
+    if group >> loads.lowest_slot & 1 and loads.weighed.count(load) == 1:
+        return loads.lowest_slot
+    members, loads_of = _members(group), _picker(group)(loads.weighed)
     return random.choice([slot for slot, one in zip(members, loads_of, strict=True) if one == load])
 
 
-def _least(weighed: list[float], caches: int) -> float:
+def _least(loads: Loads, caches: int) -> float:
+    if caches >> loads.lowest_slot & 1:
+        return loads.lowest
     if caches & (caches - 1):
-        return min(_picker(caches)(weighed))
-    return weighed[caches.bit_length() - 1]
+        return min(_picker(caches)(loads.weighed))
+    return loads.weighed[caches.bit_length() - 1]
 
 
 @lru_cache(4096)

@@ -101,7 +101,7 @@ def measure(tokens: int, block_size: int, workers: int, blocks: int) -> dict[str
     texts = [system + [draw.randrange(100_000) for _ in range(rest)] for _ in range(blocks * block_size // rest)]
     prompts = [block_hashes(text, block_size) for text in texts]
     router, result = build(prompts, workers, block_size)
-    asked = []
+    asked: list[Any] = []
     for _ in range(DECISIONS):
         text, end = draw.choice(texts), draw.randrange(len(system), tokens + 1)
         asked.append(array("I", text[:end] + [draw.randrange(100_000) for _ in range(tokens - end)]))
@@ -109,18 +109,21 @@ def measure(tokens: int, block_size: int, workers: int, blocks: int) -> dict[str
     gc.collect()
     gc.freeze()
     # as they come from the tokenizer, new
-    hashes = cpu_us(lambda text: pack(block_hashes(text, block_size)), (list(map(int, text)) for text in asked))
-    packed = [pack(block_hashes(text, block_size)) for text in asked]
-    questions = [RouteRequest(str(i), tokens, block_size, hashes) for i, hashes in enumerate(packed)]
-    decisions = []
-    for worker, question in enumerate(questions):
-        decisions += cpu_us(router.route, [question])
-        # its worker reports it
-        router.caches.take_load(load_of(1 + worker % workers, draw))
-        if worker % 100 == 99:
+    some = list(asked[:300])
+    # as in the Processor: the tokens are new, they come from the tokenizer
+    hashes = cpu_us(lambda text: pack(block_hashes(text, block_size)), map(list, asked))
+    # as in the Router: the question comes over the wire, and workers report between
+    decode, decisions = codec.decoder(RouteRequest), []
+    for number, text in enumerate(asked):
+        question = RouteRequest(str(number), tokens, block_size, pack(block_hashes(text, block_size)))
+        asked[number] = codec.encode(question)
+    for number, encoded in enumerate(asked):
+        decisions += cpu_us(router.route, [decode(encoded)])
+        router.caches.take_load(load_of(1 + number % workers, draw))
+        if number % 100 == 99:
             for cache in router.caches.all():
                 cache.pending.clear()
-    floor = cpu_us(lambda text: walk(router, block_hashes(text, block_size)), asked[:300])
+    floor = cpu_us(lambda text: walk(router, block_hashes(text, block_size)), some)
     both = [one + two for one, two in zip(hashes, decisions, strict=True)]
     return result | {
         "hash_us": median(hashes),
