@@ -221,7 +221,8 @@ class OpenQueue(Generic[M]):
     async def put(self, task: M) -> None:
         """Returns when the task is stored.
 
-        Raises OverloadedError when the queue is full, TransportError when it could not be stored in time.
+        Raises OverloadedError when the queue is full, TransportError when it is not known to be stored: it may be, if the
+        server died in that moment.
         """
         await self._tasks.put(codec.encode(task))
 

@@ -36,7 +36,7 @@ SIZE_AGE_S = 0.1
 WAITING_AGE_S = 0.01
 MAX_PULLS = 4096
 REQUEST_OVER = "408"
-NAME_IN_USE, FULL = 10058, 10077  # err_code of JetStream
+NAME_IN_USE, FULL, NO_MESSAGE = 10058, 10077, 10037  # err_code of JetStream
 _NS = 1_000_000_000
 
 
@@ -149,12 +149,23 @@ class _Taker:
                     await self.nats.request(taken.reply, word, SAY_TIMEOUT_S)
                     return
                 except (TransportError, NoInstancesError) as error:
+                    if await self._is_gone(taken):
+                        return  # the first word was heard, and its answer was lost
                     if time.monotonic() > deadline or self.nats.closing:
                         raise TransportError(f"cannot end a task on {self.queue.subject}: {error.message}") from None
                 await asyncio.sleep(0.05)
         finally:
             self.held.discard(taken)
             await self.pull()
+
+    async def _is_gone(self, taken: Taken) -> bool:
+        """Whether the stream has the task no more. A second word about it would not be answered."""
+        request = msgspec.json.encode({"seq": _place(taken.reply)})
+        try:
+            data = await self.nats.request(f"$JS.API.STREAM.MSG.GET.{self.queue.stream}", request, SAY_TIMEOUT_S)
+        except (TransportError, NoInstancesError):
+            return False
+        return _error_code(msgspec.json.decode(data)) == NO_MESSAGE
 
     async def give_back(self, taken: Taken) -> None:
         self.held.discard(taken)
@@ -361,9 +372,15 @@ async def delete(nats: Nats, stream: str) -> None:
 
 
 def _deliveries(reply: str) -> int:
-    """Where a message came from with its subject for answers: `$JS.ACK[.domain.account].stream.consumer.deliveries...`"""
+    """Read from a message's subject for answers: `$JS.ACK[.domain.account].stream.consumer.deliveries.place...`"""
     parts = reply.split(".")
     return int(parts[4] if len(parts) == 9 else parts[6])
+
+
+def _place(reply: str) -> int:
+    """The message's number in its stream."""
+    parts = reply.split(".")
+    return int(parts[5] if len(parts) == 9 else parts[7])
 
 
 def _error_code(answer: dict[str, Any]) -> int:

@@ -308,7 +308,8 @@ async def test_nats_is_killed_and_comes_back(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     infra = private_infra
-    monkeypatch.setattr(queue, "DONE_TIMEOUT_S", 3.0)
+    if wipe:
+        monkeypatch.setattr(queue, "DONE_TIMEOUT_S", 3.0)  # it is in vain
     runtimes = [DistributedRuntime(nats_url=infra.nats_url, etcd_endpoints=infra.etcd_endpoints) for _ in range(2)]
     front, worker = front_on(runtimes[0], namespace), worker_on(runtimes[1], namespace)
     for number in range(20):
@@ -329,17 +330,19 @@ async def test_nats_is_killed_and_comes_back(
         ending = asyncio.gather(*(job.done() for job in held))  # said as soon as the server is back
         await infra.restart_nats()
         await ending
+        await runtimes[0].nats.wait_connected(10)
         await front.worker.tasks.put(Task(200))
         expected = [*range(2, 20), 200]
-    seen = []
+    seen: set[int] = set()
     async with asyncio.timeout(30):
         async for job in jobs:
-            seen.append(job.task.number)
+            seen.add(job.task.number)
             await job.done()
-            if len(seen) == len(expected):
+            if seen >= set(expected):
                 break
     await jobs.aclose()
-    assert seen == expected
+    # at least once: what the server had not written when it died, an end or a task, may come again
+    assert seen <= {*expected, *(() if wipe else (0, 1, 100))}
     await asyncio.sleep(0.2)
     assert await front.worker.tasks.size() == 0
     assert ("had gone, with its tasks" in caplog.text) == wipe
