@@ -104,7 +104,7 @@ def _sections(seen: Seen) -> Iterator[str]:
 
 
 def _instance_rows(seen: Seen) -> list[tuple[str, ...]]:
-    from dynamo.runtime.peers import host_id
+    from dynamo.transport.host import host_id
 
     rows = []
     for instance, load in seen.instances:

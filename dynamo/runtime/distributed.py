@@ -8,12 +8,10 @@ import logging
 import os
 import random
 import secrets
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -23,10 +21,11 @@ from dynamo.runtime.component import Namespace, PrimaryLease
 from dynamo.runtime.discovery import Discovery, watch
 from dynamo.runtime.metrics import ProcessMetrics
 from dynamo.runtime.micro import announce
-from dynamo.runtime.peers import Peers, host_id
+from dynamo.runtime.peers import Peers
 from dynamo.runtime.server import Endpoint, Server
 from dynamo.runtime.static import StaticDiscovery, static_subject, tell
 from dynamo.transport.etcd import Delete, Etcd, Put
+from dynamo.transport.host import advertised_host, host_id
 from dynamo.transport.listener import StreamListener
 from dynamo.transport.nats import DEFAULT_URL, Listening, Nats
 from dynamo.transport.pulse import Pulse
@@ -309,17 +308,3 @@ def _pulse(host: str) -> Pulse:
         except OSError:
             continue
     raise TransportError(f"no free port on {host}", hint="set DYN_HOST_IP to an address of this host")
-
-
-def advertised_host(nats_url: str) -> str:
-    """The address on which other processes reach this one: DYN_HOST_IP, else the one that faces the NATS server."""
-    given = os.environ.get("DYN_HOST_IP")
-    if given:
-        return given
-    parts = urlsplit(nats_url.partition(",")[0])
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((parts.hostname or "localhost", parts.port or 4222))
-            return str(probe.getsockname()[0])
-    except OSError:
-        return "127.0.0.1"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import time
-import uuid
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 from dynamo.errors import ConfigError, TransportError
 from dynamo.transport import pulse
 from dynamo.transport.caller import CallerConnection, connect
+from dynamo.transport.host import host_id
 from dynamo.wire.messages import Instance, InstanceId
 
 log = logging.getLogger(__name__)
@@ -34,15 +32,6 @@ def silence_s() -> float:
     if not 0 <= value < float("inf"):
         raise ConfigError(f"{SILENCE_VARIABLE}={given}: not a number of seconds", hint="unset it, or give 0 for never")
     return value
-
-
-@functools.cache
-def host_id() -> str:
-    """The same for all processes of one running kernel: a unix socket may be reachable between them."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return f"{uuid.getnode():x}"
 
 
 class Peer:

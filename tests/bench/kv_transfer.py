@@ -22,12 +22,12 @@ from typing import Any
 import msgspec
 import torch
 
-from dynamo.llm.engines.kv_transfer.address import host_id
 from dynamo.llm.engines.kv_transfer.holdings import Holdings
 from dynamo.llm.engines.kv_transfer.kv_cache import KvCache
 from dynamo.llm.engines.kv_transfer.puller import Pull, Puller
 from dynamo.llm.engines.kv_transfer.server import Server
 from dynamo.llm.engines.kv_transfer.session import SECRET, Offer
+from dynamo.transport.host import host_id
 
 LAYERS, HEADS, BLOCK_TOKENS, HEAD = 32, 8, 16, 128  # an 8B Llama in bfloat16: 2 MiB a block of 16 tokens
 BLOCK_BYTES = LAYERS * HEADS * BLOCK_TOKENS * 2 * HEAD * 2

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from dynamo.llm.engines.kv_transfer import holdings
 from dynamo.llm.engines.kv_transfer import puller as pulling
 from dynamo.llm.engines.kv_transfer import session as sessions
-from dynamo.llm.engines.kv_transfer.address import host_id
 from dynamo.llm.engines.kv_transfer.holdings import Holdings
 from dynamo.llm.engines.kv_transfer.kv_cache import CpuMover, KvCache, chunks, runs
 from dynamo.llm.engines.kv_transfer.puller import Pull, Puller
@@ -29,6 +28,7 @@ from dynamo.llm.engines.kv_transfer.release import release
 from dynamo.llm.engines.kv_transfer.server import Server
 from dynamo.llm.engines.kv_transfer.session import Offer, difference
 from dynamo.llm.engines.kv_transfer.staging import Staging
+from dynamo.transport.host import host_id
 
 pytestmark = pytest.mark.vllm
 

@@ -28,10 +28,10 @@ from dynamo.llm.engine import EngineInfo, EngineStats, KvListener
 from dynamo.llm.engines import vllm_events
 from dynamo.llm.engines.installed import cpu_build
 from dynamo.llm.engines.kv_transfer import configuration as kv_transfer
-from dynamo.llm.engines.kv_transfer.address import own_address
 from dynamo.llm.engines.kv_transfer.release import release
 from dynamo.llm.models import resolve, tokenizer_dir
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling, TokenLogprob
+from dynamo.transport.host import advertised_host
 from dynamo.wire.stream import Channel, Stream
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,9 @@ class VllmEngine:
         self._transfers = True
         self._arguments.pop("kv_transfer_config", None)
         self._arguments["kv-transfer-config"] = kv_transfer.completed(given)
-        for name, value in kv_transfer.nixl_environment(given, own_address()).items():
+        for name, value in kv_transfer.nixl_environment(
+            given, advertised_host(os.environ.get("NATS_SERVER", ""))
+        ).items():
             os.environ.setdefault(name, value)
         return False
 

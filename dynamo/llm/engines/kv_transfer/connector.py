@@ -27,13 +27,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
-from dynamo.llm.engines.kv_transfer.address import host_id, own_address
 from dynamo.llm.engines.kv_transfer.configuration import LEASE_S
 from dynamo.llm.engines.kv_transfer.holdings import Holdings
 from dynamo.llm.engines.kv_transfer.kv_cache import KvCache
 from dynamo.llm.engines.kv_transfer.puller import NOTHING, Pull, Puller
 from dynamo.llm.engines.kv_transfer.server import Server
 from dynamo.llm.engines.kv_transfer.session import SECRET, Offer
+from dynamo.transport.host import advertised_host, host_id
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class PullConnector(KVConnectorBase_V1):  # type: ignore[misc]
         secret = os.environ[SECRET].encode()
         self._cache = cache
         self._holdings = Holdings(float(self._extra("lease_s", LEASE_S)))
-        self._server = Server(cache, self._holdings, secret, own_address())
+        self._server = Server(cache, self._holdings, secret, advertised_host(os.environ.get("NATS_SERVER", "")))
         self._puller = Puller(cache, secret)
 
     def get_handshake_metadata(self) -> Place | None:

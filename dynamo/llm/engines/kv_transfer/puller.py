@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from dynamo.llm.engines.kv_transfer.address import host_id
 from dynamo.llm.engines.kv_transfer.kv_cache import KvCache, Mover, chunks
 from dynamo.llm.engines.kv_transfer.session import (
     Done,
@@ -28,6 +27,7 @@ from dynamo.llm.engines.kv_transfer.session import (
     greet_as_reader,
 )
 from dynamo.llm.engines.kv_transfer.staging import SLOT_BYTES, SLOTS, Staging
+from dynamo.transport.host import host_id
 
 log = logging.getLogger(__name__)
 
