@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from heapq import heappop, heappush
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ PREFILL_LOAD_SCALE = 8.0
 """A block that must be computed delays everybody on the worker once, by all its tokens; one that is held is read once a
 step. 1 is Dynamo's. Simulated (tests/bench/replay) over conversations, agents and documents, 8 found 90 to 98 % of the
 hits that there were to find, 1 found 60 to 84 %; beyond 16, load gathers on few workers and tokens come more slowly."""
+
+
+STALE = 8
+"""Entries of the heap of loads for each cache, before it is made anew."""
 
 
 class Weights(NamedTuple):
@@ -41,8 +46,7 @@ class Loads:
         self.prefill: list[float] = []
         self.decode: list[float] = []
         self.weighed: list[float] = []
-        self.lowest, self.lowest_slot = math.inf, 0
-        """the least of `weighed`, and where it is"""
+        self._heap: list[tuple[float, int]] = []  # of `weighed` and slots; some are not true any more
 
     def set(self, slot: int, prefill: float, decode: float) -> None:
         weighed = self.scale * prefill + decode
@@ -50,16 +54,26 @@ class Loads:
             for column in (self.prefill, self.decode, self.weighed):
                 column += [math.inf] * (slot + 1 - len(column))
         self.prefill[slot], self.decode[slot], self.weighed[slot] = prefill, decode, weighed
-        if weighed <= self.lowest:
-            self.lowest, self.lowest_slot = weighed, slot
-        elif slot == self.lowest_slot:
-            self.lowest = min(self.weighed)
-            self.lowest_slot = self.weighed.index(self.lowest)
+        if len(self._heap) < STALE * len(self.weighed):
+            heappush(self._heap, (weighed, slot))
+        else:
+            self._heap = sorted((load, slot) for slot, load in enumerate(self.weighed))
+
+    def lowest(self) -> tuple[float, int]:
+        """The least of `weighed`, and a slot that has it."""
+        heap, weighed = self._heap, self.weighed
+        while weighed[heap[0][1]] != heap[0][0]:
+            heappop(heap)
+        return heap[0]
+
+    def is_tied(self, load: float) -> bool:
+        """Whether several slots may have the lowest load."""
+        return any(other == load for other, _ in self._heap[1:3])
 
 
 def overlaps(matches: Sequence[Match]) -> dict[int, int]:
     """Blocks by slot, for those that have any."""
-    return {slot: match.blocks for match in matches for slot in slots(match.caches)}
+    return {slot: blocks for blocks, caches in matches for slot in slots(caches)}
 
 
 def costs(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, weights: Weights) -> dict[int, float]:
@@ -76,38 +90,37 @@ def cheapest(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, w
     """The slot to take among `caches`, not 0; equal ones share by lot.
 
     Caches of one match differ by their load only, so each match is asked for its least loaded cache. That holds while
-    the overlap's credit cannot exceed the prompt.
+    the overlap's credit cannot exceed the prompt. `matches`: shortest first.
     """
     scale, credit, temperature = weights
     if temperature > 0 or credit > 1 or scale != loads.scale:
         return draw(costs(prompt, matches, loads, caches, weights), temperature)
     left, lowest, group, load = caches, math.inf, 0, 0.0
-    for blocks, holders in sorted(matches, reverse=True) if len(matches) > 1 else matches:
+    idlest, idlest_slot = loads.lowest()
+    for blocks, holders in reversed(matches):
         holders &= left
         if holders:
             left ^= holders
             worth = scale * credit * blocks
-            if loads.lowest - worth > lowest:
+            if idlest - worth > lowest:
                 continue  # none of them can be cheaper
-            least = _least(loads, holders)
+            least = idlest if holders >> idlest_slot & 1 else _least(loads, holders)
             cost = least - worth
             if cost < lowest or (cost == lowest and random.random() < 0.5):
                 lowest, group, load = cost, holders, least
-    if left and loads.lowest <= lowest:
-        least = _least(loads, left)
+    if left and idlest <= lowest:
+        least = idlest if left >> idlest_slot & 1 else _least(loads, left)
         if least < lowest or (least == lowest and random.random() < 0.5):
             group, load = left, least
     if not group & (group - 1):
         return group.bit_length() - 1
-    if group >> loads.lowest_slot & 1 and loads.weighed.count(load) == 1:
-        return loads.lowest_slot
+    if group >> idlest_slot & 1 and not loads.is_tied(load):
+        return idlest_slot
     members, loads_of = _members(group), _picker(group)(loads.weighed)
     return random.choice([slot for slot, one in zip(members, loads_of, strict=True) if one == load])
 
 
 def _least(loads: Loads, caches: int) -> float:
-    if caches >> loads.lowest_slot & 1:
-        return loads.lowest
     if caches & (caches - 1):
         return min(_picker(caches)(loads.weighed))
     return loads.weighed[caches.bit_length() - 1]

@@ -8,19 +8,15 @@ design too; this one needs no threads.)
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from dynamo.kv.hashing import BlockHash
 
 _NOWHERE: Mapping[BlockHash, int] = {}
 
-
-class Match(NamedTuple):
-    """`caches`, as bits, hold the first `blocks` blocks of a prompt and not the next one."""
-
-    blocks: int
-    caches: int
+Match = tuple[int, int]
+"""`(blocks, caches)`: these caches, as bits, hold the first so many blocks of a prompt and not the next one."""
 
 
 def slots(caches: int) -> Iterator[int]:
@@ -37,6 +33,7 @@ class PrefixIndex:
     def __init__(self) -> None:
         self.holders: dict[BlockHash, int] = {}
         self._blocks: dict[int, set[BlockHash]] = {}
+        self._bits: dict[int, int] = {}  # one object for each slot: most blocks have one holder, and share it
         self._split = 0  # where the first caches dropped out of the last prompt of which others held more
 
     def __len__(self) -> int:
@@ -48,7 +45,7 @@ class PrefixIndex:
         return self._blocks.get(slot, set())
 
     def add(self, slot: int, hashes: Iterable[BlockHash]) -> None:
-        bit, holders = 1 << slot, self.holders
+        bit, holders = self._bits.setdefault(slot, 1 << slot), self.holders
         get = holders.get
         for hash in hashes:
             others = get(hash)
@@ -81,7 +78,7 @@ class PrefixIndex:
     def matches(
         self, prompt: Sequence[BlockHash], caches: int, also: Mapping[BlockHash, int] = _NOWHERE, blind: int = 0
     ) -> list[Match]:
-        """How far each of `caches` follows a prompt; those that lack its first block are in no match.
+        """How far each of `caches` follows a prompt, shortest first; those that lack its first block are in no match.
 
         For the caches of `blind`, `also` is asked in place of this index. A cache that lost a block and kept later ones
         may be said to follow further than it does.
@@ -89,30 +86,32 @@ class PrefixIndex:
         found: list[Match] = []
         if not prompt:
             return found
+        length, low = len(prompt), 0
         get = self._seen_or(also, blind) if blind & caches else self.holders.get
-        low, high, at_low, at_high = 0, len(prompt), get(prompt[0], 0) & caches, 0
-        # caches of `at_low` hold block `low`, those of `at_high` also block `high`: the rest drop out in between
-        others: list[tuple[int, int, int, int]] = []
+        at_low = get(prompt[0], 0) & caches
         if not at_low:
             return found
-        if high > 1:
-            at_end = get(prompt[-1], 0) & at_low
-            if at_end == at_low:
-                return [Match(high, at_low)]
-            if at_end:
-                found.append(Match(high, at_end))
-            high, at_high = high - 1, at_end
-        if low < (guess := self._split) < high:
-            # most prompts leave what is common to all where the last one did
-            at_guess = get(prompt[guess], 0) & at_low
-            if at_guess == at_low:
-                low = guess
+        split = self._split  # most prompts leave what is common to all where the last one did
+        if 1 < split < length and get(prompt[split - 1], 0) & caches == at_low:
+            low = split - 1
+        end = length
+        if not blind & caches:
+            # where nobody holds anything any more: the bisection in C, from the end since it wants False first
+            end -= bisect_left(prompt[::-1], True, 0, length - low - 1, key=self.holders.__contains__)
+        high = end - 1
+        at_last = at_high = get(prompt[high], 0) & at_low
+        if at_last == at_low:
+            return [(end, at_last)]
+        # caches of `at_low` hold block `low`, those of `at_high` also block `high`: the rest drop out in between
+        others: list[tuple[int, int, int, int]] = []
+        if low and split < high:
+            at_split = get(prompt[split], 0) & at_low
+            if at_split == at_low:
+                low = split
             else:
-                if at_guess != at_high:
-                    others.append((guess, high, at_guess, at_high))
-                high, at_high = guess, at_guess
-                if get(prompt[guess - 1], 0) & at_low == at_low:
-                    low = guess - 1
+                if at_split != at_high:
+                    others.append((split, high, at_split, at_high))
+                high, at_high = split, at_split
         while True:
             while high - low > 1:
                 middle = (low + high) // 2
@@ -124,12 +123,15 @@ class PrefixIndex:
                 else:
                     others.append((middle, high, at_middle, at_high))
                     high, at_high = middle, at_middle
-            found.append(Match(high, at_low & ~at_high))
+            found.append((high, at_low & ~at_high))
             if not others:
-                if len(found) > 1:
-                    self._split = min(found)[0]
-                return found
+                break
             low, high, at_low, at_high = others.pop()
+        if at_last:
+            found.append((end, at_last))
+        if len(found) > 1:
+            self._split = found[0][0]
+        return found
 
     def _seen_or(self, also: Mapping[BlockHash, int], blind: int) -> Callable[[BlockHash, int], int]:
         seen, guessed = self.holders.get, also.get

@@ -72,13 +72,17 @@ class KvRouter:
         matches = caches.index.matches(prompt, candidates, caches.routed.holders, blind)
         if not prompt or not self._expected:
             return matches
-        found: dict[int, int] = {}
-        for end in (0, *(match[0] for match in matches)):
-            expected = self._expected.get(prompt[end]) if end < len(prompt) else None
-            if expected is not None:
-                for slot, (placed, until_s) in expected.items():
-                    if until_s > now_s and candidates >> slot & 1:
-                        found[slot] = common(prompt, placed)
+        first = [prompt[blocks] for blocks, _ in matches if blocks < len(prompt)]  # to be computed, by whoever matches
+        if not matches or matches[0][1] != candidates:
+            first.append(prompt[0])
+        if self._expected.keys().isdisjoint(first):
+            return matches
+        found = {
+            slot: common(prompt, placed)
+            for hash in first
+            for slot, (placed, until_s) in self._expected.get(hash, {}).items()
+            if until_s > now_s and candidates >> slot & 1
+        }
         return _raised(matches, found) if found else matches
 
     def _choose(self, request: RouteRequest, blocks: int, matches: list[Match], candidates: int, mode: KvMode) -> int:
@@ -135,12 +139,19 @@ class KvRouter:
 
 
 def _raised(matches: list[Match], least: dict[int, int]) -> list[Match]:
-    """The same matches with at least so many blocks for some slots."""
-    found = overlaps(matches)
-    better = {slot: blocks for slot, blocks in least.items() if blocks > found.get(slot, 0)}
-    bits = sum(1 << slot for slot in better)
-    kept = [Match(blocks, caches & ~bits) for blocks, caches in matches if caches & ~bits]
-    return kept + [Match(blocks, 1 << slot) for slot, blocks in better.items()]
+    """The same matches with at least so many blocks for some slots, shortest first as before."""
+    found: list[Match] = []
+    for blocks, caches in matches:
+        for slot, expected in list(least.items()):
+            if caches >> slot & 1:
+                if expected > blocks:
+                    caches ^= 1 << slot
+                else:
+                    del least[slot]
+        if caches:
+            found.append((blocks, caches))
+    found += [(blocks, 1 << slot) for slot, blocks in least.items()]
+    return sorted(found)
 
 
 def common(one: Sequence[BlockHash], other: Sequence[BlockHash]) -> int:

@@ -42,8 +42,9 @@ holdings = st.lists(st.tuples(st.integers(0, SLOTS - 1), prompts), max_size=12)
 
 
 def depths(matches: list[Match]) -> dict[int, int]:
-    found = {slot: match.blocks for match in matches for slot in slots(match.caches)}
-    assert sum(match.caches.bit_count() for match in matches) == len(found)  # nobody twice
+    found = {slot: blocks for blocks, caches in matches for slot in slots(caches)}
+    assert [blocks for blocks, _ in matches] == sorted(blocks for blocks, _ in matches)
+    assert sum(caches.bit_count() for _, caches in matches) == len(found)  # nobody twice
     return found
 
 
@@ -51,16 +52,19 @@ def follows(held: set[BlockHash], prompt: list[BlockHash]) -> int:
     return next((i for i, hash in enumerate(prompt) if hash not in held), len(prompt))
 
 
-@given(holdings, prompts, st.integers(0, 2**SLOTS - 1))
-def test_matches_are_the_longest_prefixes(held: list[tuple[int, list[int]]], prompt: list[int], caches: int) -> None:
+@given(holdings, st.lists(st.tuples(prompts, st.integers(0, 2**SLOTS - 1)), min_size=1, max_size=8))
+def test_matches_are_the_longest_prefixes(
+    held: list[tuple[int, list[int]]], questions: list[tuple[list[int], int]]
+) -> None:
     index = PrefixIndex()
     sets: dict[int, set[BlockHash]] = {slot: set() for slot in range(SLOTS)}
     for slot, names in held:
         index.add(slot, chain(*names))
         sets[slot] |= set(chain(*names))
-    asked = chain(*prompt)
-    expected = {slot: follows(sets[slot], asked) for slot in range(SLOTS) if caches >> slot & 1}
-    assert depths(index.matches(asked, caches)) == {slot: n for slot, n in expected.items() if n}
+    for names, caches in questions:  # each leaves a hint for the next one
+        asked = chain(*names)
+        expected = {slot: follows(sets[slot], asked) for slot in range(SLOTS) if caches >> slot & 1}
+        assert depths(index.matches(asked, caches)) == {slot: n for slot, n in expected.items() if n}
     assert all(index.blocks(slot) == sets[slot] for slot in range(SLOTS))
     assert len(index) == len(set().union(*sets.values()))
 
@@ -103,6 +107,16 @@ def test_the_index_is_the_sum_of_its_caches(steps: list[tuple[str, int, list[int
     assert [index.blocks(slot) for slot in model] == list(model.values())
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=120))
+def test_the_lowest_load_is_known_however_loads_change(changes: list[tuple[int, int]]) -> None:
+    known = Loads(1.0)
+    for slot, decode in changes:
+        known.set(slot, 0, decode)
+        load, where = known.lowest()
+        assert load == min(known.weighed) == known.weighed[where]
+        assert known.is_tied(load) or known.weighed.count(load) == 1
+
+
 @given(
     prompt=st.integers(1, 40),
     loads=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 60)), min_size=1, max_size=6),
@@ -110,11 +124,20 @@ def test_the_index_is_the_sum_of_its_caches(steps: list[tuple[str, int, list[int
     scale=st.sampled_from([1.0, 0.5, 2.0]),
     credit=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     left_out=st.integers(0, 62),
+    before=st.lists(st.integers(0, 60), max_size=6),
 )
 def test_the_cheapest_cache_costs_least(
-    prompt: int, loads: list[tuple[int, int]], depth: list[int], scale: float, credit: float, left_out: int
+    prompt: int,
+    loads: list[tuple[int, int]],
+    depth: list[int],
+    scale: float,
+    credit: float,
+    left_out: int,
+    before: list[int],
 ) -> None:
     known = Loads(scale)
+    for slot, decode in enumerate(before[: len(loads)]):
+        known.set(slot, 0, decode)
     for slot, (prefill, decode) in enumerate(loads):
         known.set(slot, prefill, decode)
     caches = (2 ** len(loads) - 1) & ~left_out or 1
@@ -122,7 +145,7 @@ def test_the_cheapest_cache_costs_least(
     for slot in range(len(loads)):
         if depth[slot] and depth[slot] <= prompt:
             found[depth[slot]] = found.get(depth[slot], 0) | 1 << slot
-    matches = [Match(blocks, holders) for blocks, holders in found.items()]
+    matches = sorted(found.items())
     weights = Weights(scale, credit)
     expected = {
         slot: scale * max(prefill + prompt - credit * (depth[slot] if depth[slot] <= prompt else 0), 0)
