@@ -1,0 +1,64 @@
+"""Grafana's dashboards, read as Grafana reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.deploy.container import DEPLOY
+
+FILES = sorted((DEPLOY / "metrics/grafana/dashboards").glob("*.json"))
+RATE_INTERVAL = "20s"
+"""$__rate_interval as Grafana reckons it: four scrapes"""
+
+
+class Query(NamedTuple):
+    place: str
+    """dashboard and panel or variable, for messages"""
+    expression: str
+    """PromQL, without variables"""
+    legend: frozenset[str] = frozenset()
+    """the labels that its legend, or its variable, takes from the samples"""
+
+    @property
+    def names(self) -> set[str]:
+        """The metrics in it."""
+        grouping = r"\w+ (?:by|without) \([^)]*\)"
+        text = re.sub(rf"{grouping}|\{{[^}}]*\}}|\[[^]]*\]", " ", self.expression)
+        words = re.findall(r"(?<![\w.])[A-Za-z_:][\w:]*(?![\w:(])", text)
+        return set(words) - {"or", "and", "unless"}
+
+
+def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All panels but the rows, those of folded rows too."""
+    for panel in board["panels"]:
+        if panel["type"] == "row":
+            yield from panel["panels"]
+        else:
+            yield panel
+
+
+def variables(board: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those that are filled by a query, by name."""
+    return {found["name"]: found for found in board["templating"]["list"] if found["type"] == "query"}
+
+
+def queries(file: Path) -> Iterator[Query]:
+    """What Grafana asks Prometheus for a dashboard where `All` is chosen in each variable."""
+    board = json.loads(file.read_text())
+    chosen = {name: found["allValue"] for name, found in variables(board).items()} | {"__rate_interval": RATE_INTERVAL}
+
+    def fill(expression: str) -> str:
+        return re.sub(r"\$(\w+)", lambda name: chosen[name[1]], expression)
+
+    for panel in panels(board):
+        for target in panel["targets"]:
+            legend = frozenset(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            yield Query(f"{file.stem}: {panel['title']}", fill(target["expr"]), legend)
+    for name, found in variables(board).items():
+        asked = re.fullmatch(r"label_values\((.*), (\w+)\)", found["query"]["query"])
+        assert asked, found["query"]
+        yield Query(f"{file.stem}: ${name}", fill(f"count by ({asked[2]}) ({asked[1]})"), frozenset({asked[2]}))

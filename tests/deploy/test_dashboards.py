@@ -1,0 +1,104 @@
+"""The dashboards: as Grafana wants them, and of metrics that there are."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deploy.conftest import BusyGraph
+from tests.deploy.dashboard import FILES, Query, panels, queries, variables
+
+# Not of our processes: the DCGM exporter's, and what Prometheus itself knows of a scrape.
+OTHERS = ("DCGM_", "up")
+# Empty where a graph has no such part, or nothing has gone wrong.
+OPTIONAL = re.compile("dynamo_(router|disagg|prefill)_|dynamo_migrations|DCGM|restarts")
+BOARD = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def read(file: Path) -> dict[str, Any]:
+    board: dict[str, Any] = json.loads(file.read_text())
+    return board
+
+
+def test_there_are_two_with_ids_of_their_own() -> None:
+    boards = [read(file) for file in FILES]
+    assert [board["title"] for board in boards] == ["KV cache and routing", "Serving"]
+    assert len({board["uid"] for board in boards}) == len(boards)
+    for board in boards:
+        assert board["id"] is None  # Grafana gives its own; another's would replace a dashboard there
+        assert board["refresh"] == "5s"
+        assert board["schemaVersion"] >= 41
+
+
+@BOARD
+def test_a_change_is_seen_in_a_diff(file: Path) -> None:
+    assert file.read_text() == json.dumps(read(file), indent=2, ensure_ascii=False) + "\n"
+
+
+@BOARD
+def test_panels_have_ids_and_places_of_their_own(file: Path) -> None:
+    board = read(file)
+    rows = [panel for panel in board["panels"] if panel["type"] == "row"]
+    ids = [panel["id"] for panel in [*rows, *panels(board)]]
+    assert len(set(ids)) == len(ids)
+    places = [panel["gridPos"] for panel in [*rows, *panels(board)]]
+    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
+    for one, other in combinations(places, 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or below
+
+
+@BOARD
+def test_panels_say_what_they_show(file: Path) -> None:
+    board = read(file)
+    titles = [panel["title"] for panel in panels(board) if panel["type"] == "timeseries"]
+    assert len(set(titles)) == len(titles)
+    for panel in panels(board):
+        assert panel["description"].endswith("."), panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        for target in panel["targets"]:
+            assert target["legendFormat"], panel["title"]
+            assert target["datasource"] == panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        if any(OPTIONAL.search(target["expr"]) for target in panel["targets"]):
+            assert panel["fieldConfig"]["defaults"].get("noValue"), f"{panel['title']} does not say what would fill it"
+
+
+@BOARD
+def test_variables_are_declared_and_used(file: Path) -> None:
+    board = read(file)
+    declared = {found["name"] for found in board["templating"]["list"]}
+    asked = [target["expr"] for panel in panels(board) for target in panel["targets"]]
+    asked += [found["query"]["query"] for found in variables(board).values()]
+    used = set(re.findall(r"\$(?!__)(\w+)", " ".join(asked)))
+    assert used | {"datasource"} == declared
+    assert all(re.search(rf'=~"\${name}"', " ".join(asked)) for name in used)  # several can be chosen
+
+
+@BOARD
+def test_our_metrics_are_told_from_those_of_other_programs(file: Path) -> None:
+    """Prometheus, etcd and the exporters have process_* too."""
+    for query in queries(file):
+        for selector in re.findall(r"process_(?:cpu|resident|open|start)\w*(\{[^}]*\})?", query.expression):
+            assert 'job="dynamo"' in selector, query
+
+
+def test_the_names_in_a_query_are_found() -> None:
+    """What the test below relies on."""
+    asked = 'sum by (le, x) (rate(a_bucket{b="c"}[5m])) / clamp_min(sum(d_total), 1e-9) or vector(0)'
+    assert Query("", asked).names == {"a_bucket", "d_total"}
+
+
+@BOARD
+def test_every_metric_is_one_that_a_graph_shows(file: Path, busy_graph: BusyGraph) -> None:
+    text = httpx.get(f"http://{busy_graph.metrics}/metrics", timeout=30).raise_for_status().text
+    shown = set(re.findall(r"^([A-Za-z_:][\w:]*)[{ ]", text, re.MULTILINE))
+    asked = set().union(*(query.names for query in queries(file)))
+    assert len(asked) > 10
+    assert {name for name in asked if not name.startswith(OTHERS)} - shown == set()
