@@ -34,5 +34,5 @@ say "installing vLLM for the CPU, the project and its tools (2 GB, a minute or t
 links=()
 for place in ${PIP_FIND_LINKS:-}; do links+=(--find-links "$place"); done
 VIRTUAL_ENV=$venv "$venv/bin/python" -m uv pip install "${links[@]}" --compile-bytecode \
-  --overrides "$here/overrides.txt" --constraints "$here/constraints.txt" --editable "$root[cpu,dev]"
+  --overrides "$here/overrides.txt" --constraints "$here/constraints.txt" --editable "${root}[cpu,dev]"
 say "installed"

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# run.sh: starts a container of an image that build.sh made. `run.sh --help` lists the flags.
+set -euo pipefail
+root=$(dirname "$(dirname "$(readlink -f "$0")")")
+
+usage() {
+  cat <<'HELP'
+usage: container/run.sh [FLAG ...] [-- COMMAND [ARGUMENT ...]]
+
+Without COMMAND: a shell with -it, else what the image does by itself (dynamo serve graphs.agg:Frontend ...).
+
+  --framework NAME       VLLM (default), VLLM_NIXL or CPU; in any case of letters
+  --target STAGE         the image of this stage: build.sh --target
+  --image NAME           image, default dynamo:latest-<framework>[-<target>]
+  --name NAME            name of the container
+  --gpus all|none|...    GPUs, as docker run takes them; default all, with --framework cpu none
+  -it                    interactive, with this terminal
+  -v SOURCE:DIR          mount SOURCE at DIR; can be repeated
+  -e NAME[=VALUE]        set a variable, or pass this shell's on; can be repeated. HF_TOKEN is passed on where it is set
+  --hf-cache DIR|NONE    models are kept here; default $HF_HOME, else ~/.cache/huggingface. NONE: in a volume of its own
+  --mount-workspace      mount this checkout at /workspace, and use its sources in place of the image's
+  --workspace DIR        mount DIR at /workspace instead
+  --user UID[:GID]       who runs in it; default: you, so that what it writes is yours
+  --entrypoint PROGRAM   in place of the image's
+  --privileged [TRUE|FALSE]
+  --rm [TRUE|FALSE]      remove the container when it ends, default TRUE
+  --dry-run              print the docker command and start nothing
+  -h, --help             show this
+
+The container has the host's network: the graph is at http://localhost:8000, and -p or --port is dynamo serve's own.
+
+  ./container/run.sh --framework cpu
+  ./container/run.sh --gpus all -it --framework vllm -v "$(pwd)/../config:/workspace/configs"
+  ./container/run.sh -- dynamo serve graphs.agg:Frontend -f configs/agg_llama_nemotron_4b.yaml
+HELP
+}
+fail() { printf 'error: %s\n' "$1" >&2; exit "${2:-1}"; }
+misuse() { printf 'error: %s\n\n' "$1" >&2; usage >&2; exit 2; }
+
+framework=VLLM target='' image='' name='' gpus='' interactive='' mounts=() variables=() hf_cache='' workspace=''
+user="$(id -u):$(id -g)" entrypoint='' privileged=FALSE remove=TRUE dry_run=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --framework | --target | --image | --name | --gpus | -v | -e | --hf-cache | --workspace | --user | --entrypoint)
+      { [ $# -ge 2 ] && [ -n "$2" ] && [[ $2 != -* ]]; } || misuse "$1 needs a value" ;;&
+    --framework) framework=${2^^}; shift ;;
+    --target) target=$2; shift ;;
+    --image) image=$2; shift ;;
+    --name) name=$2; shift ;;
+    --gpus) gpus=$2; shift ;;
+    -v) mounts+=(-v "$2"); shift ;;
+    -e) variables+=(-e "$2"); shift ;;
+    --hf-cache) hf_cache=$2; shift ;;
+    --workspace) workspace=$2; shift ;;
+    --user) user=$2; shift ;;
+    --entrypoint) entrypoint=$2; shift ;;
+    --mount-workspace) workspace=$root ;;
+    -it) interactive=-it ;;
+    --privileged | --rm)
+      value=TRUE
+      case ${2-} in [Tt][Rr][Uu][Ee] | [Ff][Aa][Ll][Ss][Ee]) value=${2^^} ;; esac
+      if [ "$1" = --rm ]; then remove=$value; else privileged=$value; fi
+      [ "${2-}" = "" ] || [ "${2^^}" != "$value" ] || shift ;;
+    --dry-run) dry_run=yes ;;
+    -h | --help) usage; exit 0 ;;
+    --) shift; break ;;
+    -*) misuse "no such flag: $1" ;;
+    *) misuse "$1 is not a flag; a command comes after --" ;;
+  esac
+  shift
+done
+
+case $framework in
+  VLLM | VLLM_NIXL) framework=VLLM; : "${gpus:=all}" ;;
+  CPU) : "${gpus:=none}" ;;
+  *) misuse "no such framework: $framework; use VLLM, VLLM_NIXL or CPU" ;;
+esac
+
+args=(--network host --ipc host --shm-size=10G --ulimit memlock=-1 --ulimit stack=67108864 --cap-add CAP_SYS_PTRACE)
+# a graph drains for up to 30 s; `docker stop` would kill it after 10
+args+=(--stop-timeout 40 --user "$user" -w /workspace)
+[ "${gpus,,}" = none ] || args+=(--gpus "$gpus")
+[ -z "$interactive" ] || args+=(-it)
+[ "$remove" = FALSE ] || args+=(--rm)
+[ "$privileged" = FALSE ] || args+=(--privileged)
+[ -z "$name" ] || args+=(--name "$name")
+[ -z "$entrypoint" ] || args+=(--entrypoint "$entrypoint")
+if [ -n "$workspace" ]; then
+  workspace=$(realpath -m -- "$workspace")
+  # Python's path: the sources there win over those in the image
+  args+=(-v "$workspace:/workspace" -e PYTHONPATH=/workspace)
+fi
+if [ "${hf_cache^^}" != NONE ]; then
+  hf_cache=$(realpath -m -- "${hf_cache:-${HF_HOME:-$HOME/.cache/huggingface}}")
+  args+=(-v "$hf_cache:/home/dynamo/.cache/huggingface")
+fi
+# by its name alone: the secret is neither printed nor in the list of processes
+[ -z "${HF_TOKEN:-}" ] || args+=(-e HF_TOKEN)
+args+=(${mounts[@]+"${mounts[@]}"} ${variables[@]+"${variables[@]}"})
+[ $# -gt 0 ] || [ -z "$interactive" ] || [ -n "$entrypoint" ] || set -- bash
+command=(docker run "${args[@]}" "${image:-dynamo:latest-${framework,,}${target:+-$target}}" "$@")
+
+if [ -n "$dry_run" ]; then
+  echo "DRY RUN: COMMANDS PRINTED ONLY" >&2
+  line=$(printf '%q ' "${command[@]}")
+  echo "${line% }"
+  exit 0
+fi
+type -P docker >/dev/null || fail "docker was not found; install it: https://docs.docker.com/engine/install" 127
+[ -z "$workspace" ] || [ -d "$workspace" ] || fail "--workspace $workspace is not a directory"
+# docker would make a missing directory, and root would own it
+[ "${hf_cache^^}" = NONE ] || mkdir -p -- "$hf_cache" || fail "cannot make $hf_cache; name a directory with --hf-cache"
+exec "${command[@]}"

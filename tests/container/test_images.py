@@ -1,0 +1,270 @@
+"""The Dockerfiles as far as they can be tried without Docker, and the health check beside a graph that runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dynamo.serve import announcement
+from dynamo.serve.infra import free_ports
+from tests.cli.terminal import COMMAND, environment
+
+ROOT = Path(__file__).parents[2]
+CONTAINER = ROOT / "container"
+CHECK = CONTAINER / "healthcheck.py"
+DOCKERFILES = [CONTAINER / "Dockerfile.cpu", CONTAINER / "Dockerfile.vllm"]
+each = pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.suffix[1:])
+
+
+def instructions(dockerfile: Path) -> list[tuple[str, str]]:
+    """(name, arguments), in order; comments are left out and lines joined."""
+    lines = [line for line in dockerfile.read_text().splitlines() if not line.lstrip().startswith("#")]
+    found = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in found if line)]
+
+
+def last(dockerfile: Path, name: str) -> str:
+    return [rest for instruction, rest in instructions(dockerfile) if instruction == name][-1]
+
+
+def ignored(path: str) -> bool:
+    """Whether .dockerignore keeps a path out of the build: the last line that matches it, or a folder above it, decides."""
+    above = ["/".join(path.split("/")[: count + 1]) for count in range(path.count("/") + 1)]
+    out = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+            if any(re.fullmatch(pattern, place) for place in above):
+                out = not line.startswith("!")
+    return out
+
+
+def copied(dockerfile: Path) -> list[str]:
+    """What COPY takes from the repository."""
+    words = [rest.split() for name, rest in instructions(dockerfile) if name == "COPY" and "--from" not in rest]
+    return [source for sources in words for source in sources[:-1]]
+
+
+@each
+def test_it_passes_hadolint(dockerfile: Path) -> None:
+    command = [str(Path(sys.executable).with_name("hadolint")), "--failure-threshold", "warning", str(dockerfile)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+
+
+@each
+def test_what_it_copies_is_there_and_not_ignored(dockerfile: Path) -> None:
+    for source in copied(dockerfile):
+        assert (ROOT / source).exists(), source
+        below = [path for path in (ROOT / source).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        for path in [ROOT / source, *below]:
+            assert not ignored(str(path.relative_to(ROOT))), path
+    stages = {rest.split(" AS ")[1] for name, rest in instructions(dockerfile) if name == "FROM"}
+    assert set(re.findall(r"COPY --from=(\S+)", dockerfile.read_text())) <= stages
+
+
+@pytest.mark.parametrize(
+    "path", [".git/config", ".venv/bin/python", "tests/conftest.py", "dynamo/llm/__pycache__/x.pyc", "a.env"]
+)
+def test_nothing_else_goes_into_the_build(path: str) -> None:
+    assert ignored(path)
+
+
+@each
+def test_its_own_command_is_one_that_dynamo_takes(dockerfile: Path) -> None:
+    program, *arguments = json.loads(last(dockerfile, "CMD"))
+    assert program == "dynamo"
+    config = arguments[arguments.index("-f") + 1]
+    assert Path(config).parts[0] in copied(dockerfile)
+    dry = subprocess.run(
+        [*COMMAND, *arguments, "--dry-run"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert dry.returncode == 0, dry.stderr
+    assert '"host": "0.0.0.0"' in dry.stdout
+
+
+@each
+def test_it_runs_as_another_user_than_root_and_is_stopped_by_sigterm(dockerfile: Path) -> None:
+    assert all(int(number) > 0 for number in last(dockerfile, "USER").split(":"))
+    assert json.loads(last(dockerfile, "ENTRYPOINT")) == ["tini", "-s", "--"]
+    names = [name for name, _ in instructions(dockerfile)]
+    assert "STOPSIGNAL" not in names
+    assert len(names) - names[::-1].index("RUN") < names.index("USER")  # nothing is installed into its home
+
+
+@each
+def test_its_health_check_is_the_script_that_it_copied(dockerfile: Path) -> None:
+    program, script = json.loads(last(dockerfile, "HEALTHCHECK").partition(" CMD ")[2])
+    assert program == "python"
+    assert ("COPY", f"container/healthcheck.py {script}") in instructions(dockerfile)
+
+
+def test_the_gpu_pins_cover_what_the_project_needs() -> None:
+    """By name: that the versions agree with each other is what the resolver finds, which needs an index."""
+    pinned = dict(
+        line.split("==") for line in (CONTAINER / "constraints-gpu.txt").read_text().splitlines() if line[0] != "#"
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [
+        *project["dependencies"],
+        *(line for extra in ("gpu", "nixl") for line in project["optional-dependencies"][extra]),
+    ]
+    names = {re.split(r"[><=\[; ]", line)[0].lower() for line in needed}
+    assert names <= pinned.keys()
+    assert pinned["vllm"] == "0.26.0"
+    assert pinned["torch"] == "2.11.0"
+
+
+# -- the health check
+
+
+def healthcheck(pid: int, directory: Path) -> subprocess.CompletedProcess[str]:
+    """As Docker runs it, in a container whose /tmp is `directory` and whose first process is `pid`."""
+    env = environment(TMPDIR=str(directory))
+    return subprocess.run(
+        [sys.executable, CHECK, str(pid)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_graph_is_healthy_while_it_serves_and_not_before_or_after() -> None:
+    directory = Path(tempfile.mkdtemp(prefix="dt-"))  # short: unix sockets go below it
+    port = free_ports(1)[0]
+    log = directory / "log"
+    with log.open("wb") as output:
+        arguments = [
+            "serve",
+            "graphs.agg:Frontend",
+            "-f",
+            "configs/agg_mock.yaml",
+            "--infra",
+            "embedded",
+            "-p",
+            str(port),
+        ]
+        env = environment(TMPDIR=str(directory))
+        graph = subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, env=env, stdout=output, stderr=output)
+    try:
+        before = healthcheck(graph.pid, directory)
+        assert before.returncode == 1 or "\nready in" in log.read_text()
+        wait_for(graph, log, "\nready in")
+        assert (healthcheck(graph.pid, directory).returncode, healthcheck(graph.pid, directory).stderr) == (0, "")
+        graph.send_signal(signal.SIGTERM)
+        assert graph.wait(40) == 0
+        after = healthcheck(graph.pid, directory)
+        assert (after.returncode, after.stderr) == (1, f"process {graph.pid}: No such file or directory\n")
+    finally:
+        graph.kill()
+        graph.wait()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def wait_for(process: subprocess.Popen[bytes], log: Path, text: str) -> None:
+    ticks = threading.Event()
+    for _ in range(600):
+        if text in log.read_text():
+            return
+        assert process.poll() is None, log.read_text()
+        ticks.wait(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, in a container where nothing runs yet."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("DYNAMO_SERVICE_NAME", "DYNAMO_SYSTEM_APP_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("healthcheck", CHECK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def http(status: int) -> Iterator[int]:
+    """A server that answers every GET with `status`; its port."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", free_ports(1)[0]), Answer)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (404, True), (401, True), (503, False), (500, False)])
+def test_the_answer_decides(check: ModuleType, tmp_path: Path, status: int, healthy: bool) -> None:
+    run_dir = tmp_path / "dynamo-one"
+    run_dir.mkdir()
+    with http(status) as port, announcement.write(run_dir, "graphs.agg:Frontend", ("0.0.0.0", port), {}):
+        fault = check.fault(1)
+    assert (fault is None) == healthy, fault
+    assert healthy or f"http://127.0.0.1:{port}/health: {status}" in fault
+
+
+def test_nothing_that_listens_is_a_fault(check: ModuleType, tmp_path: Path) -> None:
+    run_dir = tmp_path / "dynamo-one"
+    run_dir.mkdir()
+    with announcement.write(run_dir, "graphs.agg:Frontend", ("127.0.0.1", free_ports(1)[0]), {}):
+        assert "Connection refused" in check.fault(1)
+
+
+def test_a_graph_without_http_is_healthy_while_it_runs(check: ModuleType, tmp_path: Path) -> None:
+    run_dir = tmp_path / "dynamo-one"
+    run_dir.mkdir()
+    with announcement.write(run_dir, "graphs.agg:VllmWorker", None, {}):
+        assert check.fault(1) is None
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "healthy"),
+    [
+        ("bash", 0, True),
+        ("dynamo serve graphs.agg:Frontend", 0, False),
+        ("dynamo serve graphs.agg:Frontend --service-name VllmWorker", 0, True),
+        ("dynamo serve graphs.agg:Frontend --service-name=VllmWorker", 200, True),
+        ("dynamo serve graphs.agg:Frontend --service-name VllmWorker", 500, False),
+    ],
+)
+def test_without_a_graph_the_first_process_decides(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, command: str, status: int, healthy: bool
+) -> None:
+    """`status` is what the service's probe answers; 0: it has none."""
+    waits = [sys.executable, "-c", "print(flush=True); input()", *shlex.split(command)]
+    with http(status or 500) as port, subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdin
+        assert first.stdout
+        first.stdout.readline()
+        if status:
+            monkeypatch.setenv("DYNAMO_SYSTEM_APP_PORT", str(port))
+        assert (check.fault(first.pid) is None) == healthy
+        first.stdin.write(b"\n")

@@ -1,0 +1,216 @@
+"""build.sh and run.sh: what they print, what they hand to docker, what they refuse. shellcheck reads all scripts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import dynamo
+
+ROOT = Path(__file__).parents[2]
+CONTAINER = ROOT / "container"
+USER = f"{os.getuid()}:{os.getgid()}"
+HOST = (
+    "docker run --network host --ipc host --shm-size=10G --ulimit memlock=-1 --ulimit stack=67108864 "
+    f"--cap-add CAP_SYS_PTRACE --stop-timeout 40 --user {USER} -w /workspace"
+)
+CACHE = "-v /home/ann/.cache/huggingface:/home/dynamo/.cache/huggingface"
+BUILT = {name: f"--file {CONTAINER}/Dockerfile.{name} {ROOT}" for name in ("vllm", "cpu")}
+
+BUILDS = {
+    "": f"docker build --tag dynamo:latest-vllm {BUILT['vllm']}",
+    "--framework cpu": f"docker build --tag dynamo:latest-cpu {BUILT['cpu']}",
+    "--framework VLLM_NIXL": f"docker build --build-arg ENABLE_NIXL=true --tag dynamo:latest-vllm {BUILT['vllm']}",
+    "--target builder --no-cache": (
+        f"docker build --target builder --no-cache --tag dynamo:latest-vllm-builder {BUILT['vllm']}"
+    ),
+    "--framework Cpu --base-image my/python --base-image-tag 3.11": (
+        "docker build --build-arg BASE_IMAGE=my/python --build-arg BASE_IMAGE_TAG=3.11 "
+        f"--tag dynamo:latest-cpu {BUILT['cpu']}"
+    ),
+    "--tag a:1 --tag b:2 --platform linux/amd64": (
+        f"docker build --platform linux/amd64 --tag a:1 --tag b:2 {BUILT['vllm']}"
+    ),
+    "--cache-from type=gha --cache-to type=inline --build-context x=../x --build-arg 'A=b c'": (
+        "docker build --cache-from type=gha --cache-to type=inline --build-context x=../x "
+        f"--build-arg A=b\\ c --tag dynamo:latest-vllm {BUILT['vllm']}"
+    ),
+    "--framework cpu --release-build": (
+        f"docker build --tag dynamo:latest-cpu --tag dynamo:{dynamo.__version__}-cpu {BUILT['cpu']}"
+    ),
+}
+RUNS = {
+    "": f"{HOST} --gpus all --rm {CACHE} dynamo:latest-vllm",
+    "--gpus all -it --framework vllm -v /a/../config:/workspace/configs": (
+        f"{HOST} --gpus all -it --rm {CACHE} -v /a/../config:/workspace/configs dynamo:latest-vllm bash"
+    ),
+    "--framework cpu": f"{HOST} --rm {CACHE} dynamo:latest-cpu",
+    "--framework cpu --gpus all --target builder": f"{HOST} --gpus all --rm {CACHE} dynamo:latest-cpu-builder",
+    "--framework VLLM_NIXL --gpus NONE --hf-cache none": f"{HOST} --rm dynamo:latest-vllm",
+    "--image me/it:1 --name one -- dynamo serve 'a b' -p 9000": (
+        f"{HOST} --gpus all --rm --name one {CACHE} me/it:1 dynamo serve a\\ b -p 9000"
+    ),
+    "-it --entrypoint sh --privileged true --rm FALSE": (
+        f"{HOST} --gpus all -it --privileged --entrypoint sh {CACHE} dynamo:latest-vllm"
+    ),
+    "--privileged --rm --hf-cache '/my models'": (
+        f"{HOST} --gpus all --rm --privileged -v /my\\ models:/home/dynamo/.cache/huggingface dynamo:latest-vllm"
+    ),
+    "--mount-workspace -e A='b c' -e B": (
+        f"{HOST} --gpus all --rm -v {ROOT}:/workspace -e PYTHONPATH=/workspace {CACHE} -e A=b\\ c -e B dynamo:latest-vllm"
+    ),
+    "--workspace /srv/mine --user 0:0 -it -- dynamo status": (
+        f"{HOST.replace(f'--user {USER}', '--user 0:0')} --gpus all -it --rm "
+        f"-v /srv/mine:/workspace -e PYTHONPATH=/workspace {CACHE} dynamo:latest-vllm dynamo status"
+    ),
+}
+REFUSED = {
+    "build.sh --tga x": "no such flag: --tga",
+    "build.sh cpu": "no such flag: cpu",
+    "build.sh --tag": "--tag needs a value",
+    "build.sh --tag --no-cache": "--tag needs a value",
+    "build.sh --framework trtllm": "--framework TRTLLM: the engine here is vLLM; use VLLM or CPU",
+    "build.sh --framework standard": "--framework STANDARD: there is no image without an engine; CPU runs on any machine",
+    "build.sh --framework x": "no such framework: X; use VLLM, VLLM_NIXL or CPU",
+    "run.sh --gpu all": "no such flag: --gpu",
+    "run.sh dynamo serve": "dynamo is not a flag; a command comes after --",
+    "run.sh -v": "-v needs a value",
+    "run.sh --hf-cache ''": "--hf-cache needs a value",
+    "run.sh --name --dry-run": "--name needs a value",
+    "run.sh --framework tensorrtllm": "no such framework: TENSORRTLLM; use VLLM, VLLM_NIXL or CPU",
+}
+
+
+def script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "DYN"))}
+    return run(str(CONTAINER / name), *arguments, env={**kept, "HOME": "/home/ann", **env})
+
+
+def run(*command: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """As `text=True`, which would make \\n of \\r."""
+    ran = subprocess.run(command, env=env, capture_output=True, timeout=30)
+    return subprocess.CompletedProcess(command, ran.returncode, ran.stdout.decode(), ran.stderr.decode())
+
+
+@pytest.fixture(scope="module")
+def docker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for PATH whose `docker` writes its arguments, each with a NUL after it, and exits with 7."""
+    directory = tmp_path_factory.mktemp("bin")
+    program = directory / "docker"
+    program.write_text("#!/bin/sh\nprintf 'docker\\0'; printf '%s\\0' \"$@\"; exit 7\n")
+    program.chmod(0o755)
+    return directory
+
+
+def given_to_docker(ran: subprocess.CompletedProcess[str]) -> list[str]:
+    assert (ran.returncode, ran.stderr) == (7, "")  # docker's own code
+    return ran.stdout.split("\0")[:-1]
+
+
+CASES = [("build.sh", *case) for case in BUILDS.items()] + [("run.sh", *case) for case in RUNS.items()]
+IDS = [f"{name} {flags}" for name, flags, _ in CASES]
+
+
+@pytest.mark.parametrize(("name", "flags", "expected"), CASES, ids=IDS)
+def test_dry_run_prints_the_command(name: str, flags: str, expected: str) -> None:
+    words = shlex.split(flags)
+    end = words.index("--") if "--" in words else len(words)
+    ran = script(name, *words[:end], "--dry-run", *words[end:])
+    assert (ran.returncode, ran.stdout) == (0, f"{expected}\n")
+    assert ran.stderr == "DRY RUN: COMMANDS PRINTED ONLY\n"
+
+
+@pytest.mark.parametrize(("command", "message"), REFUSED.items())
+def test_what_is_wrong_comes_first_then_help(command: str, message: str, docker: Path) -> None:
+    ran = script(*shlex.split(command), PATH=f"{docker}:{os.environ['PATH']}")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(f"error: {message}\n\nusage: container/")
+
+
+@pytest.mark.parametrize("name", ["build.sh", "run.sh"])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_names_every_flag(name: str, flag: str) -> None:
+    ran = script(name, flag)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    upstream = {
+        "build.sh": "--platform --framework --base-image --base-image-tag --target --build-arg --tag --no-cache --cache-from "
+        "--cache-to --build-context --release-build --dry-run --help",
+        "run.sh": "--image --framework --target --name --hf-cache --gpus --entrypoint --privileged --rm -v -e -it "
+        "--mount-workspace --workspace --dry-run --",
+    }
+    assert set(upstream[name].split()) <= set(ran.stdout.replace(",", " ").replace("[", " ").split())
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(lambda word: word[0] != "-")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(variable="A=\r\n", command=["\r"])
+@example(variable="A=$(id) 'b' \"c\" \\", command=["--", "a\nb", ""])
+@given(variable=words, command=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), max_size=3))
+def test_what_is_printed_can_be_pasted(docker: Path, variable: str, command: Sequence[str]) -> None:
+    """bash makes of the printed line the arguments that docker is given without --dry-run."""
+    flags = ["--hf-cache", "none", "-e", variable]
+    path = f"{docker}:{os.environ['PATH']}"
+    direct = given_to_docker(script("run.sh", *flags, "--", *command, PATH=path))
+    printed = script("run.sh", *flags, "--dry-run", "--", *command).stdout
+    assert given_to_docker(run("bash", "-c", printed, env={"PATH": path})) == direct
+    assert direct[direct.index("-e") :] == ["-e", variable, "dynamo:latest-vllm", *command]
+
+
+def test_a_build_reaches_docker(docker: Path) -> None:
+    ran = script("build.sh", "--framework", "cpu", PATH=f"{docker}:{os.environ['PATH']}")
+    assert given_to_docker(ran) == shlex.split(BUILDS["--framework cpu"])
+
+
+def test_the_cache_is_made_by_its_user_before_docker_would_make_it(docker: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "my models"
+    ran = script("run.sh", "--hf-cache", str(cache), PATH=f"{docker}:{os.environ['PATH']}")
+    assert f"{cache}:/home/dynamo/.cache/huggingface" in given_to_docker(ran)
+    assert cache.stat().st_uid == os.getuid()
+
+
+def test_hf_home_is_the_cache(tmp_path: Path) -> None:
+    assert f"-v {tmp_path}:/home/dynamo" in script("run.sh", "--dry-run", HF_HOME=str(tmp_path)).stdout
+
+
+def test_the_token_is_passed_on_by_name_and_only_where_it_is_set() -> None:
+    ran = script("run.sh", "--dry-run", HF_TOKEN="hf_secret")
+    assert " -e HF_TOKEN dynamo:latest-vllm" in ran.stdout
+    assert "hf_secret" not in ran.stdout + ran.stderr
+    assert "HF_TOKEN" not in script("run.sh", "--dry-run").stdout + script("run.sh", "--dry-run", HF_TOKEN="").stdout
+
+
+@pytest.mark.parametrize("name", ["build.sh", "run.sh"])
+def test_without_docker_one_line_says_so(name: str, tmp_path: Path) -> None:
+    for tool in ("bash", "dirname", "readlink", "realpath", "id", "sed", "mkdir"):
+        found = shutil.which(tool)
+        assert found
+        (tmp_path / tool).symlink_to(found)
+    ran = script(name, PATH=str(tmp_path))
+    line = "error: docker was not found; install it: https://docs.docker.com/engine/install\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (127, "", line)
+
+
+def test_a_workspace_that_is_not_there_is_not_made(docker: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    ran = script("run.sh", "--hf-cache", "none", "--workspace", str(missing), PATH=f"{docker}:{os.environ['PATH']}")
+    assert (ran.returncode, ran.stderr) == (1, f"error: --workspace {missing} is not a directory\n")
+
+
+def test_every_script_passes_shellcheck() -> None:
+    scripts = [
+        path for path in ROOT.rglob("*.sh") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+    ]
+    assert {CONTAINER / "build.sh", CONTAINER / "run.sh"} <= set(scripts)
+    ran = subprocess.run([Path(sys.executable).with_name("shellcheck"), *scripts], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
