@@ -21,11 +21,11 @@ class EngineService(Service):
 
     @staticmethod
     def gpus_needed(settings: Mapping[str, Any]) -> float:
-        """GPUs of one worker with these settings, unless ServiceArgs says otherwise."""
+        """GPUs of one worker on this host with these settings, unless ServiceArgs says otherwise."""
         if settings.get("engine") == "mock" or cpu_build():
             return 0
         sizes = (settings.get(f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline", "data"))
-        return math.prod(int(size) for size in sizes)
+        return math.ceil(math.prod(int(size) for size in sizes) / int(settings.get("nnodes", 1)))
 
     def __init__(
         self, model: str, engine: str, speedup_ratio: float | None, engine_args: dict[str, Any], *, kv_transfer: bool
@@ -42,6 +42,13 @@ class EngineService(Service):
         report = dynamo_context.get("progress")
         if report is not None:
             report(text)
+
+    async def start_engine(self) -> bool:
+        """False where this process runs a part of another one's engine: then it has no endpoints."""
+        self.info = await self.engine.start()
+        if self.info.part_of:
+            dynamo_context["headless"] = self.info.part_of
+        return not self.info.part_of
 
     def count(self, endpoint: str) -> None:
         """Put the engine's load on /metrics, under the name of an endpoint."""

@@ -79,6 +79,7 @@ class Frontend(Service):
         # here, so that a dry run does not import FastAPI
         from dynamo.http.app import create_app
         from dynamo.http.server import HttpServer
+        from dynamo.runtime.targets import MetricsTargets
 
         runtime = dynamo_context.get("runtime")
         if runtime is not None:
@@ -89,6 +90,7 @@ class Frontend(Service):
             cors_origins=self.cors_origins,
             api_keys=self.api_keys,
             processes=runtime.metrics if runtime is not None else None,
+            targets=MetricsTargets(runtime).addresses if runtime is not None else None,
         )
         self.server = HttpServer(app, self.host, self.port)
         await self.server.start()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from components.engine_service import EngineService
 from dynamo.errors import DynamoError, TransportError, UnavailableError
 from dynamo.llm.disagg import PrefillOffer, PrefillRequest, PrefillTask
+from dynamo.log import request_id
 from dynamo.sdk import Job, WorkQueue, async_on_start, dynamo_context, endpoint, metrics_registry, on_shutdown, service
 from dynamo.wire import codec
 
@@ -64,9 +65,8 @@ class PrefillWorker(EngineService):
 
     @async_on_start
     async def start(self) -> None:
-        self.info = await self.engine.start()
-        if dynamo_context.get("runtime") is None:
-            return  # plain Python: a test, or a debugger
+        if not await self.start_engine() or dynamo_context.get("runtime") is None:
+            return  # without a runtime: plain Python, in a test or a debugger
         # here, so that a dry run does not import prometheus_client
         from dynamo.llm.disagg_metrics import PrefillMetrics
 
@@ -95,6 +95,8 @@ class PrefillWorker(EngineService):
     async def _offer(self, job: Job[PrefillTask]) -> None:
         """Keep the task until its decode worker has its answer; then, or when nobody wants it, it is done."""
         task, runtime = job.task, dynamo_context["runtime"]
+        request_id.set(task.request_id)  # this runs in a task of its own
+        log.debug("offering to prefill %d tokens, task %s", task.prompt_tokens, task.id)
         offer = self._offers[task.id] = _Offer()
         try:
             await runtime.send(task.reply, codec.encode(PrefillOffer(task.id, runtime.instance_id)))

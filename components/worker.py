@@ -115,7 +115,9 @@ class VllmWorker(EngineService):
             self.info = await self.engine.start()
             return  # plain Python: a test, or a debugger
         tells = self.tells_kv_events and self._listen()
-        self.info = info = await self.engine.start()
+        if not await self.start_engine():
+            return
+        info = self.info
         self.activity = Activity(
             runtime.instance_id,
             self.engine,

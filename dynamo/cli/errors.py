@@ -7,18 +7,26 @@ import sys
 
 import click
 
+from dynamo import log
 from dynamo.errors import DynamoError
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
 
 
 def report(error: DynamoError | click.ClickException) -> int:
-    """Print `error: ...` and `hint: ...` on standard error; returns the exit code. Colour on a terminal only."""
+    """Print `error: ...` and `hint: ...` on standard error; returns the exit code. Colour on a terminal only.
+
+    One JSON line instead where standard error has JSON lines.
+    """
     if isinstance(error, DynamoError):
         message, hint = error.message, error.hint
     else:
         message, hint = error.format_message(), _usage_hint(error)
     message = " ".join(message.split("\n"))
+    if log.jsonl():
+        line = log.Formatter("cli").begin("ERROR", "dynamo.cli", "cli", message)
+        click.echo(log.dump({**line, "hint": hint} if hint else line), err=True)
+        return error.exit_code
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=colour)
     if hint:

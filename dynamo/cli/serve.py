@@ -50,11 +50,15 @@ class _ServeCommand(click.Command):
 )
 @click.option(
     "--service-name",
+    "service_names",
+    multiple=True,
     envvar="DYNAMO_SERVICE_NAME",
     show_envvar=True,
     metavar="NAME",
-    help="Run this service of the graph alone, in the foreground.",
+    help="Run this service alone, beside a graph that runs: one process in the foreground, several supervised. "
+    "Can be given several times.",
 )
+@click.option("--supervise", is_flag=True, help="With --service-name: supervise one process too.")
 @click.option(
     "--depends",
     "elsewhere",
@@ -111,6 +115,20 @@ class _ServeCommand(click.Command):
     default=None,
     help="Probes answer 200 where a service has no @liveness or @readiness.",
 )
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    envvar="DYN_METRICS_PORT",
+    show_envvar=True,
+    help="Where Prometheus scrapes all processes of this command; the first free port from 9091 on by default, 0: nowhere.",
+)
+@click.option(
+    "--metrics-host",
+    envvar="DYN_METRICS_HOST",
+    show_envvar=True,
+    metavar="ADDRESS",
+    help="Address of that port; the one that other hosts reach, and 127.0.0.1, by default.",
+)
 @click.option("--reload", is_flag=True, help="Restart a service when a Python file that it uses is edited.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, start nothing.")
 @click.option(
@@ -125,7 +143,8 @@ def serve(
     ctx: click.Context,
     graph: str,
     config_file: Path | None,
-    service_name: str | None,
+    service_names: tuple[str, ...],
+    supervise: bool,
     elsewhere: tuple[str, ...],
     port: int | None,
     host: str | None,
@@ -136,6 +155,8 @@ def serve(
     system_app_port: int | None,
     system_app_host: str | None,
     use_default_health_checks: bool | None,
+    metrics_port: int | None,
+    metrics_host: str | None,
     reload: bool,
     dry_run: bool,
     explain: str,
@@ -158,10 +179,11 @@ def serve(
       dynamo serve graphs.agg:Frontend -f configs/agg_mock.yaml --reload # services restart as you edit them
       dynamo serve graphs.agg:Frontend --service-name VllmWorker         # one service, to debug it
       dynamo serve graphs.agg:Frontend --depends VllmWorker=elsewhere    # the workers run on other machines
+      dynamo serve graphs.agg:Frontend --service-name VllmWorker --VllmWorker.ServiceArgs.workers=4  # there
     """
     from dynamo.sdk.graph import load
 
-    if system_app_port is not None and service_name is None:
+    if system_app_port is not None and len(service_names) != 1:
         raise click.UsageError("--system-app-port needs --service-name: one port cannot serve several processes")
     _set_system_app(
         ENABLED=enable_system_app,
@@ -169,13 +191,25 @@ def serve(
         HOST=system_app_host,
         USE_DEFAULT_HEALTH_CHECKS=use_default_health_checks,
     )
+    if supervise and not service_names:
+        raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
     found = load(graph, working_dir)
-    if service_name is not None:
-        found.service(service_name)
-    started = _without(found, elsewhere)
-    if elsewhere:
-        infra = _shared(infra)
-    options = ServeOptions(working_dir, service_name, cast(Infra, infra), host, port, dry_run, reload)
+    started = _only(_without(found, elsewhere), service_names)
+    for option, given in (("--depends", elsewhere), ("--service-name", service_names)):
+        if given:
+            infra = _shared(infra, option)
+    options = ServeOptions(
+        working_dir,
+        service_names,
+        supervise,
+        cast(Infra, infra),
+        host,
+        port,
+        dry_run,
+        reload,
+        metrics_host=metrics_host,
+        metrics_port=metrics_port,
+    )
     services = {name: declared(cls) for name, cls in found.services.items()}
     layers = _file_layers(config_file)
     layers += _entry_layers(ctx, found, services)
@@ -190,7 +224,7 @@ def serve(
         return 0
     from dynamo.serve import run
 
-    return run(graph, started, resolved, options)
+    return run(started, resolved, options)
 
 
 def _file_layers(config_file: Path | None) -> list[Layer]:
@@ -236,11 +270,17 @@ def _without(graph: Graph, elsewhere: Sequence[str]) -> Graph:
     return replace(graph, services=services)
 
 
-def _shared(infra: str) -> str:
+def _only(graph: Graph, names: Sequence[str]) -> Graph:
+    """The graph with those services alone, all of them where none is named. Raises GraphError for an unknown one."""
+    services = {name: graph.service(name) for name in names}
+    return replace(graph, services={n: c for n, c in graph.services.items() if n in services}) if names else graph
+
+
+def _shared(infra: str, option: str) -> str:
     """Services elsewhere are found through a NATS and an etcd that they use too, never through private ones."""
     if infra == "embedded":
         raise ConfigError(
-            "--depends needs the NATS and etcd of the services elsewhere, and --infra embedded starts private ones",
+            f"{option} needs the NATS and etcd of the services elsewhere, and --infra embedded starts private ones",
             hint="set NATS_SERVER and ETCD_ENDPOINTS, and leave --infra out",
         )
     return "external"

@@ -84,7 +84,8 @@ def _sections(seen: Seen) -> Iterator[str]:
     here = seen.deployment
     for graph in here.graphs:
         age = _duration(time.time() - graph.started)
-        yield "  ".join(filter(None, (graph.graph, graph.url, f"pid {graph.pid}", f"up {age}", graph.run_dir)))
+        scraped = f"metrics {graph.metrics}" if graph.metrics else ""
+        yield "  ".join(filter(None, (graph.graph, graph.url, f"pid {graph.pid}", f"up {age}", graph.run_dir, scraped)))
     yield f"etcd {_address(here.etcd_endpoints)}, nats {_address(here.nats_url)}"
     if seen.error:
         yield f"error: {seen.error}"
@@ -159,7 +160,14 @@ def _plain(seen: Seen) -> dict[str, Any]:
     """For --json: ids in hex as everywhere else, times in seconds."""
     return {
         "graphs": [
-            {"graph": g.graph, "pid": g.pid, "url": g.url, "started": g.started, "run_dir": g.run_dir}
+            {
+                "graph": g.graph,
+                "pid": g.pid,
+                "url": g.url,
+                "metrics": g.metrics or None,
+                "started": g.started,
+                "run_dir": g.run_dir,
+            }
             for g in seen.deployment.graphs
         ],
         "etcd": _address(seen.deployment.etcd_endpoints),

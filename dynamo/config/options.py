@@ -11,12 +11,18 @@ Infra = Literal["auto", "embedded", "external"]
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """`service_name`: run this service alone, in the foreground. `host`, `port`: None where nobody asked for one."""
+    """`service_names`: run these services of the graph alone, beside those that run elsewhere; none: all of them.
+    `supervise`: as a graph is, even if it is one process. `host`, `port`: None where nobody asked for one, as those of
+    the metrics port, which 0 turns off.
+    """
 
     working_dir: Path = Path()
-    service_name: str | None = None
+    service_names: tuple[str, ...] = ()
+    supervise: bool = False
     infra: Infra = "auto"
     host: str | None = None
     port: int | None = None
     dry_run: bool = False
     reload: bool = False
+    metrics_host: str | None = None
+    metrics_port: int | None = None

@@ -19,6 +19,7 @@ from dynamo.errors import DynamoError, GraphError, StartError
 from dynamo.http import failure
 from dynamo.http.api_method import handler
 from dynamo.http.edge import RequestIds
+from dynamo.http.exposition import CONTENT_TYPE
 from dynamo.http.server import BACKLOG, HttpServer
 
 FREE_PORTS = range(20000, 32768)  # below the range that the kernel gives to outgoing connections
@@ -36,11 +37,17 @@ class Answer(NamedTuple):
     method: Callable[..., Any]
 
 
-def create_api(app: Any, title: str, answers: Iterable[Answer], checks: Mapping[str, Check]) -> ASGIApp:
+def create_api(
+    app: Any,
+    title: str,
+    answers: Iterable[Answer],
+    checks: Mapping[str, Check],
+    metrics: Callable[[], bytes] | None = None,
+) -> ASGIApp:
     """The application of one service. `app` is the author's own, or None for a new FastAPI of that title.
 
-    `checks` are paths of GET; a path that the author's application answers itself stays his. Raises GraphError for an
-    application or a method that FastAPI cannot serve.
+    `checks` are paths of GET, `metrics` gives what /metrics answers; a path that the author's application answers itself
+    stays his. Raises GraphError for an application or a method that FastAPI cannot serve.
     """
     if app is None:
         app = FastAPI(title=title)
@@ -54,6 +61,8 @@ def create_api(app: Any, title: str, answers: Iterable[Answer], checks: Mapping[
         return RequestIds(app)
     for path, check in checks.items():
         _add_check(app, path, check)
+    if metrics is not None:
+        _add_metrics(app, metrics)
     for answer in answers:
         try:
             app.add_api_route(
@@ -74,8 +83,22 @@ def create_api(app: Any, title: str, answers: Iterable[Answer], checks: Mapping[
     return RequestIds(app)
 
 
+def _answers(app: FastAPI, path: str) -> bool:
+    return any(getattr(route, "path", None) == path for route in app.router.routes)
+
+
+def _add_metrics(app: FastAPI, metrics: Callable[[], bytes]) -> None:
+    if _answers(app, "/metrics"):
+        return
+
+    async def answer() -> Response:
+        return Response(metrics(), headers={"content-type": CONTENT_TYPE})
+
+    app.add_api_route("/metrics", answer, methods=["GET"], include_in_schema=False)
+
+
 def _add_check(app: FastAPI, path: str, check: Check) -> None:
-    if any(getattr(route, "path", None) == path for route in app.router.routes):
+    if _answers(app, path):
         return
 
     async def answer() -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dynamo import __version__
-from dynamo.errors import DynamoError, ModelNotFoundError
+from dynamo.errors import DynamoError, ModelNotFoundError, RequestError
 from dynamo.http import failure, generation
 from dynamo.http.backend import Backend
 from dynamo.http.edge import ApiKeys, RequestIds
-from dynamo.http.exposition import merge
+from dynamo.http.exposition import http_sd, load, merge
+from dynamo.http.requests import tell_refused
 from dynamo.llm.protocol import ServedModel
 
 if TYPE_CHECKING:
     from dynamo.runtime.metrics import ProcessMetrics
 
 MAX_BODY_BYTES = 64 << 20
+Targets = Callable[[], Awaitable[Collection[str]]]
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -46,7 +48,9 @@ def _model(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _add_pages(app: FastAPI, backend: Backend, api: generation.Api, processes: ProcessMetrics | None) -> None:
+def _add_pages(
+    app: FastAPI, backend: Backend, api: generation.Api, processes: ProcessMetrics | None, targets: Targets | None
+) -> None:
     """The routes that only tell something. HEAD works wherever GET does."""
 
     async def models() -> Response:
@@ -70,8 +74,12 @@ def _add_pages(app: FastAPI, backend: Backend, api: generation.Api, processes: P
         body, kind = api.metrics.exposition()
         if processes is not None:
             others = await processes.gather()
-            body = merge([body, processes.text(), *others])
+            own = processes.text()
+            body = merge([body, own, *others, load([own, *others])])
         return Response(body, headers={"content-type": kind})
+
+    async def metrics_targets() -> Response:
+        return Response(http_sd(await targets() if targets is not None else ()), media_type="application/json")
 
     page = PAGE.read_bytes()
 
@@ -84,6 +92,7 @@ def _add_pages(app: FastAPI, backend: Backend, api: generation.Api, processes: P
         ("/health", health, "200 when a model can answer, else 503"),
         ("/live", live, "200 while the process runs"),
         ("/metrics", metrics, "Prometheus metrics"),
+        ("/metrics/targets", metrics_targets, "Prometheus' list of the hosts to scrape"),
         ("/", index, "A page to try the models"),
     ):
         app.add_api_route(path, answer, methods=["GET"], summary=summary)
@@ -93,7 +102,9 @@ def _add_pages(app: FastAPI, backend: Backend, api: generation.Api, processes: P
 def _add_errors(app: FastAPI) -> None:
     """Every failure is OpenAI's envelope."""
 
-    async def failed(_: Request, error: Exception) -> Response:
+    async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, DynamoError):  # others are raised again, for uvicorn to log them
+            tell_refused(f"{request.method} {request.url.path}", error)
         extra = {key.decode(): value.decode() for key, value in failure.headers(error)}
         return _json(failure.envelope(error), failure.status_of(error), extra)
 
@@ -108,6 +119,7 @@ def _add_errors(app: FastAPI) -> None:
             text, code = f"Unknown request URL: {method} {path}. See /docs.", "unknown_url"
         elif status == 405:
             text, code = f"{method} is not allowed on {path}; use {headers.get('Allow')}.", "method_not_allowed"
+        tell_refused(f"{method} {path}", RequestError(text), status=status)
         body = {"message": text, "type": "invalid_request_error", "param": None, "code": code}
         return _json({"error": body}, status, headers)
 
@@ -124,18 +136,19 @@ def create_app(
     cors_origins: Collection[str] | None = None,
     api_keys: Collection[str] | None = None,
     processes: ProcessMetrics | None = None,
+    targets: Targets | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
     `timeout_s` is each request's deadline; None: no limit. `cors_origins` are sites whose pages may call this server,
     "*" for all. With `api_keys`, `/v1` answers only to those; probes, metrics and documentation stay open. `processes`
-    are those that /metrics shows besides the server itself.
+    are those that /metrics shows besides the server itself; `targets` gives the addresses for /metrics/targets.
     """
     app = FastAPI(title="dynamo", version=__version__, docs_url="/docs", redoc_url=None, redirect_slashes=False)
     api = generation.Api(backend, max_body_bytes, timeout_s)
     if processes is not None:
         processes.lend(api.metrics.registry)
-    _add_pages(app, backend, api, processes)
+    _add_pages(app, backend, api, processes, targets)
     _add_errors(app)
     generating: dict[str, generation.GeneratingRoute] = {
         "/v1/chat/completions": generation.ChatCompletions(api),

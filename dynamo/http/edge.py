@@ -11,13 +11,14 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamo.errors import DynamoError
+from dynamo.http.requests import tell_refused
 from dynamo.http.sse import Direct, respond_error
 from dynamo.log import request_id
 
 REQUEST_ID = "dynamo.request_id"
 DIRECT = "dynamo.direct"
 
-OPEN_PATHS = frozenset({"/", "/live", "/health", "/metrics", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/live", "/health", "/metrics", "/metrics/targets", "/docs", "/openapi.json"})
 """What probes, Prometheus and a browser's first visit need; none of it generates."""
 
 _usable_id = re.compile(r"[\x21-\x7e]{1,128}").fullmatch
@@ -79,6 +80,7 @@ class ApiKeys:
             return
         text = "Incorrect API key provided." if key else "You did not provide an API key."
         error = AuthenticationError(text, hint="send it as Authorization: Bearer YOUR_KEY")
+        tell_refused(f"{scope['method']} {scope['path']}", error)
         await respond_error(send, error, [(b"www-authenticate", b"Bearer")])
 
     def _known(self, key: str) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from dynamo.errors import ModelNotFoundError, RequestError, UnavailableError
-from dynamo.http import failure, sse
+from dynamo.http import requests, sse
 from dynamo.http.answer import Answer, ChatAnswer, TextAnswer
 from dynamo.http.backend import Backend
 from dynamo.http.edge import DIRECT, header, request_name
@@ -116,10 +116,11 @@ class GeneratingRoute(ABC):
             body = await read_body(scope, receive, api.max_body_bytes)
             started = self._prepare(body, request_name(scope))
         except ClientGoneError:
+            requests.tell_left(self.endpoint, time.monotonic() - arrived)
             return
         except Exception as error:
-            api.metrics.refused(self.endpoint)
-            failure.report(error)
+            api.metrics.refused(self.endpoint, error)
+            requests.tell_refused(self.endpoint, error, time.monotonic() - arrived)
             await sse.respond_error(send, error)
             return
         if api.timeout_s is not None:
@@ -129,8 +130,7 @@ class GeneratingRoute(ABC):
         try:
             stream = self._call(started)
         except Exception as error:
-            seen.done("error")
-            failure.report(error)
+            seen.done("error", error=error)
             await sse.respond_error(send, error)
             return
         if started.streaming:

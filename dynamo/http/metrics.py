@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-log = logging.getLogger(__name__)
+from dynamo.http.failure import status_of
+from dynamo.http.requests import Ended, Outcome, tell_end
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_DURATION_SECONDS = (*_SECONDS, 300, 600)
 _ITL_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
-Status = Literal["success", "error", "disconnect"]
+Status = Outcome
+
+_ERROR_TYPES = {404: "not_found", 429: "overload", 503: "unavailable", 504: "response_timeout"}
+
+
+def error_type(error: BaseException) -> str:
+    """The label `error_type`, modern Dynamo's: what went wrong, by the HTTP status that the error stands for."""
+    status = status_of(error)
+    return _ERROR_TYPES.get(status) or ("validation" if status < 500 else "internal")
 
 
 class _Tokens:
@@ -65,15 +74,15 @@ class Metrics:
         kw: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
             "dynamo_frontend_requests",
-            "Requests by outcome: success, error or disconnect.",
-            ["model", "endpoint", "request_type", "status"],
+            "Requests by outcome: success, error or disconnect. An error has a type, other outcomes an empty one.",
+            ["model", "endpoint", "request_type", "status", "error_type"],
             **kw,
         )
         self.in_flight = Gauge("dynamo_frontend_inflight_requests", "Requests being answered.", ["model"], **kw)
         self.queued = Gauge("dynamo_frontend_queued_requests", "Requests without a token so far.", ["model"], **kw)
         self.disconnected = Gauge("dynamo_frontend_disconnected_clients", "Clients that left before the end.", **kw)
         self.duration = Histogram(
-            "dynamo_frontend_request_duration_seconds", "Whole request.", ["model"], buckets=_SECONDS, **kw
+            "dynamo_frontend_request_duration_seconds", "Whole request.", ["model"], buckets=_DURATION_SECONDS, **kw
         )
         self.ttft = Histogram(
             "dynamo_frontend_time_to_first_token_seconds", "TTFT of streams.", ["model"], buckets=_SECONDS, **kw
@@ -98,9 +107,9 @@ class Metrics:
             found = self._models[model] = ModelMetrics(self, model)
         return found
 
-    def refused(self, endpoint: str) -> None:
+    def refused(self, endpoint: str, error: BaseException) -> None:
         """Count a request that failed before it was clear which model it is for."""
-        self.requests.labels("", endpoint, "unary", "error").inc()
+        self.requests.labels("", endpoint, "unary", "error", error_type(error)).inc()
 
     def exposition(self) -> tuple[bytes, str]:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
@@ -114,11 +123,11 @@ class ModelMetrics:
         self.duration, self.ttft = metrics.duration.labels(model), metrics.ttft.labels(model)
         self.isl, self.osl = metrics.isl.labels(model), metrics.osl.labels(model)
         self.cached, self.tokens = metrics.cached.labels(model), metrics.tokens.of(model)
-        self._metrics, self._model = metrics, model
+        self._metrics, self.name = metrics, model
         self._requests: dict[tuple[str, ...], Counter] = {}
 
-    def count(self, endpoint: str, kind: str, status: Status) -> None:
-        labels = (self._model, endpoint, kind, status)
+    def count(self, endpoint: str, kind: str, status: Status, error: str) -> None:
+        labels = (self.name, endpoint, kind, status, error)
         found = self._requests.get(labels)
         if found is None:
             found = self._requests[labels] = self._metrics.requests.labels(*labels)
@@ -160,18 +169,26 @@ class Observation:
             found.gaps_s += now - self._last
         self._last = now
 
-    def done(self, status: Status, prompt_tokens: int = 0, output_tokens: int = 0, cached_tokens: int = 0) -> None:
-        """Record it, with one line in the log; only the first call counts."""
+    def done(
+        self,
+        status: Status,
+        prompt_tokens: int = 0,
+        output_tokens: int = 0,
+        cached_tokens: int = 0,
+        error: BaseException | None = None,
+    ) -> None:
+        """Record it, with one line in the log; only the first call counts. `error`: of the status of that name."""
         if not self._open:
             return
         self._open = False
         model = self._model
         taken_s = time.monotonic() - self._started
         model.in_flight.dec()
-        model.count(self._endpoint, self._kind, status)
+        model.count(self._endpoint, self._kind, status, "" if error is None else error_type(error))
         model.duration.observe(taken_s)
-        log.info("%s %s: %s in %.3f s, tokens %d in (%d cached), %d out",
-                 self._endpoint, self._kind, status, taken_s, prompt_tokens, cached_tokens, output_tokens)  # fmt: skip
+        stream, tokens = self._kind == "stream", (prompt_tokens, cached_tokens, output_tokens)
+        ttft_s = self._first - self._started if stream and self._first else None
+        tell_end(Ended(self._endpoint, model.name, stream, status, error, taken_s, ttft_s, *tokens))
         if status == "disconnect":
             self._metrics.disconnected.inc()
         if not self._first:

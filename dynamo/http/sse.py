@@ -153,10 +153,10 @@ class Whole:
 
     def _record(self) -> None:
         answer, error = self._answer, self._error
+        if self._left:
+            error = None
         status: Status = "disconnect" if self._left else "error" if error is not None else "success"
-        self._observation.done(status, answer.prompt_tokens, answer.output_tokens, answer.cached_tokens)
-        if error is not None and not self._left:
-            failure.report(error)
+        self._observation.done(status, answer.prompt_tokens, answer.output_tokens, answer.cached_tokens, error)
 
 
 class Events(Whole):

@@ -58,6 +58,9 @@ class RouterMetrics(Collector):
             "dynamo_router_overlap_blocks", "Blocks of a prompt expected in the chosen worker's prefix cache."
         )
         requests = CounterMetricFamily("dynamo_router_requests", "Requests routed.", labels=["mode", "worker"])
+        live = set(caches.workers)
+        for key in [key for key in self._requests if key[1] not in live]:
+            del self._requests[key]  # or there would be more of them with every restart of a worker
         for (mode, worker), count in self._requests.items():
             requests.add_metric([mode, f"{worker:x}"], count)
         yield requests

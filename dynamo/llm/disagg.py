@@ -23,6 +23,8 @@ class PrefillTask(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int
     reply: str
     """NATS subject on which its decode worker hears a `PrefillOffer`"""
+    request_id: str = ""
+    """of the request that it is a part of, for logs"""
 
 
 class PrefillOffer(msgspec.Struct):

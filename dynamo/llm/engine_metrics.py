@@ -26,10 +26,30 @@ class EngineCollector(Collector):
         yield self._gauge("llm_kv_blocks_active", "KV blocks in use.", [_active_blocks(r, blocks) for r in ranks])
         yield self._gauge("llm_kv_blocks_total", "KV blocks.", [blocks for _ in ranks])
         yield self._gauge("llm_requests_active_slots", "Requests that the engine runs.", [r.running for r in ranks])
+        slots = [self._info.slots for _ in ranks]
+        yield self._gauge("llm_requests_total_slots", "Requests that the engine can run at a time.", slots)
         yield self._gauge("llm_requests_waiting", "Requests that wait in the engine.", [r.waiting for r in ranks])
         queries, hits = [r.prefix_queries for r in ranks], [r.prefix_hits for r in ranks]
         yield self._counter("llm_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries)
         yield self._counter("llm_prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits)
+        rates = [100 * hit / query if query else 0.0 for hit, query in zip(hits, queries, strict=True)]
+        yield self._gauge("llm_kv_hit_rate_percent", "Of the prompt tokens so far, found in the prefix cache.", rates)
+        yield from self._transfers()
+
+    def _transfers(self) -> Iterable[Metric]:
+        found = self._engine.kv_transfers()
+        if found is None:
+            return
+        for name, text, count in (
+            ("kv_transfers", "Fetches of a prompt's KV from another engine that have ended.", found.pulls),
+            ("kv_transfer_failures", "Those that failed: the prompt was computed here.", found.failures),
+            ("kv_transfer_bytes", "KV fetched from other engines.", found.bytes),
+            ("kv_transfer_seconds", "Time of all fetches, from their turn to their end.", found.seconds),
+            ("kv_unclaimed", "Prompts whose KV was kept for another engine and not fetched in time.", found.expired),
+        ):
+            family = CounterMetricFamily(f"dynamo_disagg_{name}", text, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), count)
+            yield family
 
     def _gauge(self, name: str, text: str, values: Sequence[float]) -> Metric:
         return self._fill(GaugeMetricFamily(name, text, labels=self._names(values)), values)
@@ -55,6 +75,7 @@ def load_metrics(engine: Engine, info: EngineInfo) -> dict[str, float]:
     queries = sum(rank.prefix_queries for rank in ranks)
     return {
         "request_active_slots": sum(rank.running for rank in ranks),
+        "request_total_slots": info.slots * len(ranks),
         "num_requests_waiting": sum(rank.waiting for rank in ranks),
         "kv_active_blocks": sum(_active_blocks(rank, info.kv_blocks) for rank in ranks),
         "kv_total_blocks": info.kv_blocks * len(ranks),

@@ -193,9 +193,8 @@ class _Migration:
         if len(indexes) < sampling.n:
             (index,) = indexes
             name = name and f"{name}.{index}"
-            seed = (
-                None if sampling.seed is None else sampling.seed + index
-            )  # as engines seed the choices of one request
+            # as engines seed the choices of one request
+            seed = None if sampling.seed is None else sampling.seed + index
             sampling = msgspec.structs.replace(sampling, n=1, seed=seed)
         if len(indexes) == 1 and (tokens := self._choices[indexes[0]].tokens):
             limit = None if sampling.max_tokens is None else sampling.max_tokens - len(tokens)

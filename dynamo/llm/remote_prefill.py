@@ -22,6 +22,7 @@ from dynamo.llm.disagg import (
     local_reason,
 )
 from dynamo.llm.protocol import Delta, GenerateRequest
+from dynamo.log import request_id
 from dynamo.wire import codec
 from dynamo.wire.stream import Stream
 
@@ -115,7 +116,7 @@ class RemotePrefill:
         """By the first worker that takes it and lives. Cancelling it stops whoever computes."""
         asked = msgspec.structs.replace(request, expected_hit=0, rank=None, final_only=False)
         for left in reversed(range(TRIES)):
-            task = PrefillTask(os.urandom(8).hex(), len(request.token_ids), self.reply)
+            task = PrefillTask(os.urandom(8).hex(), len(request.token_ids), self.reply, request_id.get())
             worker = await self._offered(task)
             try:
                 return await self._at(worker).prefill(PrefillRequest(task.id, asked))

@@ -25,7 +25,7 @@ from dynamo.runtime.peers import Peers
 from dynamo.runtime.server import Endpoint, Server
 from dynamo.runtime.static import StaticDiscovery, static_subject, tell
 from dynamo.transport.etcd import Delete, Etcd, Put
-from dynamo.transport.host import advertised_host, host_id
+from dynamo.transport.host import STREAM_PORTS, advertised_host, bound_host, host_id
 from dynamo.transport.listener import StreamListener
 from dynamo.transport.nats import DEFAULT_URL, Listening, Nats
 from dynamo.transport.pulse import Pulse
@@ -39,7 +39,6 @@ LEASE_TTL_S = 10
 REVOKE_TIMEOUT_S = 1.0
 SHUTDOWN_DRAIN_S = 25.0
 DEFAULT_ETCD = "http://localhost:2379"
-STREAM_PORTS = range(20000, 32768)  # below the range that the kernel gives to outgoing connections
 
 
 class DistributedRuntime:
@@ -104,14 +103,15 @@ class DistributedRuntime:
             self._ready = True
 
     async def _listen(self) -> None:
-        host = advertised_host(self.nats_url)
-        self._pulse = _pulse(host)
+        host, advertised = bound_host(self.nats_url), advertised_host(self.nats_url)
+        self._pulse = Pulse(host, advertised)
         for port in random.sample(STREAM_PORTS, 50):
             try:
                 await self.listener.listen(tcp=(host, port))
-                break
             except OSError:
                 continue
+            self.listener.addresses["tcp"] = f"{advertised}:{port}"
+            break
         else:
             raise TransportError(
                 f"no free port for streams on {host}", hint="set DYN_HOST_IP to an address of this host"
@@ -299,12 +299,3 @@ def _with_argument(method: Callable[..., Any]) -> Callable[[Any], Any]:
     except (TypeError, ValueError):  # a builtin
         return method
     return method if takes else lambda _: method()
-
-
-def _pulse(host: str) -> Pulse:
-    for port in random.sample(STREAM_PORTS, 50):
-        try:
-            return Pulse(host, port)
-        except OSError:
-            continue
-    raise TransportError(f"no free port on {host}", hint="set DYN_HOST_IP to an address of this host")

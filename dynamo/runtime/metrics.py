@@ -102,26 +102,25 @@ class ProcessMetrics:
         question = _decode_question(data)
         if question.worker_id == self.worker_id:
             return  # it was meant for the other processes of this service
-        answer = _Answer(self._service, self.worker_id, question.scrape, self._write(self._lent))
+        answer = _Answer(self._service, self.worker_id, question.scrape, self.text(lent=True))
         assert self._nats is not None
         try:
             await self._nats.publish(question.inbox, msgspec.msgpack.encode(answer))
         except TransportError as error:
             log.warning("the metrics of this process are not shown: %s", error.message)
 
-    def text(self) -> bytes:
-        """What this process counts, in Prometheus text: its registry's, and prometheus_client's own registry's.
+    def text(self, *, lent: bool = False) -> bytes:
+        """What this process counts, in Prometheus text: its registry's, and prometheus_client's own registry's; those
+        that were `lent` too where others ask.
 
-        The latter has memory, CPU and file descriptors, and what libraries such as vLLM count.
+        prometheus_client's own has memory, CPU and file descriptors, and what libraries such as vLLM count.
         """
-        return self._write(())
-
-    def _write(self, lent: Sequence[CollectorRegistry]) -> bytes:
         from prometheus_client import REGISTRY
         from prometheus_client.exposition import generate_latest
 
         labels = {"service": self._service, "worker_id": self.worker_id}
-        return generate_latest(_Labelled([self.registry, *lent, REGISTRY], labels))
+        registries = [self.registry, *(self._lent if lent else ()), REGISTRY]
+        return generate_latest(_Labelled(registries, labels))
 
     async def gather(self) -> list[bytes]:
         """The texts of the other processes of the graph.

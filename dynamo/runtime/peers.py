@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dynamo.errors import ConfigError, TransportError
 from dynamo.transport import pulse
 from dynamo.transport.caller import CallerConnection, connect
-from dynamo.transport.host import host_id
+from dynamo.transport.host import ADVERTISED, STREAM_PORTS, host_id, is_loopback, same_network
 from dynamo.wire.messages import Instance, InstanceId
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SILENCE_S = 5.0
 SILENCE_VARIABLE = "DYN_PEER_SILENCE_S"
+UNREACHED_S = 5.0
+"""How long a process on another host may be out of reach before that is told: its host may just have ended."""
+TELL_AGAIN_S = 600.0
 
 
 def silence_s() -> float:
@@ -34,15 +37,37 @@ def silence_s() -> float:
     return value
 
 
+class Unreached:
+    """Tells of hosts that cannot be reached: in one line for all processes of a host, and rarely again."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, float] = {}
+
+    def tell(self, instance: Instance, fact: str, hint: str) -> None:
+        now, host = time.monotonic(), instance.host
+        if now - self._told.get(host, -TELL_AGAIN_S) >= TELL_AGAIN_S:
+            self._told[host] = now
+            name = f"{instance.namespace}/{instance.component}"
+            log.warning("%s %x, on another host, cannot be reached: %s; %s", name, instance.id, fact, hint)
+
+    def reached(self, instance: Instance) -> None:
+        if self._told.pop(instance.host, None) is not None:
+            log.info("%s/%s %x is reached now", instance.namespace, instance.component, instance.id)
+
+
 class Peer:
     """One process that may be called. `available` while connected and not stopping."""
 
-    def __init__(self, instance: Instance, on_change: Callable[[], None], silence_s: float) -> None:
+    def __init__(
+        self, instance: Instance, on_change: Callable[[], None], silence_s: float, unreached: Unreached
+    ) -> None:
         self.id = instance.id
         self.instance = instance
         self.connection: CallerConnection | None = None
         self.stopping = False
-        self._on_change, self._silence_s = on_change, silence_s
+        self._on_change, self._silence_s, self._unreached = on_change, silence_s, unreached
+        self._elsewhere = bool(instance.host) and not same_network(instance.host)
+        self._missed_since: float | None = None
         self._watch: pulse.Watch | None = None
         self._lost = asyncio.Event()
         self.task = asyncio.get_running_loop().create_task(self._keep(), name=f"peer {instance.id:x}")
@@ -58,16 +83,20 @@ class Peer:
 
     async def _keep(self) -> None:
         """Connect, and again whenever the connection is lost, as long as the instance is registered."""
+        if self._elsewhere and is_loopback(self.instance.streams.get("tcp", "").rpartition(":")[0]):
+            self._unreached.tell(
+                self.instance,
+                f"it says {self.instance.streams['tcp']}, which is its own loopback",
+                f"there, set NATS_SERVER to nats://<an address of the NATS host>:4222, not localhost, or {ADVERTISED}",
+            )
+            return  # another process of this host may listen there
         failures = 0
-        same_host = self.instance.host == host_id()
         while True:
             self._lost.clear()
             started = time.monotonic()
             try:
                 self._watch = await self._watch_it()
-                self.connection = await connect(
-                    self.instance.streams, same_host=same_host, on_lost=self._on_lost, on_bye=self._on_bye
-                )
+                self.connection = await self._connect()
                 self._on_change()
                 await self._lost.wait()
                 if time.monotonic() - started > RETRY_S[-1]:
@@ -78,6 +107,25 @@ class Peer:
             self._unwatch()
             await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
             failures += 1
+
+    async def _connect(self) -> CallerConnection:
+        same_host = self.instance.host == host_id()
+        try:
+            connection = await connect(
+                self.instance.streams, same_host=same_host, on_lost=self._on_lost, on_bye=self._on_bye
+            )
+        except TransportError as error:
+            now = time.monotonic()
+            self._missed_since = self._missed_since or now
+            if self._elsewhere and now - self._missed_since >= UNREACHED_S:
+                ports = f"{STREAM_PORTS[0]}-{STREAM_PORTS[-1]}"
+                self._unreached.tell(
+                    self.instance, error.message.rpartition(": ")[2], f"open its TCP ports {ports} to this host"
+                )
+            raise
+        self._missed_since = None
+        self._unreached.reached(self.instance)
+        return connection
 
     async def _watch_it(self) -> pulse.Watch | None:
         """Before the connection, which the kernel accepts for a stopped process too. Raises TransportError."""
@@ -135,6 +183,7 @@ class Peers:
         self._retired: weakref.WeakSet[Peer] = weakref.WeakSet()
         self._listeners: list[Callable[[], None]] = []
         self._silence_s = silence_s()
+        self._unreached = Unreached()
 
     def on_change(self, listener: Callable[[], None]) -> None:
         self._listeners.append(listener)
@@ -146,7 +195,7 @@ class Peers:
     def join(self, instance: Instance) -> Peer:
         peer, users = self._peers.get(instance.id, (None, 0))
         if peer is None:
-            peer = Peer(instance, self._changed, self._silence_s)
+            peer = Peer(instance, self._changed, self._silence_s, self._unreached)
         self._peers[instance.id] = (peer, users + 1)
         return peer
 

@@ -142,13 +142,20 @@ class Call:
         endpoint.running.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-        endpoint.processing_s += time.monotonic() - self._started
+        taken_s = time.monotonic() - self._started
+        endpoint.processing_s += taken_s
         if error is not None:
             endpoint.failed(error)
             if not isinstance(error, DynamoError):
-                self._context.run(log.error, "%s failed: %r", endpoint.where, error, exc_info=error)
+                self._tell(logging.ERROR, "%s failed: %r", endpoint.where, error, exc_info=error)
+        if log.isEnabledFor(logging.DEBUG):
+            self._tell(logging.DEBUG, "%s ended in %.3f s: %s", endpoint.where, taken_s, error or "ok")
         self.outgoing.end(error, endpoint.where)
         self._server.ended()
+
+    def _tell(self, level: int, text: str, *facts: object, exc_info: BaseException | None = None) -> None:
+        """Log with the request's id. In a copy of the context: the call's own may be entered now."""
+        self._context.copy().run(log.log, level, text, *facts, exc_info=exc_info)
 
 
 class Server:

@@ -13,4 +13,5 @@ endpoints: `ComponentEndpoint` objects, in alphabetical order of their methods; 
 lease: the process's lease, with `id()`
 progress: call it with a text that tells what the start is waiting for
 url: of the HTTP server, once there is one
+headless: set by a start hook of a process that nobody is to call, a text that says what it is: it registers no endpoint
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -27,8 +28,11 @@ class Graph:
 
     def service(self, name: str) -> type[Any]:
         if name not in self.services:
+            near = difflib.get_close_matches(name, self.services, 1)
             raise GraphError(
-                f"{self.spec} has no service {name!r}", hint=f"services of this graph: {', '.join(self.services)}"
+                f"{self.spec} has no service {name!r}",
+                hint=(f"did you mean {near[0]}? " if near else "")
+                + f"services of this graph: {', '.join(self.services)}",
             )
         return self.services[name]
 

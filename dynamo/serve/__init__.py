@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from dynamo.sdk.graph import Graph
 
 
-def run(spec: str, graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
+def run(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
     """What `dynamo serve` does once the configuration is good. Returns the exit code.
 
     Raises ConfigError for what can be known before anything starts: too few GPUs, a port that is taken.
     """
     from dynamo.serve import deployment, guard
 
-    if options.service_name is not None:
-        return deployment.run_alone(spec, resolved, options)
-    deployment.check(graph, resolved, options)
+    processes = deployment.check(graph, resolved, options)
+    if options.service_names and processes == 1 and not (options.supervise or options.reload):
+        return deployment.run_alone(graph, resolved, options)
     return guard.guarded(lambda: deployment.run(graph, resolved, options))

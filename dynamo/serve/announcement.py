@@ -19,7 +19,8 @@ FILE = "graph.json"
 
 
 class RunningGraph(NamedTuple):
-    """One `dynamo serve` on this machine. `env` has NATS_SERVER and ETCD_ENDPOINTS; `started` is Unix time in seconds."""
+    """One `dynamo serve` on this machine. `env` has NATS_SERVER and ETCD_ENDPOINTS; `started` is Unix time in seconds;
+    `metrics` is where its processes are scraped, if anywhere."""
 
     graph: str
     pid: int
@@ -27,13 +28,16 @@ class RunningGraph(NamedTuple):
     started: float
     run_dir: str
     env: Mapping[str, str]
+    metrics: str = ""
 
 
-def write(run_dir: Path, spec: str, address: tuple[str, int] | None, env: Mapping[str, str]) -> IO[str]:
+def write(
+    run_dir: Path, spec: str, address: tuple[str, int] | None, env: Mapping[str, str], metrics: str = ""
+) -> IO[str]:
     """Write the file and hold its lock until the returned file is closed."""
     file = (run_dir / FILE).open("w", encoding="utf-8")
     fcntl.flock(file, fcntl.LOCK_EX)
-    found = RunningGraph(spec, os.getpid(), _url(address), time.time(), str(run_dir), env)
+    found = RunningGraph(spec, os.getpid(), _url(address), time.time(), str(run_dir), env, metrics)
     json.dump(found._asdict(), file, indent=2)
     file.flush()
     return file

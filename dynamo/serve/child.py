@@ -19,7 +19,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 LINE_BYTES = 64 * 1024  # a longer line is cut into pieces
 TAIL_LINES = 40  # kept of the output
+OUTPUT_PAUSE_S = 0.02  # between two looks at the output: a busy process writes a line for each request
 LAST_WORDS_BYTES = 1024 * 1024  # read at most of a pipe after the end: a descendant may still be writing
 LOG_BYTES = 64 * 1024 * 1024  # a larger log becomes <name>.log.1 and a new one begins
 EXIT_POLL_S = 0.05  # where there is no pidfd
@@ -105,7 +106,7 @@ class Child:
         os.close(output_w)
         os.close(status_w)
         self.pid = self._process.pid
-        self._output = _Lines(output, self._take_output)
+        self._output = _Lines(output, self._take_output, OUTPUT_PAUSE_S)
         self._status = _Lines(status, self._take_status)
         loop = asyncio.get_running_loop()
         self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else -1
@@ -174,63 +175,82 @@ class Child:
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def _take_output(self, line: bytes) -> None:
-        self._log.write(line)
-        text = line.rpartition(b"\r")[2].decode(errors="replace")  # a progress bar as it last was
-        self.tail.append(text)
-        self._console.output(text)
+    def _take_output(self, lines: Sequence[bytes]) -> None:
+        self._log.write(lines)
+        for line in lines:
+            text = line.rpartition(b"\r")[2].decode(errors="replace")  # a progress bar as it last was
+            self.tail.append(text)
+            self._console.output(text, self.spec.name)
 
-    def _take_status(self, line: bytes) -> None:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if isinstance(event, dict):
-            self._on_event(self, event)
-        else:
-            log.warning("%s wrote to its status pipe what is not an event: %.100r", self.spec.name, line)
+    def _take_status(self, lines: Sequence[bytes]) -> None:
+        self._output.pump(LINE_BYTES)  # what it said before
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if isinstance(event, dict):
+                self._on_event(self, event)
+            else:
+                log.warning("%s wrote to its status pipe what is not an event: %.100r", self.spec.name, line)
 
 
 class _Lines:
-    """Reads a pipe as it fills and hands over its lines, without their ends and of at most LINE_BYTES."""
+    """Reads a pipe as it fills and hands over its lines, without their ends and of at most LINE_BYTES.
 
-    def __init__(self, fd: int, take: Callable[[bytes], None]) -> None:
+    After each look it waits `pause_s`, unless the pipe was full: a look costs more than the lines.
+    """
+
+    def __init__(self, fd: int, take: Callable[[Sequence[bytes]], None], pause_s: float = 0.0) -> None:
         self._fd = fd
         self._take = take
+        self._pause_s = pause_s
         self._rest = b""
         self._open = True
+        self._loop = asyncio.get_running_loop()
         os.set_blocking(fd, False)
-        asyncio.get_running_loop().add_reader(fd, self.pump, 1)
+        self._watch()
 
-    def pump(self, limit_bytes: int) -> None:
-        """Read what is there; stop after `limit_bytes` or a little more."""
-        while self._open and limit_bytes > 0:
+    def _watch(self) -> None:
+        if self._open:
+            self._loop.add_reader(self._fd, self._look)
+
+    def _look(self) -> None:
+        if self.pump(1) < LINE_BYTES and self._pause_s and self._open:
+            self._loop.remove_reader(self._fd)
+            self._loop.call_later(self._pause_s, self._watch)
+
+    def pump(self, limit_bytes: int) -> int:
+        """Read what is there; stop after `limit_bytes` or a little more. Returns how many bytes that was."""
+        size = 0
+        while self._open and size < limit_bytes:
             try:
                 data = os.read(self._fd, LINE_BYTES)
             except BlockingIOError:
-                return
+                break
             if not data:
                 self.close()
-                return
-            limit_bytes -= len(data)
+                break
+            size += len(data)
             *lines, self._rest = (self._rest + data).split(b"\n")
-            for line in lines:
-                self._take_pieces(line.removesuffix(b"\r"))
+            pieces = [piece for line in lines for piece in _pieces(line.removesuffix(b"\r"))]
             while len(self._rest) >= LINE_BYTES:
-                self._take(self._rest[:LINE_BYTES])
+                pieces.append(self._rest[:LINE_BYTES])
                 self._rest = self._rest[LINE_BYTES:]
-
-    def _take_pieces(self, line: bytes) -> None:
-        for start in range(0, len(line) or 1, LINE_BYTES):
-            self._take(line[start : start + LINE_BYTES])
+            self._take(pieces)
+        return size
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            asyncio.get_running_loop().remove_reader(self._fd)
+            self._loop.remove_reader(self._fd)
             os.close(self._fd)
             if self._rest:
-                self._take(self._rest)
+                self._take([self._rest])
+
+
+def _pieces(line: bytes) -> Iterable[bytes]:
+    return (line[start : start + LINE_BYTES] for start in range(0, len(line) or 1, LINE_BYTES))
 
 
 class _Log:
@@ -247,9 +267,11 @@ class _Log:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, line: bytes) -> None:
-        with contextlib.suppress(OSError):
-            self._size += self._file.write(line + b"\n")
+    def write(self, lines: Sequence[bytes]) -> None:
+        if not lines:
+            return
+        with contextlib.suppress(OSError, ValueError):  # closed, where no new one could be opened
+            self._size += self._file.write(b"\n".join([*lines, b""]))
             if self._size > LOG_BYTES:
                 self._file.close()
                 os.replace(self._path, f"{self._path}.1")

@@ -1,5 +1,6 @@
 """What a user sees of `dynamo serve` on the terminal, all of it on standard error.
 
+    metrics: http://127.0.0.1:9091/metrics
     starting 3 processes: Frontend, Processor, VllmWorker
     Frontend ready in 0.8 s
     VllmWorker: loading model (12 s)
@@ -9,20 +10,34 @@
     stopping: draining (Ctrl-C again to force)
     stopped in 0.9 s
 
+With DYN_LOGGING_JSONL each of these lines is a JSON object, and so is each line of a child: what it printed otherwise than
+by logging becomes the message of one, with the target `output`.
+
 A thread does the writing. A terminal that is slow, or halted with Ctrl-S, must not stop the supervisor, nor (through
 their full pipes) the workers: when 10 000 lines wait, further ones are dropped and counted; the log files have them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
 from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from dynamo import log
 
 QUEUE_LINES = 10_000
+WRITE_LINES = 200  # at a time
 _COLOURS = {"good": "\x1b[32m", "note": "\x1b[33m", "bad": "\x1b[31m", "faint": "\x1b[2m", "head": "\x1b[1m"}
 _RESET = "\x1b[0m"
+_LEVELS = {"bad": "ERROR", "note": "WARNING"}
+
+
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 def seconds(duration_s: float) -> str:
@@ -43,6 +58,7 @@ class Console:
     def __init__(self, fd: int = 2, *, colour: bool | None = None) -> None:
         self._fd = fd
         self._colour = os.isatty(fd) and not os.environ.get("NO_COLOR") if colour is None else colour
+        self._lines = log.Formatter("serve") if log.jsonl() else None
         self._queue: queue.Queue[str | threading.Event] = queue.Queue(QUEUE_LINES)
         self._dropped = 0
         threading.Thread(target=self._write, name="console", daemon=True).start()
@@ -53,21 +69,26 @@ class Console:
         count = f"{len(names)} process" + ("es" if len(names) != 1 else "")
         self.say(f"starting {count}: {', '.join(names)}", "head")
 
+    def metrics(self, url: str) -> None:
+        self.say(f"metrics: {url}")
+
     def progress(self, name: str, text: str, elapsed_s: float) -> None:
-        self.say(f"{name}: {text or 'starting'} ({seconds(elapsed_s)})", "faint")
+        self.say(f"{name}: {text or 'starting'} ({seconds(elapsed_s)})", "faint", process=name)
 
     def process_ready(self, name: str, elapsed_s: float, detail: str = "", *, again: bool = False) -> None:
         text = f"{name} ready {'again ' if again else ''}in {seconds(elapsed_s)}"
-        self.say(text + (f" ({detail})" if detail else ""), "good")
+        self.say(text + (f" ({detail})" if detail else ""), "good", process=name, seconds=round(elapsed_s, 3))
 
     def serving(self, elapsed_s: float, url: str = "") -> None:
-        self.say(f"ready in {seconds(elapsed_s)}" + (f": {url}" if url else ""), "good")
+        text = f"ready in {seconds(elapsed_s)}" + (f": {url}" if url else "")
+        self.say(text, "good", seconds=round(elapsed_s, 3), url=url)
 
     def restarting(self, name: str, how: str, error: str, delay_s: float) -> None:
-        self.say(f"{name} {how}{f': {error}' if error else ''}; restarting in {seconds(delay_s)}", "note")
+        text = f"{name} {how}{f': {error}' if error else ''}; restarting in {seconds(delay_s)}"
+        self.say(text, "note", process=name)
 
     def draining(self) -> None:
-        self.say("stopping: draining (Ctrl-C again to force)", "note")
+        self.say("stopping: draining (Ctrl-C again to force)", "note", level="INFO")
 
     def forcing(self) -> None:
         self.say("stopping now", "note")
@@ -75,26 +96,39 @@ class Console:
     def stopped(self, elapsed_s: float) -> None:
         self.say(f"stopped in {seconds(elapsed_s)}")
 
-    def failed(self, what: str, fact: str, hint: str = "", lines: Sequence[str] = (), log: str = "") -> None:
+    def failed(self, what: str, fact: str, hint: str = "", lines: Sequence[str] = (), path: str = "") -> None:
         """An error: `<what>: <fact>`, its hint, and the last lines of the process with the place of the rest."""
+        if self._lines is not None:
+            self.say(f"{what}: {fact}", "bad", hint=hint, output=list(lines), log=path)
+            return
         self.say(f"{what}: {fact}", "bad")
         if hint:
             self.say(f"hint: {hint}")
         for line in lines:
             self.say(f"  | {line}")
-        if log:
-            self.say(f"  its whole output: {log}")
+        if path:
+            self.say(f"  its whole output: {path}")
 
     # -- what carries it
 
-    def say(self, text: str, colour: str = "") -> None:
-        """One line. `colour`: good, note, bad, faint, head, or none."""
+    def say(self, text: str, colour: str = "", *, level: str = "", **facts: Any) -> None:
+        """One line. `colour`: good, note, bad, faint, head, or none.
+
+        Of a JSON line: `level`, where the colour does not tell it, and `facts`, further fields, unless empty.
+        """
+        if self._lines is not None:
+            told = {name: fact for name, fact in facts.items() if fact not in ("", [])}
+            self._put(self._json(text, level or _LEVELS.get(colour, "INFO"), **told))
+            return
         start = _COLOURS.get(colour, "") if self._colour else ""
         self._put(f"{start}{text}{_RESET if start else ''}\n")
 
-    def output(self, line: str) -> None:
-        """A line that a child printed, as it came."""
-        self._put(line + "\n")
+    def output(self, line: str, name: str) -> None:
+        """A line that the process `name` printed, as it came."""
+        if self._lines is None or _is_object(line):
+            self._put(line + "\n")
+        else:
+            self._put(log.dump(self._lines.begin("INFO", "output", name, line)) + "\n")
 
     def flush(self, timeout_s: float = 1.0) -> None:
         """Wait until all lines so far are written, at most `timeout_s`. Blocks."""
@@ -105,6 +139,10 @@ class Console:
             return
         written.wait(timeout_s)
 
+    def _json(self, text: str, level: str = "INFO", **facts: Any) -> str:
+        assert self._lines is not None
+        return log.dump({**self._lines.begin(level, "dynamo.serve", "serve", text), **facts}) + "\n"
+
     def _put(self, line: str) -> None:
         try:
             self._queue.put_nowait(line)
@@ -114,16 +152,29 @@ class Console:
     def _write(self) -> None:
         """The thread. It writes to the descriptor, not through sys.stderr, whose lock it would hold while it waits."""
         while True:
-            item = self._queue.get()
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
+            items = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(items) < WRITE_LINES:
+                    items.append(self._queue.get_nowait())
+            text = "".join(item for item in items if isinstance(item, str))
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
-                item = f"({dropped} lines not shown: the terminal was too slow)\n{item}"
-            data = item.encode(errors="replace")
+                note = f"({dropped} lines not shown: the terminal was too slow)"
+                text = (f"{note}\n" if self._lines is None else self._json(note, "WARNING")) + text
+            data = text.encode(errors="replace")
             try:
                 while data:
                     data = data[os.write(self._fd, data) :]
             except OSError:  # the terminal was closed, or the reader of the pipe has left
                 pass
+            for item in items:
+                if isinstance(item, threading.Event):
+                    item.set()
+
+
+def _is_object(line: str) -> bool:
+    try:
+        _decode(line)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+    return True

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Collection
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvloop
 
 from dynamo import log
-from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import constructor_arguments, declared
 from dynamo.errors import DynamoError, StartError
 from dynamo.llm.engines.kv_transfer.session import SECRET
 from dynamo.sdk.service import spec_of
-from dynamo.serve import announcement, gpus, infra, ports
+from dynamo.serve import announcement, gpus, host_metrics, infra, ports
 from dynamo.serve.child import Event, ProcessSpec
-from dynamo.serve.console import Console
+from dynamo.serve.console import Console, seconds
+from dynamo.serve.host_metrics import HostMetrics
 from dynamo.serve.http_service import http_address
 from dynamo.serve.plan import RELOAD, RUN_DIR, namespace_of, plan
 from dynamo.serve.supervisor import Supervisor
+from dynamo.transport.host import METRICS_ADDRESS, bound_host
 
 if TYPE_CHECKING:
     from dynamo.config.layers import Resolved
@@ -40,12 +42,22 @@ RESTART_WAIT_S = 0.2
 INFRA_RESTARTS = 20
 
 
-def check(graph: Graph, resolved: Resolved, options: ServeOptions) -> None:
-    """Raises ConfigError for what would fail later: GPUs that are not there, a port that is taken."""
-    plan(graph, resolved.services, working_dir=options.working_dir, visible_gpus=gpus.visible(), environment={})
+def check(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
+    """How many processes it will be. Raises ConfigError for what would fail later: GPUs that are not there, a port that
+    is taken."""
+    processes = _plan(graph, resolved, options, {})
     address = _entry_address(graph, resolved)
     if address is not None:
         ports.check(*address)
+    if options.metrics_port and (port := host_metrics.claim(options, os.environ.get("NATS_SERVER", ""))):
+        port.close()
+    return len(processes)
+
+
+def _plan(graph: Graph, resolved: Resolved, options: ServeOptions, env: Mapping[str, str]) -> list[ProcessSpec]:
+    given = {**env, SECRET: os.environ.get(SECRET) or secrets.token_hex(32)}  # several hosts are given the same
+    services, visible = resolved.services, gpus.visible()
+    return plan(graph, services, working_dir=options.working_dir, visible_gpus=visible, environment=given)
 
 
 def _entry_address(graph: Graph, resolved: Resolved) -> tuple[str, int] | None:
@@ -90,32 +102,33 @@ def run(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
 
 async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir: Path, console: Console) -> int:
     servers = await infra.ensure(run_dir, options.infra)
-    console.say(servers.description)
+    console.say(_described(servers, options))
     try:
-        processes = plan(
-            graph,
-            resolved.services,
-            working_dir=options.working_dir,
-            visible_gpus=gpus.visible(),
-            environment={
-                **servers.env,
-                RUN_DIR: str(run_dir),
-                SECRET: os.environ.get(SECRET) or secrets.token_hex(32),  # several hosts are given the same
-                **({RELOAD: "1"} if options.reload else {}),
-            },
-        )
+        bound_host(servers.nats_url)  # a bad DYN_HOST_IP is one error here, not one of each process
+        env = {**servers.env, RUN_DIR: str(run_dir), **({RELOAD: "1"} if options.reload else {})}
+        port = host_metrics.claim(options, servers.nats_url)
+        if port is not None:
+            env[METRICS_ADDRESS] = port.address
+            console.metrics(port.url)
+        processes = _plan(graph, resolved, options, env)
         revoker = _Revoker(servers.etcd_endpoints)
+        beside = [(name, _keeper(name, servers, console)) for name in servers.embedded]
         supervisor = Supervisor(
             processes,
             run_dir=run_dir,
             console=console,
             on_exit=revoker.revoke,
-            also=[(name, _keeper(name, servers, console)) for name in servers.embedded],
+            also=beside,
             spare=lambda: [process.pid for process in servers.processes.values()],
             changes=_edits(options.working_dir) if options.reload else None,
+            joined=_joined(graph, resolved, servers) if options.service_names else "",
         )
+        if port is not None:
+            pages = HostMetrics(run_dir, port.address, supervisor.processes).pages
+            beside.append(("metrics", partial(host_metrics.serve, port, pages)))
+        address, scraped = _entry_address(graph, resolved), port.url if port is not None else ""
         try:
-            with announcement.write(run_dir, graph.spec, _entry_address(graph, resolved), servers.env):
+            with announcement.write(run_dir, graph.spec, address, servers.env, scraped):
                 return await supervisor.run()
         finally:
             await revoker.close()
@@ -170,17 +183,37 @@ class _Revoker:
             await self._etcd.close()
 
 
-def run_alone(spec: str, resolved: Resolved, options: ServeOptions) -> int:
-    """One service of the graph in this process, in the foreground, beside NATS and etcd that run already."""
+def _described(servers: infra.Infra, options: ServeOptions) -> str:
+    return f"joining the graph at {servers.description}" if options.service_names else servers.description
+
+
+def _joined(graph: Graph, resolved: Resolved, servers: infra.Infra) -> str:
+    """What is told when services of a graph that runs elsewhere are ready."""
+    names = [f"{namespace_of(cls, resolved.services)}/{name}" for name, cls in graph.services.items()]
+    return f"joined {', '.join(names)} of the graph at {servers.nats_address}"
+
+
+def run_alone(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
+    """The first process of the graph in this process, in the foreground, beside NATS and etcd that run already.
+
+    Ends with the process: its exit code is the command's.
+    """
     from dynamo.serve import process
 
-    async def external() -> dict[str, str]:
-        found = await infra.ensure(Path(tempfile.gettempdir()), "external")
-        print(found.description, file=sys.stderr)
-        return found.env
+    started = time.monotonic()
+    servers = asyncio.run(infra.ensure(Path(tempfile.gettempdir()), "external"))
+    print(f"joining the graph at {servers.description}", file=sys.stderr)
+    bound_host(servers.nats_url)
+    env, port = dict(servers.env), host_metrics.claim(options, servers.nats_url)
+    if port is not None:
+        env[METRICS_ADDRESS] = port.address
+        print(f"metrics: {port.url}", file=sys.stderr)
+    spec = _plan(graph, resolved, options, env)[0]
 
-    os.environ.update(asyncio.run(external()))
-    os.environ[VARIABLE] = json.dumps(resolved.services)
+    def ready(event: Event) -> None:
+        text = event.get("text") or _joined(graph, resolved, servers)
+        print(f"ready in {seconds(time.monotonic() - started)}: {event.get('url') or text}", file=sys.stderr)
+
+    os.environ.update(spec.env)
     os.chdir(options.working_dir)
-    assert options.service_name is not None
-    process.main([spec, "--service-name", options.service_name])
+    process.main(spec.argv[3:], ready, port)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dynamo.config import document, overrides
-from dynamo.config.layers import COMMON, Layer, resolve
+from dynamo.config.layers import COMMON, SERVICE_ARGS, Layer, resolve
 from dynamo.config.options import ServeOptions
 from dynamo.config.settings import check, declared, knows
 from dynamo.errors import DynamoError, GraphError
@@ -34,16 +34,18 @@ def alone(cls: type[Any], argv: Sequence[str] | None = None) -> NoReturn:
         parser.add_argument("-f", "--config-file", type=Path, metavar="FILE", help="YAML file of settings by service")
         file = parser.parse_args(rest).config_file
         spec = f"{_module(cls)}:{spec_of(cls).name}"
-        services = {name: declared(found) for name, found in load(spec).services.items()}
+        graph = load(spec)
+        services = {name: declared(found) for name, found in graph.services.items()}
         if file is not None:
             layers = [_only(document.load(file), {*services, COMMON}), *layers]
+        layers = [*layers, overrides.setting((cls.__name__, SERVICE_ARGS, "workers"), 1, "python -m")]
         resolved = resolve(layers, services, partial(knows, services))
         mine = {cls.__name__: resolved.services.get(cls.__name__, {})}
         check(replace(resolved, services=mine, unclaimed=()), {cls.__name__: services[cls.__name__]})
         os.environ.pop("DYNAMO_STATUS_FD", None)
         from dynamo.serve.deployment import run_alone
 
-        run_alone(spec, resolved, ServeOptions(service_name=cls.__name__))
+        run_alone(replace(graph, services={cls.__name__: graph.service(cls.__name__)}), resolved, ServeOptions())
     except DynamoError as error:
         sys.exit(f"error: {error}")
     raise AssertionError("a service alone ends with its process")

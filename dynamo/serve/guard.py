@@ -25,7 +25,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -153,8 +152,8 @@ def _supervise(run: Callable[[], int], guard_pid: int) -> NoReturn:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)  # JSON where log.configure has set it so
     finally:
         _handle_stop_signals(signal.SIG_IGN)
         kill_tree(0 if guard_is_gone() else GRACE_S)

@@ -1,4 +1,5 @@
-"""The HTTP side of one service's process: `@api` methods and probes on its own server, probes on the system app."""
+"""The HTTP side of one service's process: `@api` methods and probes on its own server, probes and metrics on the system
+app."""
 
 from __future__ import annotations
 
@@ -37,10 +38,19 @@ class HttpService:
     """Both servers of one process; neither exists unless something needs it."""
 
     def __init__(
-        self, instance: Any, settings: Mapping[str, Any], *, entry: bool, workers: int, run_dir: Path | None
+        self,
+        instance: Any,
+        settings: Mapping[str, Any],
+        *,
+        entry: bool,
+        workers: int,
+        run_dir: Path | None,
+        metrics: Callable[[], bytes],
     ) -> None:
+        """`metrics`: what the system app answers to /metrics."""
         self._instance, self._cls = instance, type(instance)
         self._settings, self._entry, self._workers, self._run_dir = settings, entry, workers, run_dir
+        self._metrics = metrics
         self._spec = spec_of(self._cls)
         self._server: ApiServer | None = None
         self._system: ApiServer | None = None
@@ -48,7 +58,8 @@ class HttpService:
         """until the start hooks are done, probes answer without the component's methods: healthy, and not ready"""
 
     async def start_system_app(self) -> None:
-        """Probes on DYNAMO_SYSTEM_APP_HOST and _PORT, if DYNAMO_SYSTEM_APP_ENABLED says so: from before the start hooks on.
+        """Probes and metrics on DYNAMO_SYSTEM_APP_HOST and _PORT, if DYNAMO_SYSTEM_APP_ENABLED says so: from before the
+        start hooks on.
 
         Raises StartError when the port is taken.
         """
@@ -62,7 +73,7 @@ class HttpService:
         except StartError as error:
             hint = f"give the port to one service: {self._spec.name}.ServiceArgs.envs.DYNAMO_SYSTEM_APP_PORT"
             raise StartError(f"system app of {self._spec.name}: {error.message}", hint=hint) from None
-        app = create_api(self._spec.system_app, f"{self._spec.name}-system", [], self._checks())
+        app = create_api(self._spec.system_app, f"{self._spec.name}-system", [], self._checks(), self._metrics)
         self._system = ApiServer(app, host, listener)
         await self._system.start()
         logger.info("system app: %s", self._system.url)

@@ -190,6 +190,11 @@ class Infra:
         """The embedded servers' processes by name ("nats", "etcd"), for a supervisor to watch; new after a restart."""
         return {name: server.process for name, server in self.embedded.items() if server.process is not None}
 
+    @property
+    def nats_address(self) -> str:
+        """Its URL without user and password."""
+        return f"{NATS.scheme}://{_addresses(self.nats_url, NATS)}"
+
     async def restart_nats(self) -> None:
         """End the embedded NATS if it runs, and start it on the same port; what JetStream keeps in files is there."""
         await self._restart("nats")
@@ -251,13 +256,13 @@ async def _external(kind: Kind, must: bool) -> tuple[str, str]:
         host, _, port = address.rpartition(":")
         if await answers(host.strip("[]"), int(port)):
             return url, kind.variable if named else "found there"
-    if named:
-        hint = f"start it, or unset {kind.variable} to have one started"
-        raise StartError(f"{kind.name} does not answer at {_addresses(url, kind)} ({kind.variable})", hint=hint)
+    if not (named or must):
+        return "", ""
+    where = f"{_addresses(url, kind)} ({kind.variable})" if named else _addresses(url, kind)
+    hint = f"start it, or unset {kind.variable} to have one started"
     if must:
-        hint = f"start it, set {kind.variable}, or use --infra embedded"
-        raise StartError(f"{kind.name} does not answer at {_addresses(url, kind)}", hint=hint)
-    return "", ""
+        hint = f"start it, or set {NATS.variable} and {ETCD.variable} to where they run"
+    raise StartError(f"{kind.name} does not answer at {where}", hint=hint)
 
 
 def _addresses(urls: str, kind: Kind) -> str:

@@ -17,6 +17,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,15 +29,19 @@ from dynamo.config.service_config import ServiceConfig
 from dynamo.config.settings import constructor_arguments
 from dynamo.errors import DynamoError
 from dynamo.runtime import Client, DistributedRuntime
+from dynamo.runtime.targets import MetricsTargets
 from dynamo.sdk import bind, dynamo_context
 from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Avoiding, Choice, Remote, dependencies
 from dynamo.sdk.endpoint import EndpointSpec, Hook, hooks
 from dynamo.sdk.graph import Graph, load
 from dynamo.sdk.service import spec_of
+from dynamo.serve import host_metrics
 from dynamo.serve.channels import ServiceChannels
+from dynamo.serve.host_metrics import MetricsPort
 from dynamo.serve.http_service import HttpService
 from dynamo.serve.live_settings import LiveSettings
+from dynamo.serve.metrics_socket import METRICS, TARGETS, MetricsSocket, path_of
 from dynamo.serve.plan import RELOAD, RUN_DIR, namespace_of
 from dynamo.wire import codec
 from dynamo.wire.stream import Reply, Stream
@@ -51,9 +57,10 @@ READINESS_EVERY_S = 0.02
 
 
 class Status:
-    """Tells the supervisor, if there is one, over the pipe that it gave."""
+    """Tells the supervisor, if there is one, over the pipe that it gave; else `on_ready` is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self._on_ready = on_ready
         fd = os.environ.pop("DYNAMO_STATUS_FD", "")
         self._fd = int(fd) if fd else None
         if self._fd is not None:
@@ -62,6 +69,8 @@ class Status:
     def tell(self, event: str, **fields: Any) -> bool:
         """True when a supervisor was told."""
         if self._fd is None:
+            if event == "ready" and self._on_ready is not None:
+                self._on_ready(fields)
             return False
         try:
             os.write(self._fd, json.dumps({"event": event, **fields}).encode() + b"\n")
@@ -118,9 +127,11 @@ class ServiceCaller:
 
 
 class ServiceProcess:
-    """One worker of one service. `run` returns the exit code."""
+    """One worker of one service. `run` returns the exit code. `port`: of this host's metrics, where it runs alone."""
 
-    def __init__(self, graph: Graph, name: str, worker_id: int, workers: int, status: Status) -> None:
+    def __init__(
+        self, graph: Graph, name: str, worker_id: int, workers: int, status: Status, port: MetricsPort | None = None
+    ) -> None:
         self.graph, self.name, self.status = graph, name, status
         self.cls = graph.service(name)
         self.config = ServiceConfig.get_instance()
@@ -131,6 +142,9 @@ class ServiceProcess:
         self.instance: Any = None
         self.http: HttpService | None = None
         self.live: LiveSettings | None = None
+        self._port = port
+        self._scraped: asyncio.Task[None] | None = None
+        self._socket: MetricsSocket | None = None
         self._constructed = False
         self._drain_s = DRAIN_S
 
@@ -155,7 +169,11 @@ class ServiceProcess:
             self.instance.__init__(**constructor_arguments(self.cls, settings))
             self._constructed = True
             entry = self.cls is self.graph.entry
-            self.http = HttpService(self.instance, settings, entry=entry, workers=self.workers, run_dir=run_dir)
+            text = partial(runtime.metrics.text, lent=True)
+            self.http = HttpService(
+                self.instance, settings, entry=entry, workers=self.workers, run_dir=run_dir, metrics=text
+            )
+            await self._show_metrics(runtime, run_dir)
             await self.http.start_system_app()
             await self._call_hooks("start")
             if self.stopping.is_set():
@@ -170,6 +188,25 @@ class ServiceProcess:
             return await self._live(runtime)
         finally:
             await self._shut_down(runtime)
+
+    async def _show_metrics(self, runtime: DistributedRuntime, run_dir: Path | None) -> None:
+        """To the supervisor, or, where there is none, on the metrics port."""
+        self.targets = MetricsTargets(runtime)
+
+        async def metrics() -> bytes:
+            return runtime.metrics.text(lent=True)
+
+        async def targets() -> bytes:
+            from dynamo.http.exposition import http_sd
+
+            return http_sd(await self.targets.addresses())
+
+        pages = {METRICS: metrics, TARGETS: targets}
+        if self._port is not None:
+            self._scraped = asyncio.get_running_loop().create_task(host_metrics.serve(self._port, pages))
+        elif run_dir is not None:
+            self._socket = MetricsSocket(path_of(run_dir, self.label), pages)
+            await self._socket.open()
 
     def _fill_context(self, runtime: DistributedRuntime) -> None:
         component = runtime.namespace(self.namespace).component(self.name)
@@ -188,9 +225,9 @@ class ServiceProcess:
         )
 
     def _url(self) -> dict[str, str]:
-        url = dynamo_context.get("url")
+        url, headless = dynamo_context.get("url"), dynamo_context.get("headless")
         if not url:
-            return {}
+            return {"text": f"{headless}: no endpoint here"} if headless else {}
         return {"url": url} if self.cls is self.graph.entry else {"url": url, "text": url}
 
     async def _call_hooks(self, kind: Hook) -> list[Any]:
@@ -202,6 +239,18 @@ class ServiceProcess:
 
     async def _join(self, runtime: DistributedRuntime, callers: dict[str, ServiceCaller]) -> None:
         await runtime.connect()
+        await self.targets.publish()
+        if not dynamo_context.get("headless"):
+            await self._register(runtime, callers)
+        assert self.http is not None
+        self.http.starting = False
+        url = await self.http.start()
+        if url is not None:
+            dynamo_context["url"] = url
+        while not self.stopping.is_set() and not all(await self._call_hooks("readiness")):
+            await asyncio.sleep(READINESS_EVERY_S)
+
+    async def _register(self, runtime: DistributedRuntime, callers: dict[str, ServiceCaller]) -> None:
         for caller in callers.values():
             await caller.open()
         known = dependencies(self.cls)
@@ -216,13 +265,6 @@ class ServiceProcess:
             method = getattr(self.instance, endpoint.method)
             stats_data = getattr(self.instance, "stats_data", None)
             await runtime.serve(self.namespace, self.name, endpoint.name, method, endpoint.types()[0], stats_data)
-        assert self.http is not None
-        self.http.starting = False
-        url = await self.http.start()
-        if url is not None:
-            dynamo_context["url"] = url
-        while not self.stopping.is_set() and not all(await self._call_hooks("readiness")):
-            await asyncio.sleep(READINESS_EVERY_S)
 
     async def _unless_stopping(self, work: Any) -> None:
         waiting = asyncio.ensure_future(work)
@@ -270,6 +312,10 @@ class ServiceProcess:
             await self.http.close()
         if self.live is not None:
             await self.live.stop()
+        if self._scraped is not None:
+            self._scraped.cancel()
+        if self._socket is not None:
+            self._socket.close()
         await runtime.close()
         logger.debug("stopped in %.2f s", time.monotonic() - started)
 
@@ -283,20 +329,24 @@ def _sources() -> dict[str, list[str]]:
     return {"files": sorted(f for f in files if f.startswith(here) and "/site-packages/" not in f)}
 
 
-def main(argv: list[str] | None = None) -> NoReturn:
+def main(
+    argv: Sequence[str] | None = None,
+    on_ready: Callable[[dict[str, Any]], None] | None = None,
+    port: MetricsPort | None = None,
+) -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m dynamo.serve.process")
     parser.add_argument("graph")
     parser.add_argument("--service-name", required=True)
     parser.add_argument("--worker-id", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args(argv)
-    status = Status()
+    status = Status(on_ready)
     label = options.service_name if options.workers == 1 else f"{options.service_name}:{options.worker_id}"
     log.configure(label)
 
     async def run() -> int:
         graph = load(options.graph)
-        process = ServiceProcess(graph, options.service_name, options.worker_id, options.workers, status)
+        process = ServiceProcess(graph, options.service_name, options.worker_id, options.workers, status, port)
         return await process.run()
 
     try:

@@ -15,18 +15,19 @@ import logging
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from dynamo.errors import DynamoError
 from dynamo.serve import guard
 from dynamo.serve.child import Child, Event, ProcessSpec
 from dynamo.serve.console import Console
 
-__all__ = ["Event", "ProcessSpec", "RestartPolicy", "Supervisor"]
+__all__ = ["Event", "ProcessSpec", "ProcessState", "RestartPolicy", "Supervisor"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,14 @@ class RestartPolicy:
     window_s: float = 60.0
 
 
+class ProcessState(NamedTuple):
+    """`restarts`: how often it was started again, after its end or an edit."""
+
+    spec: ProcessSpec
+    ready: bool
+    restarts: int
+
+
 class Supervisor:
     """Runs `processes`, given dependencies first and entry service last. `run` may be called once.
 
@@ -62,6 +71,7 @@ class Supervisor:
     are drained and started again, and one that cannot start then waits for the next edit instead of giving up.
     `spare` gives the pids of children of this process that others started while `run` runs (embedded servers): without
     it they would be taken for leftovers. Children that exist when `run` is called are spared anyhow.
+    `joined` is told when all are ready and none of them has a URL.
     """
 
     def __init__(
@@ -77,6 +87,7 @@ class Supervisor:
         progress_s: float = 5.0,
         restarts: RestartPolicy = RestartPolicy(),
         changes: Callable[[], AsyncIterator[Collection[str]]] | None = None,
+        joined: str = "",
     ) -> None:
         self._specs = list(processes)
         self._logs = run_dir / "logs"
@@ -88,8 +99,10 @@ class Supervisor:
         self._progress_s = progress_s
         self._restarts = restarts
         self._changes = changes
+        self._joined = joined
         self._edited = asyncio.Event()
         self._running: dict[str, Child] = {}  # by name: the run that lives, or the last one
+        self._runs = Counter[str]()  # by name: how many there were
         self._not_mine: set[int] = set()
         self._up = False  # all were ready at once, once
         self._stopping = asyncio.Event()
@@ -116,6 +129,15 @@ class Supervisor:
                 self._sweep()
                 self._console.flush()
         return self._code
+
+    def processes(self) -> list[ProcessState]:
+        """All of them, as they are now."""
+        found = []
+        for spec in self._specs:
+            child = self._running.get(spec.name)
+            ready = child is not None and child.lives and bool(child.ready)
+            found.append(ProcessState(spec, ready, max(self._runs[spec.name] - 1, 0)))
+        return found
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as self._tasks:
@@ -146,6 +168,7 @@ class Supervisor:
                 self._fail(f"{spec.name} could not start", str(error))
                 return
             self._running[spec.name] = child
+            self._runs[spec.name] += 1
             try:
                 await child.ended()
                 self._say_farewell(child)
@@ -222,7 +245,7 @@ class Supervisor:
         if not self._up and all(child is not None and child.ready for child in children):
             self._up = True
             urls = [str(child.ready["url"]) for child in children if child is not None and child.ready.get("url")]
-            self._console.serving(time.monotonic() - self._started_at, urls[-1] if urls else "")
+            self._console.serving(time.monotonic() - self._started_at, urls[-1] if urls else self._joined)
 
     def _say_farewell(self, child: Child) -> None:
         """Call `on_exit` beside everything else: a restart does not wait for it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -166,7 +165,7 @@ async def connect(
     def protocol() -> CallerConnection:
         return CallerConnection(on_lost, on_bye)
 
-    with contextlib.suppress(TimeoutError):
+    try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             if same_host and "unix" in addresses:
                 try:
@@ -179,4 +178,6 @@ async def connect(
                     return (await loop.create_connection(protocol, host.strip("[]"), int(port)))[1]
                 except (OSError, ValueError) as error:
                     tried.append(f"tcp:{addresses['tcp']} ({getattr(error, 'strerror', None) or error})")
-    raise TransportError(f"cannot connect to the instance's stream plane: {', '.join(tried) or 'no answer in time'}")
+    except TimeoutError:
+        tried.append(f"tcp:{addresses.get('tcp', '?')} (no answer in {CONNECT_TIMEOUT_S:g} s)")
+    raise TransportError(f"cannot connect to the instance's stream plane: {', '.join(tried) or 'it has no address'}")

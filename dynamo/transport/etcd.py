@@ -48,7 +48,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own limit is two minutes
     ("grpc.min_reconnect_backoff_ms", 1500),  # despite its name: how long one attempt to connect may take
-    ("grpc.keepalive_time_ms", 10_000),  # etcd refuses clients that ping more often than every 5 s
+    ("grpc.keepalive_time_ms", 6000),  # etcd refuses clients that ping more often than every 5 s
     ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.http2.max_pings_without_data", 0),  # no limit: an idle watch must notice a dead peer too
     ("grpc.max_receive_message_length", -1),

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_URL = "nats://localhost:4222"
 CONNECT_TIMEOUT_S = 2.0
 RECONNECT_WAIT_S = 0.1
-PING_S = 5  # a server that hangs is given up after three of them
+PING_S = 3  # a server that hangs, or a link that is cut, is given up after three of them
 NO_RESPONDERS = "503"
 PENDING_BYTES = 64 << 20
 """what may wait here to be sent: a server that hangs takes nothing and is not yet known to be away"""

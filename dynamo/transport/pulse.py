@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import cast
 
 from dynamo.errors import TransportError
+from dynamo.transport.host import listening_socket
 
 BEAT_S = 1.0
 CONNECT_TIMEOUT_S = 1.0
@@ -23,12 +24,11 @@ FIRST_ANSWER_S = 2.0
 
 
 class Pulse:
-    """The callee's end. Raises OSError when the port is taken. `close` it."""
+    """The callee's end: listens on `host`, which others reach as `advertised`. Raises TransportError. `close` it."""
 
-    def __init__(self, host: str, port: int = 0) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._server = socket.create_server((host, port), family=family)
-        self.address = f"{host}:{self._server.getsockname()[1]}"
+    def __init__(self, host: str, advertised: str = "") -> None:
+        self._server = listening_socket(host)
+        self.address = f"{advertised or host}:{self._server.getsockname()[1]}"
         self._closing, closed = socket.socketpair()
         self._thread = threading.Thread(target=self._answer, args=(closed,), name="pulse", daemon=True)
         self._thread.start()

@@ -26,6 +26,15 @@ KEEPALIVE = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_
 """A host that vanished without a word is noticed in 9 s, which is less than the life of its lease."""
 
 
+def keep_alive(opened: socket.socket) -> None:
+    """Have the kernel notice when the other end of a TCP connection has vanished: see `KEEPALIVE`."""
+    with contextlib.suppress(OSError):
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            if hasattr(socket, option):  # not everywhere
+                opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
 class Connection(asyncio.Protocol):
     """One end: frames in, frames out."""
 
@@ -37,11 +46,7 @@ class Connection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
         opened = transport.get_extra_info("socket")
         if opened is not None and opened.family != socket.AF_UNIX:
-            with contextlib.suppress(OSError):
-                opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in KEEPALIVE.items():
-                    if hasattr(socket, option):  # not everywhere
-                        opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            keep_alive(opened)
 
     def data_received(self, data: bytes) -> None:
         try:

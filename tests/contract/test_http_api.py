@@ -326,14 +326,14 @@ async def _check_metrics(http: httpx.AsyncClient) -> None:
     await http.post("/v1/chat/completions", json=chat())
     await http.post("/v1/chat/completions", json=chat(temperature=9))
     await http.post("/v1/chat/completions", json=chat(model="nobody"))
-    model = 'model="tiny/model"'
-    labels = f'endpoint="chat_completions",{model}'
     page = await http.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain")
     for kind in ("stream", "unary"):
-        assert f'requests_total{{{labels},request_type="{kind}",status="success"}} 1.0' in page.text
-    refused = 'requests_total{endpoint="chat_completions",model="",request_type="unary",status="error"} 2.0'
-    assert refused in page.text
+        labels = f'error_type="",model="tiny/model",request_type="{kind}",status="success"'
+        assert f'requests_total{{endpoint="chat_completions",{labels}}} 1.0' in page.text
+    for error in ("validation", "not_found"):
+        labels = f'error_type="{error}",model="",request_type="unary",status="error"'
+        assert f'requests_total{{endpoint="chat_completions",{labels}}} 1.0' in page.text
     assert "nobody" not in page.text
     assert await _metric(http, "dynamo_frontend_inflight_requests") == 0
     assert await _metric(http, "dynamo_frontend_queued_requests") == 0

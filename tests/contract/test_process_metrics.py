@@ -1,4 +1,4 @@
-"""Metrics of several processes, collected over a real NATS."""
+"""Metrics of several processes, collected over a real NATS; and the hosts' metrics ports, found in a real etcd."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dynamo.http.app import create_app
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime import metrics as process_metrics
 from dynamo.runtime.metrics import ProcessMetrics
+from dynamo.runtime.targets import MetricsTargets
 from dynamo.serve.infra import Infra
 from tests.contract.runtime_steps import namespace, soon
 from tests.http_backend import FakeBackend
@@ -162,3 +163,37 @@ async def test_without_nats_a_frontend_shows_itself(private_infra: Infra, namesp
         await frontend.metrics.gather()  # the subscriptions may be on their way
         await soon(lambda: worker.metrics.worker_id in frontend.metrics._known)
         assert (await timed(frontend.metrics))[0] == ids(worker)
+
+
+async def test_every_process_tells_its_hosts_metrics_port(
+    private_infra: Infra, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with joining(private_infra.nats_url, private_infra.etcd_endpoints, namespace) as join:
+        targets = []
+        for address in ("10.0.0.1:9091", "10.0.0.1:9091", "10.0.0.2:9092", ""):
+            if address:
+                monkeypatch.setenv("DYNAMO_METRICS_ADDRESS", address)
+            else:
+                monkeypatch.delenv("DYNAMO_METRICS_ADDRESS")
+            runtime = await join("Worker")
+            targets.append(MetricsTargets(runtime))
+            await targets[-1].publish()
+        every = ["10.0.0.1:9091", "10.0.0.2:9092"]
+        assert [await each.addresses() for each in targets] == [every] * 4
+        await runtime.publish("metrics/other", "http://10.0.0.3:9091/metrics")
+        await runtime.publish("metrics/another", {"port": 9091})
+        assert await targets[0].addresses() == every  # what is no address would spoil the whole list
+
+        app = create_app(FakeBackend(), targets=targets[3].addresses, api_keys=["secret"])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            answer = await http.get("/metrics/targets")
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.json() == [{"targets": every, "labels": {}}]
+
+        await targets[2]._runtime.close()
+        assert await targets[0].addresses() == every[:1]
+        private_infra.processes["etcd"].kill()
+        await private_infra.processes["etcd"].wait()
+        assert await targets[1].addresses() == every  # as it knew them
+        assert await targets[3].addresses() == every
+        await private_infra.restart_etcd()

@@ -464,7 +464,7 @@ def test_a_halted_terminal_blocks_nobody() -> None:
     console = Console(writer)
     start = time.monotonic()
     for _ in range(12_000):
-        console.output("x" * 99)
+        console.output("x" * 99, "child")
     assert time.monotonic() - start < 2
     seen = b""
     while b"not shown" not in seen:

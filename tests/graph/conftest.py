@@ -56,7 +56,7 @@ class Served:
 
     @property
     def run_dir(self) -> str:
-        found = re.search(r" in (/\S+/dynamo-\S+)", self.output)
+        found = re.search(r" in (/\S+/dynamo-\w+)", self.output)
         assert found, self.output
         return found[1]
 

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo.http.exposition import merge
-from dynamo.llm.engine import EngineInfo, EngineStats
+from dynamo.errors import (
+    ContextLengthError,
+    DeadlineError,
+    EngineError,
+    ModelNotFoundError,
+    NoInstancesError,
+    OverloadedError,
+)
+from dynamo.http.exposition import family, http_sd, load, merge
+from dynamo.http.metrics import error_type
+from dynamo.kv.metrics import RouterMetrics
+from dynamo.kv.route import RouteRequest
+from dynamo.kv.router import KvRouter
+from dynamo.llm.engine import EngineInfo, EngineStats, KvTransfers
 from dynamo.llm.engine_metrics import EngineCollector, load_metrics
+from dynamo.llm.engines.mock.engine import MockEngine
+from dynamo.llm.protocol import GenerateRequest, Sampling
 from dynamo.runtime.metrics import ProcessMetrics, label
 from dynamo.sdk import dynamo_context, metrics_registry
 
@@ -159,8 +176,11 @@ def test_a_component_counts_with_and_without_a_graph(monkeypatch: pytest.MonkeyP
 
 
 class Engine:
-    def __init__(self, *ranks: EngineStats) -> None:
-        self.ranks = ranks
+    def __init__(self, *ranks: EngineStats, transfers: KvTransfers | None = None) -> None:
+        self.ranks, self.transfers = ranks, transfers
+
+    def kv_transfers(self) -> KvTransfers | None:
+        return self.transfers
 
     def stats(self) -> Iterable[EngineStats]:
         return list(self.ranks)
@@ -169,8 +189,8 @@ class Engine:
 def scraped(engine: Any, info: EngineInfo) -> Iterator[tuple[str, dict[str, str], float]]:
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine, info, component="VllmWorker", endpoint="generate", worker_id="a"))
-    for family in families(generate_latest(registry)):
-        for sample in family.samples:
+    for found in families(generate_latest(registry)):
+        for sample in found.samples:
             labels = dict(sample.labels)
             assert [labels.pop(name) for name in ("component", "endpoint", "worker_id")] == [
                 "VllmWorker",
@@ -182,19 +202,22 @@ def scraped(engine: Any, info: EngineInfo) -> Iterator[tuple[str, dict[str, str]
 
 def test_an_engine_is_read_when_it_is_scraped() -> None:
     engine: Any = Engine(EngineStats(0, 0, 0.0, 0, 0))
-    info = EngineInfo(4096, 16, 200)
+    info = EngineInfo(4096, 16, 200, slots=64)
     assert load_metrics(engine, info)["gpu_prefix_cache_hit_rate"] == 0
     engine.ranks = (EngineStats(3, 2, 0.25, 1000, 400),)
     assert sorted(scraped(engine, info)) == [
         ("llm_kv_blocks_active", {}, 50),
         ("llm_kv_blocks_total", {}, 200),
+        ("llm_kv_hit_rate_percent", {}, 40),
         ("llm_prefix_cache_hits_total", {}, 400),
         ("llm_prefix_cache_queries_total", {}, 1000),
         ("llm_requests_active_slots", {}, 3),
+        ("llm_requests_total_slots", {}, 64),
         ("llm_requests_waiting", {}, 2),
     ]
     assert load_metrics(engine, info) == {
         "request_active_slots": 3,
+        "request_total_slots": 64,
         "num_requests_waiting": 2,
         "kv_active_blocks": 50,
         "kv_total_blocks": 200,
@@ -203,14 +226,133 @@ def test_an_engine_is_read_when_it_is_scraped() -> None:
     }
 
 
+def test_kv_transfers_are_counted_where_there_are_some() -> None:
+    engine: Any = Engine(EngineStats(0, 0, 0.0, 0, 0), transfers=KvTransfers(5, 1, 1 << 20, 0.25, 2))
+    told = {name: value for name, labels, value in scraped(engine, EngineInfo(4096, 16, 200)) if not labels}
+    assert {name: value for name, value in told.items() if name.startswith("dynamo_disagg_")} == {
+        "dynamo_disagg_kv_transfers_total": 5,
+        "dynamo_disagg_kv_transfer_failures_total": 1,
+        "dynamo_disagg_kv_transfer_bytes_total": 1 << 20,
+        "dynamo_disagg_kv_transfer_seconds_total": 0.25,
+        "dynamo_disagg_kv_unclaimed_total": 2,
+    }
+
+
+async def test_the_mock_engine_counts_its_transfers() -> None:
+    options = {"speedup-ratio": 0, "block-size": 4, "kv-transfer": True, "kv-transfer-lease-s": 0.2}
+    lender, taker = (MockEngine("dynamo-tiny", {**options, "mock-kv-bytes-per-token": 10}, print) for _ in range(2))
+    request = GenerateRequest(list(range(8)), Sampling(max_tokens=1))
+    for engine in (lender, taker):
+        await engine.start()
+    place = await lender.prefill(request)
+    for _ in range(2):  # the second finds nothing there any more
+        asked = msgspec.structs.replace(request, token_ids=[9, *range(7)], kv_transfer=place)
+        assert [delta.finish_reason async for delta in taker.generate(asked)] == ["length"]
+    await lender.prefill(request)  # nobody comes for this
+    async with asyncio.timeout(10):
+        while not lender.kv_transfers().expired:
+            await asyncio.sleep(0.01)
+    told = taker.kv_transfers()
+    assert (told.pulls, told.failures, told.bytes, told.expired) == (2, 1, 80, 0)
+    assert told.seconds > 0
+    assert lender.kv_transfers() == KvTransfers(expired=1)
+    assert MockEngine("dynamo-tiny", {}, print).kv_transfers() is None
+    for engine in (lender, taker):
+        await engine.stop()
+
+
 def test_ranks_are_told_apart_and_summed() -> None:
     engine: Any = Engine(EngineStats(3, 0, 0.5, 100, 100), EngineStats(1, 4, 0.1, 300, 0))
-    info = EngineInfo(4096, 16, 200, ranks=2)
+    info = EngineInfo(4096, 16, 200, ranks=2, slots=8)
     found = [(name, labels["dp_rank"], value) for name, labels, value in scraped(engine, info)]
     assert ("llm_kv_blocks_active", "0", 100) in found
     assert ("llm_kv_blocks_active", "1", 20) in found
     assert ("llm_requests_waiting", "1", 4) in found
-    load = load_metrics(engine, info)
-    assert (load["kv_active_blocks"], load["kv_total_blocks"], load["request_active_slots"]) == (120, 400, 4)
-    assert math.isclose(load["gpu_cache_usage_perc"], 0.3)
-    assert load["gpu_prefix_cache_hit_rate"] == 0.25
+    assert ("llm_kv_hit_rate_percent", "0", 100) in found
+    told = load_metrics(engine, info)
+    assert (told["kv_active_blocks"], told["kv_total_blocks"], told["request_active_slots"]) == (120, 400, 4)
+    assert told["request_total_slots"] == 16
+    assert math.isclose(told["gpu_cache_usage_perc"], 0.3)
+    assert told["gpu_prefix_cache_hit_rate"] == 0.25
+
+
+# -- the graph's load, and what the supervisor writes
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.tuples(st.sampled_from(["VllmWorker", "PrefillWorker"]), st.integers(0, 99)),
+        st.lists(st.integers(0, 200), min_size=1, max_size=3),  # a worker's ranks
+        max_size=6,
+    )
+)
+def test_load_is_the_mean_and_deviation_over_the_workers_of_a_component(workers: dict[tuple[str, int], Any]) -> None:
+    written, expected = [], dict[str, list[float]]()
+    for (component, number), blocks in workers.items():
+        engine: Any = Engine(*(EngineStats(0, 0, active / 200, 0, 0) for active in blocks))
+        found = process(number, component)
+        labels = {"component": component, "endpoint": "generate", "worker_id": found.worker_id}
+        found.registry.register(EngineCollector(engine, EngineInfo(4096, 16, 200, len(blocks)), **labels))
+        Gauge("llm_kv_blocks_active_of_another", "No such metric.", registry=found.registry).set(1e6)
+        written.append(found.text())
+        expected.setdefault(component, []).append(sum(blocks))
+    told = load(written)
+    if not workers:
+        assert told == b""
+    for component, sums in expected.items():
+        labels = {"component": component, "endpoint": "generate"}
+        mean = sum(sums) / len(sums)
+        assert math.isclose(of(told, "llm_load_avg", **labels), mean, abs_tol=1e-9)
+        deviation = math.sqrt(sum((one - mean) ** 2 for one in sums) / len(sums))
+        assert math.isclose(of(told, "llm_load_std", **labels), deviation, abs_tol=1e-9)
+    merged = merge([*written, told])
+    assert samples(merged).items() >= samples(told).items()
+
+
+@given(st.dictionaries(st.from_regex(r"[A-Za-z_]\w*", fullmatch=True), st.floats(0, 1e300), max_size=4))
+def test_a_family_is_read_back(values: dict[str, float]) -> None:
+    text = family("up", "gauge", "It is up.", [({"service": name, "worker": "1"}, v) for name, v in values.items()])
+    expected = {("up", frozenset({("service", name), ("worker", "1")})): value for name, value in values.items()}
+    assert samples(text) == expected
+    assert merge([text]) == text
+
+
+def test_a_host_is_told_once() -> None:
+    found = json.loads(http_sd(["10.0.0.2:9091", "10.0.0.1:9091", "10.0.0.2:9091"]))
+    assert found == [{"targets": ["10.0.0.1:9091", "10.0.0.2:9091"], "labels": {}}]
+
+
+# -- labels
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ContextLengthError("too long"), "validation"),
+        (ModelNotFoundError("no such model"), "not_found"),
+        (OverloadedError("full"), "overload"),
+        (NoInstancesError("nobody"), "unavailable"),
+        (DeadlineError("late"), "response_timeout"),
+        (EngineError("broken"), "internal"),
+        (ValueError("a bug"), "internal"),
+    ],
+)
+def test_an_error_has_a_type(error: Exception, told: str) -> None:
+    assert error_type(error) == told
+
+
+def test_workers_that_left_leave_the_routers_metrics() -> None:
+    registry, router = CollectorRegistry(), KvRouter()
+    metrics = RouterMetrics(router, registry)
+    for worker in (0xA, 0xB):
+        router.caches.join(worker)
+        router.caches.is_blind(worker, "it tells none")
+    for number in range(4):
+        request = RouteRequest(str(number), 32, 32, b"")
+        metrics.decided(request, router.route(request), 0.001)
+    routed = {s.labels["worker"] for f in registry.collect() if f.name == "dynamo_router_requests" for s in f.samples}
+    assert routed == {"a", "b"}
+    router.caches.leave(0xB)
+    routed = {s.labels["worker"] for f in registry.collect() if f.name == "dynamo_router_requests" for s in f.samples}
+    assert routed == {"a"}

@@ -18,20 +18,22 @@ import sys
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from dynamo.errors import ContextLengthError, EngineDeadError, EngineError, RequestError, StartError
-from dynamo.llm.engine import EngineInfo, EngineStats, KvListener
+from dynamo.llm.engine import EngineInfo, EngineStats, KvListener, KvTransfers
 from dynamo.llm.engines import vllm_events
 from dynamo.llm.engines.installed import cpu_build
 from dynamo.llm.engines.kv_transfer import configuration as kv_transfer
 from dynamo.llm.engines.kv_transfer.release import release
+from dynamo.llm.engines.nodes import Nodes
 from dynamo.llm.models import resolve, tokenizer_dir
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling, TokenLogprob
-from dynamo.transport.host import advertised_host
+from dynamo.transport.host import advertised_host, interface_of
 from dynamo.wire.stream import Channel, Stream
 
 log = logging.getLogger(__name__)
@@ -70,8 +72,12 @@ class VllmEngine:
         self._transfers = bool(self._arguments.pop("kv-transfer", False))
         self._lease_s = float(self._arguments.pop("kv-transfer-lease-s", kv_transfer.LEASE_S))
         self.kv_transferred: dict[str, float] = {}
-        """since the start: pulls, failures, bytes and seconds of pulls, and how many requests' KV nobody fetched"""
+        """since the start: what `KvTransfers` says with our connector, other numbers with another one"""
+        self._own_transfer = False
         self._llm: Any = None
+        self._nodes = Nodes.of(self._arguments)
+        self._executor: Any = None
+        """instead of the LLM, on a node that does not lead"""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._releases: set[asyncio.Task[None]] = set()
         self._stats = [_IDLE]  # of each data-parallel rank
@@ -92,9 +98,12 @@ class VllmEngine:
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if cpu else "WARNING")
             warnings.filterwarnings("ignore", category=FutureWarning)
             os.environ.setdefault("TORCH_LOGS", "-all")
-            logging.getLogger("vllm").setLevel(logging.ERROR if cpu else logging.WARNING)
+        if os.environ.get("VLLM_CONFIGURE_LOGGING", "1") != "0":  # in all its processes vLLM logs as this one does
+            os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(Path(__file__).with_name("vllm_logging.json")))
         if cpu:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+        if self._nodes is not None:
+            _face_other_nodes()
         self._progress("importing vLLM")
         started = time.monotonic()
         arg_utils = importlib.import_module("vllm.engine.arg_utils")
@@ -103,7 +112,7 @@ class VllmEngine:
         log.debug("vLLM imported in %.1f s", time.monotonic() - started)
         if self._listener is not None and self._argument("kv-events-config") is None:
             self._private_events = vllm_events.private_config()
-        own_transfer = self._configure_transfer()
+        self._own_transfer = own_transfer = self._configure_transfer()
         options = self._parse(arg_utils.AsyncEngineArgs, cpu)
         try:
             config = arg_utils.AsyncEngineArgs.from_cli_args(options).create_engine_config(
@@ -118,6 +127,10 @@ class VllmEngine:
             )
         ranks = int(config.parallel_config.data_parallel_size)
         self._stats = [_IDLE] * ranks
+        if self._nodes is not None:
+            await self._nodes.meet(self._progress, _end)
+            if not self._nodes.leads:
+                return self._stand_by(config, self._nodes)
         fork = cpu and config.parallel_config.world_size == 1
         if fork:
             _prepare_fork()
@@ -128,11 +141,25 @@ class VllmEngine:
             )
         except Exception as error:
             raise StartError(f"vLLM did not start: {_first_line(error)}", hint="its own log is above") from error
+        if self._nodes is not None:
+            self._nodes.started()
         self._defaults = config.model_config.get_diff_sampling_param()
         self._listen(config.kv_events_config, ranks)
         cache = self._llm.vllm_config.cache_config  # as the engine cores have set it; its blocks are those of all ranks
         blocks = (cache.num_gpu_blocks or 0) // ranks
-        return EngineInfo(config.model_config.max_model_len, cache.block_size, blocks, ranks)
+        slots = config.scheduler_config.max_num_seqs
+        return EngineInfo(config.model_config.max_model_len, cache.block_size, blocks, ranks, slots)
+
+    def _stand_by(self, config: Any, nodes: Nodes) -> EngineInfo:
+        """Run this node's workers, which the leader's engine core drives."""
+        self._progress("loading the model")
+        executors = importlib.import_module("vllm.v1.executor.multiproc_executor")
+        try:
+            self._executor = executors.MultiprocExecutor(config)
+        except Exception as error:
+            raise StartError(f"vLLM did not start: {_first_line(error)}", hint="its own log is above") from error
+        nodes.started()
+        return EngineInfo(config.model_config.max_model_len, 0, 0, part_of=str(nodes))
 
     def _listen(self, config: Any, ranks: int) -> None:
         if self._listener is not None:
@@ -342,6 +369,18 @@ class VllmEngine:
     async def abort(self, request_id: str) -> None:
         await self._llm.abort(request_id)
 
+    def kv_transfers(self) -> KvTransfers | None:
+        if not self._own_transfer:
+            return None  # NIXL's and others' are among vLLM's own metrics
+        counts = self.kv_transferred
+        return KvTransfers(
+            pulls=int(counts.get("pulls", 0)),
+            failures=int(counts.get("failures", 0)),
+            bytes=int(counts.get("bytes", 0)),
+            seconds=counts.get("seconds", 0.0),
+            expired=int(counts.get("expired", 0)),
+        )
+
     def stats(self) -> list[EngineStats]:
         """vLLM tells what it does with its steps: without requests there are none, and its last word may be old."""
         if self._tasks:
@@ -364,8 +403,13 @@ class VllmEngine:
 
     async def check_health(self) -> None:
         """vLLM notices an engine core that died; one that is stopped or hangs it does not."""
+        if self._nodes is not None and self._nodes.lost:
+            raise EngineDeadError(self._nodes.lost, hint="all its nodes start again")
+        if self._executor is not None and self._executor.is_failed:
+            raise EngineDeadError("a worker process of vLLM has died", hint="all nodes of the engine start again")
         try:
-            await self._llm.check_health()
+            if self._llm is not None:
+                await self._llm.check_health()
         except Exception as error:
             raise _translate(error) from error
         for pid in _children():
@@ -381,10 +425,33 @@ class VllmEngine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*self._releases, return_exceptions=True)
+        if self._nodes is not None:
+            self._nodes.close()
         if self._llm is not None:
             self._llm.shutdown()
+        if self._executor is not None:
+            self._executor.shutdown()
         if self._private_events is not None:
             vllm_events.remove(self._private_events)
+
+
+def _face_other_nodes() -> None:
+    """Have vLLM and gloo use the address that this host advertises, where nothing else was said."""
+    address = advertised_host(os.environ.get("NATS_SERVER", ""))
+    os.environ.setdefault("VLLM_HOST_IP", address)
+    interface = interface_of(address)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _end(reason: str) -> None:
+    """Of a start that waits, in vLLM, for a node that has gone: nothing else gets it out of there."""
+    log.error("cannot start: %s", reason)
+    for pid in _children():
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    logging.shutdown()
+    os._exit(1)
 
 
 def _children() -> list[int]:

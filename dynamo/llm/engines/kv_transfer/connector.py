@@ -33,7 +33,7 @@ from dynamo.llm.engines.kv_transfer.kv_cache import KvCache
 from dynamo.llm.engines.kv_transfer.puller import NOTHING, Pull, Puller
 from dynamo.llm.engines.kv_transfer.server import Server
 from dynamo.llm.engines.kv_transfer.session import SECRET, Offer
-from dynamo.transport.host import advertised_host, host_id
+from dynamo.transport.host import advertised_host, bound_host, host_id
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,8 @@ class PullConnector(KVConnectorBase_V1):  # type: ignore[misc]
         secret = os.environ[SECRET].encode()
         self._cache = cache
         self._holdings = Holdings(float(self._extra("lease_s", LEASE_S)))
-        self._server = Server(cache, self._holdings, secret, advertised_host(os.environ.get("NATS_SERVER", "")))
+        nats_url = os.environ.get("NATS_SERVER", "")
+        self._server = Server(cache, self._holdings, secret, advertised_host(nats_url), bound_host(nats_url))
         self._puller = Puller(cache, secret)
 
     def get_handshake_metadata(self) -> Place | None:

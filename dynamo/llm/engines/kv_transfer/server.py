@@ -23,6 +23,7 @@ from dynamo.llm.engines.kv_transfer.session import (
     greet_as_holder,
 )
 from dynamo.llm.engines.kv_transfer.staging import Staging
+from dynamo.transport.host import listening_socket
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,16 @@ MAX_CONNECTIONS = 512
 
 
 class Server:
-    """Listens from the start, on TCP and, for its own host, on an abstract unix socket; gone with the process."""
+    """Listens from the start, on TCP and, for its own host, on an abstract unix socket; gone with the process.
 
-    def __init__(self, cache: KvCache, holdings: Holdings, secret: bytes, address: str) -> None:
+    `address` is what readers are told, `bound` where it listens if that is another one.
+    """
+
+    def __init__(self, cache: KvCache, holdings: Holdings, secret: bytes, address: str, bound: str = "") -> None:
         self._cache, self._holdings, self._secret = cache, holdings, secret
         self._seats = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._told = False
-        tcp = socket.create_server((address, 0), backlog=128)
+        tcp = listening_socket(bound or address)
         self.address, self.port = address, int(tcp.getsockname()[1])
         self.local = ""
         self._listeners = [tcp]

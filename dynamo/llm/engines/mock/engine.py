@@ -13,7 +13,7 @@ import msgspec
 
 from dynamo.errors import ContextLengthError, EngineDeadError, EngineError, RequestError
 from dynamo.kv.hashing import block_hashes
-from dynamo.llm.engine import EngineInfo, EngineStats, KvListener
+from dynamo.llm.engine import EngineInfo, EngineStats, KvListener, KvTransfers
 from dynamo.llm.engines.mock.choice import Choice, Generation, Vocabulary, packed, vocabulary
 from dynamo.llm.engines.mock.faults import Faults
 from dynamo.llm.engines.mock.kv_cache import KvCache
@@ -48,7 +48,8 @@ class MockEngine:
         if self._context < settings.max_model_len:
             log.warning("max-model-len %d is more than fits: %d tokens", settings.max_model_len, self._context)
         self._ranks = [Rank(number, settings, self._faults, self._listener) for number in range(self._count)]
-        return EngineInfo(self._context, settings.block_size, settings.num_gpu_blocks_override, self._count)
+        blocks, slots = settings.num_gpu_blocks_override, settings.max_num_seqs
+        return EngineInfo(self._context, settings.block_size, blocks, self._count, slots)
 
     @property
     def _count(self) -> int:
@@ -137,6 +138,14 @@ class MockEngine:
     def stats(self) -> list[EngineStats]:
         return [rank.stats() for rank in self._ranks]
 
+    def kv_transfers(self) -> KvTransfers | None:
+        if not self._settings.kv_transfer:
+            return None
+        found = KvTransfers(expired=self._lender.expired)
+        for rank in self._ranks:
+            found = found.plus(rank.transfers)
+        return found
+
     def kv_events(self, listener: KvListener) -> bool:
         if not self._settings.enable_prefix_caching:
             return False
@@ -181,6 +190,8 @@ class Rank:
         self._stepping: asyncio.Handle | None = None  # the end of the step, or the beginning of the first
         self._step_end = 0.0
         self._s_per_kv_token = settings.mock_kv_bytes_per_token / settings.mock_kv_bandwidth_gb_s / 1e9
+        self._bytes_per_token = settings.mock_kv_bytes_per_token
+        self.transfers = KvTransfers()
         self._fetches: set[asyncio.Task[None]] = set()
         self._stopped = False
 
@@ -214,14 +225,17 @@ class Rank:
     async def _fetch(self, choice: Choice, place: KvPlace) -> None:
         """As long as a transfer of what the prefix cache lacks takes."""
         scheduler, lacking = self.scheduler, len(choice.prompt) - choice.cached_tokens
+        started, size, failures = time.monotonic(), lacking * self._bytes_per_token, 0
         try:
             await fetch(place, lacking * self._s_per_kv_token * self._s_per_ms * 1e3)
         except EngineError as error:
             log.debug("a prompt of %d tokens is computed here: %s", len(choice.prompt), error.message)
             scheduler.not_fetched(choice)
+            size, failures = 0, 1
         else:
             scheduler.fetched(choice)
             choice.cached_tokens = place.cached_tokens  # as with vLLM: what nobody has computed for this request
+        self.transfers = self.transfers.plus(KvTransfers(1, failures, size, time.monotonic() - started))
         self.wake()
 
     def _step(self) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from dynamo.errors import EngineError
+from dynamo.errors import ConfigError, EngineError, TransportError
+from dynamo.transport.host import advertised_host, bound_host, listening_socket
 
 FETCH_TIMEOUT_S = 2.0
 """to connect and to be told"""
@@ -37,11 +38,13 @@ class KvLender:
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
+        self.expired = 0
+        """how many nobody began to fetch in time"""
         self._kept: dict[str, tuple[Callable[[], None], asyncio.TimerHandle]] = {}
         self._server: asyncio.Server | None = None
         self._takers: set[asyncio.StreamWriter] = set()
         self._opening = asyncio.Lock()
-        self._host = os.environ.get("DYN_HOST_IP") or "127.0.0.1"
+        self._nats_url = os.environ.get("NATS_SERVER", "")
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -51,16 +54,18 @@ class KvLender:
         async with self._opening:
             if self._server is None:
                 try:
-                    self._server = await asyncio.start_server(self._lend, self._host, 0)
-                except OSError as error:
-                    raise EngineError(
-                        f"the mock engine cannot lend KV on {self._host}: {error}",
-                        hint="set DYN_HOST_IP to an address of this host",
-                    ) from None
+                    listener = listening_socket(bound_host(self._nats_url))
+                except (ConfigError, TransportError) as error:
+                    raise EngineError(f"the mock engine cannot lend KV: {error.message}", hint=error.hint) from None
+                self._server = await asyncio.start_server(self._lend, sock=listener)
 
     def keep(self, name: str, free: Callable[[], None]) -> None:
         """`free` is called once: when the KV was fetched, dropped, or its lease is over."""
-        self._kept[name] = free, asyncio.get_running_loop().call_later(self._lease_s, self.drop, name)
+        self._kept[name] = free, asyncio.get_running_loop().call_later(self._lease_s, self._expire, name)
+
+    def _expire(self, name: str) -> None:
+        self.expired += 1
+        self.drop(name)
 
     def drop(self, name: str) -> None:
         if name in self._kept:
@@ -70,7 +75,7 @@ class KvLender:
 
     def place(self, name: str, cached_tokens: int) -> dict[str, Any]:
         assert self._server is not None
-        host, port = self._server.sockets[0].getsockname()[:2]
+        host, port = advertised_host(self._nats_url), self._server.sockets[0].getsockname()[1]
         found: dict[str, Any] = msgspec.to_builtins(KvPlace(host, port, name, cached_tokens))
         return found
 
