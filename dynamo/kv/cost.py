@@ -68,7 +68,8 @@ class Loads:
 
     def is_tied(self, load: float) -> bool:
         """Whether several slots may have the lowest load."""
-        return any(other == load for other, _ in self._heap[1:3])
+        heap = self._heap
+        return (len(heap) > 2 and (heap[1][0] == load or heap[2][0] == load)) or (len(heap) == 2 and heap[1][0] == load)
 
 
 def overlaps(matches: Sequence[Match]) -> dict[int, int]:

@@ -28,21 +28,23 @@ from rich.table import Table
 
 from dynamo.kv.events import Change, KvEvents, KvSnapshot, WorkerLoad
 from dynamo.kv.hashing import BlockHash, block_hashes, pack
-from dynamo.kv.route import RouteRequest
+from dynamo.kv.route import Route, RouteRequest
 from dynamo.kv.router import KvRouter
 from dynamo.wire import codec
 
 DECISIONS = 3000
 
 
+def timed(work: Callable[[Any], Any], value: Any) -> tuple[Any, float]:
+    """What it gives, and the CPU of this thread, in µs, less what asking the clock takes."""
+    started = time.thread_time_ns()
+    result = work(value)
+    return result, (time.thread_time_ns() - started - CLOCK_NS) / 1e3
+
+
 def cpu_us(work: Callable[[Any], Any], values: Iterable[Any]) -> list[float]:
-    """Of this thread, one by one, less what asking the clock takes."""
-    found = []
-    for value in values:
-        started = time.thread_time_ns()
-        work(value)
-        found.append((time.thread_time_ns() - started - CLOCK_NS) / 1e3)
-    return found
+    """One by one."""
+    return [timed(work, value)[1] for value in values]
 
 
 def clock_ns() -> int:
@@ -53,10 +55,9 @@ def clock_ns() -> int:
 CLOCK_NS = clock_ns()
 
 
-def load_of(worker: int, draw: random.Random) -> WorkerLoad:
-    return WorkerLoad(
-        worker, 0, 8, 0, draw.randrange(500), draw.randrange(4000), 16384, 0.3, 0, 0, [], 1 << 40, 16, True
-    )
+def load_of(worker: int, draw: random.Random, sequence: int = 0) -> WorkerLoad:
+    prefill, decode = draw.randrange(500), draw.randrange(4000)
+    return WorkerLoad(worker, 0, 8, 0, prefill, decode, 16384, 0.3, 0, 0, [], sequence, 16, True)
 
 
 def build(prompts: list[list[BlockHash]], workers: int, block_size: int) -> tuple[KvRouter, dict[str, float]]:
@@ -85,6 +86,20 @@ def build(prompts: list[list[BlockHash]], workers: int, block_size: int) -> tupl
         "events_us_per_block": spent / 1e3 / blocks,
         "bytes_per_block": (psutil.Process().memory_info().rss - memory) / blocks,
     }
+
+
+def report(router: KvRouter, placed: list[tuple[Route, bytes]]) -> None:
+    """The workers have computed these prompts, and told so; and then that they evicted as much, since they are full."""
+    caches = router.caches
+    for cache in caches.all():
+        cache.pending.clear()
+    for stored in (True, False):
+        for route, hashes in placed:
+            (cache,) = caches.of(route.worker)
+            assert cache.sequence is not None
+            new = Change(stored, hashes[8 * route.overlap_blocks :])
+            caches.take_events(KvEvents(route.worker, 0, cache.sequence + 1, [new]))
+        router.tick()
 
 
 def walk(router: KvRouter, prompt: list[BlockHash]) -> int:
@@ -125,12 +140,16 @@ def measure(tokens: int, block_size: int, workers: int, blocks: int) -> dict[str
     for number, text in enumerate(asked):
         question = RouteRequest(str(number), tokens, block_size, pack(block_hashes(text, block_size)))
         asked[number] = codec.encode(question)
+    placed: list[tuple[Route, bytes]] = []
     for number, encoded in enumerate(asked):
-        decisions += cpu_us(router.route, [decode(encoded)])
+        question = decode(encoded)
+        route, spent_us = timed(router.route, question)
+        decisions.append(spent_us)
+        placed.append((route, question.hashes))
         router.caches.take_load(load_of(1 + number % workers, draw))
         if number % 100 == 99:
-            for cache in router.caches.all():
-                cache.pending.clear()
+            report(router, placed)
+            placed.clear()
     floor = cpu_us(lambda text: walk(router, block_hashes(text, block_size)), some)
     both = [one + two for one, two in zip(hashes, decisions, strict=True)]
     return result | {

@@ -358,7 +358,7 @@ async def test_health_checks(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.well
 
     probed = Probed()
-    http = HttpService(probed, {}, entry=True, workers=1, run_dir=None)
+    http = HttpService(probed, {}, entry=True, workers=1, run_dir=None, metrics=bytes)
     checks = http._checks()
     assert list(checks) == ["/healthz", "/custom/health"]
     assert await checks["/custom/health"]() == (200, "starting")
@@ -383,6 +383,6 @@ async def test_not_ready_while_starting() -> None:
         def ready(self) -> bool:
             return True
 
-    http = HttpService(Waiting(), {}, entry=False, workers=1, run_dir=None)
+    http = HttpService(Waiting(), {}, entry=False, workers=1, run_dir=None, metrics=bytes)
     assert await http._checks()["/readyz"]() == (503, "not ready: starting or stopping")
     assert await http.start() is None  # no @api, no server
