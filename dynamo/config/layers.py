@@ -34,7 +34,7 @@ class Resolved:
 
     `services` is plain JSON: `Common` merged in, `common-configs` removed, `envs` always a mapping; services and keys
     in the order of the file, then those of overrides. `origin` has every key path below it, mappings included.
-    `unclaimed` are keys of `Common` that no service takes.
+    `unclaimed` are keys of `Common` that no service takes; with lists, those of flags only.
     """
 
     services: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -112,11 +112,14 @@ def resolve(
         known = {name: [key for key in common if listed.get(name) is None and knows(name, key)] for name in names}
         unclaimed = tuple((COMMON, key) for key in common if not any(key in keys for keys in known.values()))
         listed = {name: keys for name, keys in known.items() if keys or name in own}
+    else:
+        wanted = {alike(key) for keys in listed.values() for key in keys or ()}
+        unclaimed = tuple((COMMON, k) for k in common if whole.origin[COMMON, k].is_flag and alike(k) not in wanted)
 
     resolved: dict[str, dict[str, Any]] = {}
     origin: dict[KeyPath, Origin] = {path: whole.origin[path] for path in unclaimed}
     for name, keys in listed.items():
-        taken = [key for wanted in keys or () for key in common if alike(key) == alike(wanted)]
+        taken = [key for listed_key in keys or () for key in common if alike(key) == alike(listed_key)]
         service = _with_common(whole, name, taken)
         resolved[name] = service.values[name]
         origin |= service.origin
@@ -124,14 +127,19 @@ def resolve(
 
 
 def _with_common(whole: Layer, name: str, taken: Iterable[str]) -> Layer:
-    """One service: the keys `taken` from `Common` that it does not have itself, then its own; no `common-configs`."""
+    """One service: the keys `taken` from `Common` that it does not have itself, then its own; no `common-configs`.
+
+    `--Common.key=value` wins over the service's own value from a file, as every flag does.
+    """
     own = {key: value for key, value in whole.values.get(name, {}).items() if alike(key) != COMMON_CONFIGS}
+    position = {alike(key): index for index, key in enumerate(own)}
     common = {key: whole.values[COMMON][key] for key in taken}
-    upper = {path: o for path, o in whole.origin.items() if path[0] == name}
+    flags = {alike(key) for key in common if whole.origin[COMMON, key].is_flag and not isinstance(common[key], dict)}
+    own = {k: value for k, value in own.items() if alike(k) not in flags or whole.origin[name, k].is_flag}
+    upper = {p: o for p, o in whole.origin.items() if p[0] == name and (len(p) == 1 or p[1] in own)}
     lower = {(name, *path[1:]): o for path, o in whole.origin.items() if path[0] == COMMON}
     lower |= {path: o for path, o in upper.items() if path == (name,)}
     merged = overlay(Layer({name: common}, lower), Layer({name: own}, upper))
-    position = {alike(key): index for index, key in enumerate(own)}
     in_order = sorted(merged.values[name], key=lambda key: position.get(alike(key), -1))
     return Layer({name: {key: merged.values[name][key] for key in in_order}}, merged.origin)
 

@@ -19,6 +19,11 @@ class Origin:
 
     source: str
 
+    @property
+    def is_flag(self) -> bool:
+        """Whether it was given on the command line."""
+        return self.source.startswith("--")
+
 
 def alike(key: str) -> str:
     """The form in which `block-size` and `block_size` are the same key."""

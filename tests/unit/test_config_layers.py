@@ -177,6 +177,26 @@ def test_overrides_reach_common_and_go_last():
     }
 
 
+def test_a_flag_of_common_wins_over_files_and_yields_to_the_services_own_flag():
+    takes = {"S": ["model", "max-model-len"], "T": ["model"], "U": []}
+    result = resolved(
+        "S: {max_model_len: 1, model: m}\nT: {model: m}\nU: {k: 1}\n",
+        ("T.model", "own"),
+        ("Common.model", "n"),
+        ("Common.max-model-len", "5"),
+        services=takes,
+        knows=lambda s, k: k in takes[s],
+    )
+    assert result.services == {"S": {"max-model-len": 5, "model": "n"}, "T": {"model": "own"}, "U": {"k": 1}}
+    assert sources(result)["S.model"] == "--Common.model"
+
+
+def test_a_flag_of_common_that_nobody_takes_is_told():
+    text = "Common: {a: 1, b: 2}\nS: {common-configs: [a]}\n"
+    assert resolved(text).unclaimed == ()
+    assert resolved(text, ("Common.b", "3")).unclaimed == (("Common", "b"),)
+
+
 def test_an_override_keeps_its_siblings():
     result = resolved("S: {ServiceArgs: {workers: 2, resources: {gpu: 1}}}\n", ("S.ServiceArgs.envs.X", "0"))
     assert result.services["S"]["ServiceArgs"] == {"workers": 2, "resources": {"gpu": 1}, "envs": {"X": "0"}}
