@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynamo.llm import engine as engines
 from dynamo.llm.engine import EngineInfo
 from dynamo.llm.engines.installed import cpu_build, engine_arguments
+from dynamo.llm.engines.nodes import Nodes, number
 from dynamo.sdk import Service, dynamo_context, liveness, metrics_registry, on_shutdown
+
+SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 
 
 class EngineService(Service):
@@ -24,8 +27,14 @@ class EngineService(Service):
         """GPUs of one worker on this host with these settings, unless ServiceArgs says otherwise."""
         if settings.get("engine") == "mock" or cpu_build():
             return 0
-        sizes = (settings.get(f"{kind}-parallel-size", 1) for kind in ("tensor", "pipeline", "data"))
-        return math.ceil(math.prod(int(size) for size in sizes) / int(settings.get("nnodes", 1)))
+        return math.ceil(math.prod(number(settings, size, 1, 1) for size in SIZES) / number(settings, "nnodes", 1, 1))
+
+    @staticmethod
+    def check_settings(settings: Mapping[str, Any], where: Callable[[str], str]) -> None:
+        """Of vLLM's flags, those that say how many GPUs and hosts it takes."""
+        for size in SIZES:
+            number(settings, size, 1, 1, where=where)
+        Nodes.of(settings, where)
 
     def __init__(
         self, model: str, engine: str, speedup_ratio: float | None, engine_args: dict[str, Any], *, kv_transfer: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from dynamo.runtime import DistributedRuntime
 
 log = logging.getLogger(__name__)
+
+NATS_AWAY_S = 1.0
+"""/health says so from then on; a server that restarts is back sooner"""
+KNOWN_S, KNOWN_EVERY_S = 2.0, 0.02
+"""how long one of several Frontends waits for the models, and how often it looks"""
 
 
 @service(dynamo={"namespace": "dynamo"}, resources={"cpu": "10", "memory": "20Gi"}, workers=1)
@@ -73,13 +79,13 @@ class Frontend(Service):
         self._served: list[ServedModel] = []
         self.server: HttpServer | None = None
         self._following: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[None] | None = None
 
     @async_on_start
     async def start(self) -> None:
         # here, so that a dry run does not import FastAPI
         from dynamo.http.app import create_app
         from dynamo.http.server import HttpServer
-        from dynamo.runtime.targets import MetricsTargets
 
         runtime = dynamo_context.get("runtime")
         if runtime is not None:
@@ -90,11 +96,24 @@ class Frontend(Service):
             cors_origins=self.cors_origins,
             api_keys=self.api_keys,
             processes=runtime.metrics if runtime is not None else None,
-            targets=MetricsTargets(runtime).addresses if runtime is not None else None,
+            targets=runtime.metrics_targets.addresses if runtime is not None else None,
         )
-        self.server = HttpServer(app, self.host, self.port)
-        await self.server.start()
+        listen = dynamo_context.get("listen")  # one port for all workers
+        listener = listen(self.host, self.port) if listen is not None else None
+        self.server = HttpServer(app, self.host, self.port, listener)
+        if dynamo_context.get("workers", 1) > 1:
+            self._opening = asyncio.get_running_loop().create_task(self._open(self.server))
+        else:
+            await self.server.start()
         dynamo_context["url"] = self.server.url
+
+    async def _open(self, server: HttpServer) -> None:
+        """Others answer meanwhile, so this one does once it knows the models. Connections that it is given wait."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KNOWN_S):
+                while not self.ready():
+                    await asyncio.sleep(KNOWN_EVERY_S)
+        await server.start()
 
     async def _follow_models(self, runtime: DistributedRuntime) -> None:
         try:
@@ -133,8 +152,15 @@ class Frontend(Service):
     def endpoints(self) -> dict[str, int]:
         return {"Processor": len(instance_ids(self.processor))}
 
+    def fault(self) -> str:
+        runtime = dynamo_context.get("runtime")
+        away_s = runtime.nats_away_s if runtime is not None else 0.0
+        return f"the NATS server has been away for {away_s:.0f} s" if away_s > NATS_AWAY_S else ""
+
     @on_shutdown
     async def stop(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
         if self.server is not None:
             await self.server.stop()
         if self._following is not None:

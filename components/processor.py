@@ -17,7 +17,7 @@ from components.worker import VllmWorker
 from dynamo.errors import ConfigError, DynamoError, TransportError, UnavailableError
 from dynamo.kv.hashing import block_hashes, pack
 from dynamo.kv.route import KvMode, Route, RouteRequest
-from dynamo.llm.migration import Prepare, migrating
+from dynamo.llm.migration import REASONS, Prepare, migrating
 from dynamo.llm.models import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, GenerateRequest, RouterMode, Routing
@@ -118,6 +118,8 @@ class Processor(Service):
         registry = metrics_registry()
         told = "Requests that went on at another worker, by the code of the error that ended them at the first."
         self._migrations = Counter("dynamo_migrations", told, ["reason"], registry=registry)
+        for reason in REASONS:  # from 0 on: rate() misses the step of a series that begins with its first event
+            self._migrations.labels(reason)
 
     def _migrated(self, reason: str) -> None:
         self._migrations.labels(reason).inc()

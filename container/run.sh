@@ -16,7 +16,11 @@ Without COMMAND: a shell with -it, else what the image does by itself (dynamo se
   --gpus all|none|...    GPUs, as docker run takes them; default all, with --framework cpu none
   -it                    interactive, with this terminal
   -v SOURCE:DIR          mount SOURCE at DIR; can be repeated
-  -e NAME[=VALUE]        set a variable, or pass this shell's on; can be repeated. HF_TOKEN is passed on where it is set
+  -e NAME[=VALUE]        set a variable, or pass this shell's on; can be repeated. These are passed on where they are set:
+                         NATS_SERVER, ETCD_ENDPOINTS, HF_TOKEN, HF_HUB_OFFLINE, all DYN_..., and DYNAMO_KV_SECRET, _PORT,
+                         _SERVICE_NAME, _SERVE_DEPENDS, _SYSTEM_APP_...
+  --host ADDRESS         where the graph listens for clients: default $DYNAMO_HOST, else 127.0.0.1, for this host alone.
+                         0.0.0.0: for all who reach this host, so set DYN_API_KEYS too
   --hf-cache DIR|NONE    models are kept here; default $HF_HOME, else ~/.cache/huggingface. NONE: in a volume of its own
   --mount-workspace      mount this checkout at /workspace, and use its sources in place of the image's
   --workspace DIR        mount DIR at /workspace instead
@@ -28,6 +32,7 @@ Without COMMAND: a shell with -it, else what the image does by itself (dynamo se
   -h, --help             show this
 
 The container has the host's network: the graph is at http://localhost:8000, and -p or --port is dynamo serve's own.
+--host, as dynamo serve's own, wins over `host` in the configuration file.
 
   ./container/run.sh --framework cpu
   ./container/run.sh --gpus all -it --framework vllm -v "$(pwd)/../config:/workspace/configs"
@@ -38,10 +43,10 @@ fail() { printf 'error: %s\n' "$1" >&2; exit "${2:-1}"; }
 misuse() { printf 'error: %s\n\n' "$1" >&2; usage >&2; exit 2; }
 
 framework=VLLM target='' image='' name='' gpus='' interactive='' mounts=() variables=() hf_cache='' workspace=''
-user="$(id -u):$(id -g)" entrypoint='' privileged=FALSE remove=TRUE dry_run=''
+user="$(id -u):$(id -g)" entrypoint='' host='' own_host='' privileged=FALSE remove=TRUE dry_run=''
 while [ $# -gt 0 ]; do
   case $1 in
-    --framework | --target | --image | --name | --gpus | -v | -e | --hf-cache | --workspace | --user | --entrypoint)
+    --framework | --target | --image | --name | --gpus | -v | -e | --hf-cache | --workspace | --user | --entrypoint | --host)
       { [ $# -ge 2 ] && [ -n "$2" ] && [[ $2 != -* ]]; } || misuse "$1 needs a value" ;;&
     --framework) framework=${2^^}; shift ;;
     --target) target=$2; shift ;;
@@ -49,11 +54,15 @@ while [ $# -gt 0 ]; do
     --name) name=$2; shift ;;
     --gpus) gpus=$2; shift ;;
     -v) mounts+=(-v "$2"); shift ;;
-    -e) variables+=(-e "$2"); shift ;;
+    -e)
+      variables+=(-e "$2")
+      case $2 in DYNAMO_HOST | DYNAMO_HOST=*) own_host=yes ;; esac
+      shift ;;
     --hf-cache) hf_cache=$2; shift ;;
     --workspace) workspace=$2; shift ;;
     --user) user=$2; shift ;;
     --entrypoint) entrypoint=$2; shift ;;
+    --host) host=$2; shift ;;
     --mount-workspace) workspace=$root ;;
     -it) interactive=-it ;;
     --privileged | --rm)
@@ -91,11 +100,17 @@ if [ -n "$workspace" ]; then
   args+=(-v "$workspace:/workspace" -e PYTHONPATH=/workspace)
 fi
 if [ "${hf_cache^^}" != NONE ]; then
+  HOME=${HOME:-~} # cron and systemd may leave it out; then this is what /etc/passwd says
   hf_cache=$(realpath -m -- "${hf_cache:-${HF_HOME:-$HOME/.cache/huggingface}}")
   args+=(-v "$hf_cache:/home/dynamo/.cache/huggingface")
 fi
-# by its name alone: the secret is neither printed nor in the list of processes
-[ -z "${HF_TOKEN:-}" ] || args+=(-e HF_TOKEN)
+# the image listens on 0.0.0.0, for a network of its own; here that would be all of the host's addresses
+[ -n "$own_host" ] || args+=(-e "DYNAMO_HOST=${host:-${DYNAMO_HOST:-127.0.0.1}}")
+# by their names alone: secrets are neither printed nor in the list of processes
+for variable in NATS_SERVER ETCD_ENDPOINTS HF_TOKEN HF_HUB_OFFLINE "${!DYN_@}" DYNAMO_KV_SECRET DYNAMO_PORT \
+  DYNAMO_SERVICE_NAME DYNAMO_SERVE_DEPENDS "${!DYNAMO_SYSTEM_APP_@}"; do
+  [ -z "${!variable:-}" ] || args+=(-e "$variable")
+done
 args+=(${mounts[@]+"${mounts[@]}"} ${variables[@]+"${variables[@]}"})
 [ $# -gt 0 ] || [ -z "$interactive" ] || [ -n "$entrypoint" ] || set -- bash
 command=(docker run "${args[@]}" "${image:-dynamo:latest-${framework,,}${target:+-$target}}" "$@")

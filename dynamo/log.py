@@ -221,7 +221,7 @@ def configure(source: str = "") -> None:
     except ValueError as error:
         hint = "unset DYN_LOG or set it to info"
         if not jsonl():
-            raise SystemExit(f"{error}\nhint: {hint}") from None
+            raise SystemExit(f"error: {error}\nhint: {hint}") from None
         line = Formatter().begin("ERROR", __name__, source, str(error))
         print(dump({**line, "hint": hint}), file=sys.stderr)
         raise SystemExit(1) from None

@@ -51,6 +51,7 @@ class FakeBackend:
         self.script = script
         self.served: list[ServedModel] = [MODEL]
         self.calls: list[Call] = []
+        self.broken = ""
         self._new: asyncio.Queue[Call] = asyncio.Queue()
 
     def _called(self, request: Any) -> Stream[Delta]:
@@ -77,6 +78,9 @@ class FakeBackend:
 
     def endpoints(self) -> dict[str, int]:
         return {"Processor": len(self.served)}
+
+    def fault(self) -> str:
+        return self.broken
 
 
 def without_direct(app: ASGIApp) -> ASGIApp:

@@ -24,14 +24,25 @@ def report(error: DynamoError | click.ClickException) -> int:
         message, hint = error.format_message(), _usage_hint(error)
     message = " ".join(message.split("\n"))
     if log.jsonl():
-        line = log.Formatter("cli").begin("ERROR", "dynamo.cli", "cli", message)
-        click.echo(log.dump({**line, "hint": hint} if hint else line), err=True)
+        _write("ERROR", message, **({"hint": hint} if hint else {}))
         return error.exit_code
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=colour)
     if hint:
         click.echo(f"{click.style('hint:', fg='cyan')} {hint}", err=True, color=colour)
     return error.exit_code
+
+
+def warn(message: str) -> None:
+    """Print `warning: ...` on standard error, or one JSON line, as `report` does."""
+    if log.jsonl():
+        _write("WARNING", message)
+    else:
+        click.echo(f"warning: {message}", err=True)
+
+
+def _write(level: str, message: str, **fields: str) -> None:
+    click.echo(log.dump({**log.Formatter("cli").begin(level, "dynamo.cli", "cli", message), **fields}), err=True)
 
 
 def _usage_hint(error: click.ClickException) -> str | None:

@@ -18,6 +18,7 @@ from dynamo.runtime.micro import service_name
 from dynamo.serve.announcement import RunningGraph, running
 from dynamo.serve.live_settings import STATES_PREFIX, States
 from dynamo.transport.etcd import Etcd, KeyValue
+from dynamo.transport.host import without_credentials
 from dynamo.transport.nats import DEFAULT_URL, Nats
 from dynamo.wire.messages import Instance
 
@@ -88,12 +89,12 @@ def deployments() -> list[Deployment]:
     nats = os.environ.get("NATS_SERVER") or DEFAULT_URL
     found: dict[str, list[RunningGraph]] = {}
     for graph in running():
-        found.setdefault(graph.env["ETCD_ENDPOINTS"], []).append(graph)
+        found.setdefault(graph.env.get("ETCD_ENDPOINTS") or DEFAULT_ETCD, []).append(graph)
     if named:
         graphs = found.get(named, [])
-        return [Deployment(named, graphs[0].env["NATS_SERVER"] if graphs else nats, graphs)]
+        return [Deployment(named, graphs[0].env.get("NATS_SERVER") or nats if graphs else nats, graphs)]
     if found:
-        return [Deployment(etcd, graphs[0].env["NATS_SERVER"], graphs) for etcd, graphs in found.items()]
+        return [Deployment(etcd, graphs[0].env.get("NATS_SERVER") or nats, graphs) for etcd, graphs in found.items()]
     return [Deployment(DEFAULT_ETCD, nats, timeout_s=GUESS_S)]
 
 
@@ -101,7 +102,7 @@ def one_deployment() -> Deployment:
     """Raises StartError when several graphs run here, each with an etcd of its own."""
     found = deployments()
     if len(found) > 1:
-        specs = ", ".join(f"{d.graphs[0].graph} ({d.etcd_endpoints})" for d in found)
+        specs = ", ".join(f"{d.graphs[0].graph} ({without_credentials(d.etcd_endpoints)})" for d in found)
         raise StartError(f"several graphs run here: {specs}", hint="set ETCD_ENDPOINTS to the one you mean")
     return found[0]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import click
 from click.core import ParameterSource
 
+from dynamo.cli.errors import warn
 from dynamo.config import document, overrides
 from dynamo.config.layers import Layer, resolve
 from dynamo.config.options import Infra, ServeOptions
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 DEPLOYMENT_CONFIG = "DYN_DEPLOYMENT_CONFIG"
 OVERRIDES = "dynamo.config.overrides"  # key of the overrides in click's context
+_PORT = click.IntRange(0, 65535)
+_PORT.name = "port"  # an error says so
 
 
 class _ServeCommand(click.Command):
@@ -71,7 +74,7 @@ class _ServeCommand(click.Command):
 @click.option(
     "-p",
     "--port",
-    type=click.IntRange(0, 65535),
+    type=_PORT,
     envvar="DYNAMO_PORT",
     show_envvar=True,
     help="HTTP port of the graph's entry service; the file's value counts unless this is given.",
@@ -107,7 +110,7 @@ class _ServeCommand(click.Command):
     help="Where the graph runs: `dynamo` is processes on this machine.",
 )
 @click.option("--enable-system-app/--no-enable-system-app", default=None, help="Probes on a port of their own.")
-@click.option("--system-app-port", type=click.IntRange(0, 65535), help="That port; with --service-name only.")
+@click.option("--system-app-port", type=_PORT, help="That port; with --service-name only.")
 @click.option("--system-app-host", metavar="ADDRESS", help="Where it listens; 0.0.0.0 by default.")
 @click.option(
     "--use-default-health-checks",
@@ -117,7 +120,7 @@ class _ServeCommand(click.Command):
 )
 @click.option(
     "--metrics-port",
-    type=click.IntRange(0, 65535),
+    type=_PORT,
     envvar="DYN_METRICS_PORT",
     show_envvar=True,
     help="Where Prometheus scrapes all processes of this command; the first free port from 9091 on by default, 0: nowhere.",
@@ -184,7 +187,8 @@ def serve(
     from dynamo.sdk.graph import load
 
     if system_app_port is not None and len(service_names) != 1:
-        raise click.UsageError("--system-app-port needs --service-name: one port cannot serve several processes")
+        wanted = "takes one --service-name" if service_names else "needs --service-name"
+        raise click.UsageError(f"--system-app-port {wanted}: one port cannot serve several processes")
     _set_system_app(
         ENABLED=enable_system_app,
         PORT=system_app_port,
@@ -218,7 +222,9 @@ def serve(
     check(resolved, services)
     if dry_run:
         from dynamo.cli.explain import explanation
+        from dynamo.serve.metrics_port import check_addresses
 
+        check_addresses(options, os.environ.get("NATS_SERVER", ""))
         click.echo(render(resolved.services))
         click.echo(explanation(started, resolved, services, working_dir, as_json=explain == "json"), err=True)
         return 0
@@ -233,7 +239,7 @@ def _file_layers(config_file: Path | None) -> list[Layer]:
     if not deployed:
         return [document.load(config_file)] if config_file else []
     if config_file is not None:
-        click.echo(f"warning: {DEPLOYMENT_CONFIG} is set: {config_file} is not read", err=True)
+        warn(f"{DEPLOYMENT_CONFIG} is set: {config_file} is not read")
     return [document.parse(deployed, DEPLOYMENT_CONFIG)]
 
 

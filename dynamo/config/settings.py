@@ -27,6 +27,7 @@ from dynamo.errors import ConfigError
 
 RESERVED = (SERVICE_ARGS, COMMON_CONFIGS)
 ExtraSettings = Callable[[], Collection[str] | None]
+CheckSettings = Callable[[Mapping[str, Any], Callable[[str], str]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,14 @@ class Declared:
     """The settings of a service class, by alike() form; `further`: the constructor has `**kwargs`.
 
     `extra_settings` is the class's hook: names of further keys, or None for any. It may be slow, so it is called only
-    for a key that is no parameter.
+    for a key that is no parameter. `check_settings(values, where)`, a hook too, raises ConfigError for values of further
+    keys; its message begins with `where(key)`.
     """
 
     settings: dict[str, Setting]
     further: bool = False
     extra_settings: ExtraSettings | None = None
+    check_settings: CheckSettings | None = None
 
     def takes(self, key: str) -> bool:
         if alike(key) in self.settings or key in RESERVED:
@@ -94,7 +97,7 @@ def declared(cls: type[Any]) -> Declared | None:
         return None
     namespace = getattr(initialise, "__globals__", {})
     settings = {alike(p.name): Setting(p.name, p.annotation, p.default, namespace) for p in named}
-    return Declared(settings, further, extra)
+    return Declared(settings, further, extra, getattr(cls, "check_settings", None))
 
 
 def knows(services: Mapping[str, Declared | None], service: str, key: str) -> bool:
@@ -153,6 +156,8 @@ def _check_service(name: str, values: Mapping[str, Any], found: Declared, origin
             )
         if setting := found.settings.get(alike(key)):
             converted(setting, value, lambda: where(origin, (name, key)))  # noqa: B023  (called before the next turn)
+    if found.check_settings is not None:
+        found.check_settings(values, lambda key: where(origin, (name, key)))
 
 
 def constructor_arguments(cls: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:

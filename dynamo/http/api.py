@@ -20,7 +20,7 @@ from dynamo.http import failure
 from dynamo.http.api_method import handler
 from dynamo.http.edge import RequestIds
 from dynamo.http.exposition import CONTENT_TYPE
-from dynamo.http.server import BACKLOG, HttpServer
+from dynamo.http.server import HttpServer, listening
 
 FREE_PORTS = range(20000, 32768)  # below the range that the kernel gives to outgoing connections
 TRIES = 50
@@ -125,7 +125,7 @@ def listen(host: str, port: int | None, *, shared: bool = False) -> socket.socke
     ports: Iterator[int] = iter([port] if port else random.sample(FREE_PORTS, TRIES))
     for candidate in ports:
         try:
-            return _bound(host, candidate, shared)
+            return listening(host, candidate, shared=shared)
         except OSError as error:
             if port:
                 raise StartError(
@@ -135,29 +135,16 @@ def listen(host: str, port: int | None, *, shared: bool = False) -> socket.socke
     raise StartError(f"no free port on {host}", hint="give the service a `port` in the configuration")
 
 
-def _bound(host: str, port: int, shared: bool) -> socket.socket:
-    anywhere = host == "::"  # all addresses, IPv4 too
-    listener = socket.create_server(
-        ("" if anywhere else host, port),
-        family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-        backlog=BACKLOG,
-        reuse_port=shared,
-        dualstack_ipv6=anywhere,
-    )
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
 class ApiServer(HttpServer):
     """Serves an application on a socket that listens already, with the application's own start and end (lifespan)."""
 
     def __init__(self, app: ASGIApp, host: str, listener: socket.socket) -> None:
-        super().__init__(app, host, listener.getsockname()[1])
-        self._listener = listener
+        super().__init__(app, host, listener.getsockname()[1], listener)
         self._server.config.lifespan = "auto"
 
     async def start(self) -> None:
         """Accepting when it returns. Raises StartError when the application's own start failed."""
+        assert self._listener is not None
         serve = functools.partial(self._server.serve, [self._listener])
         self._task = asyncio.get_running_loop().create_task(serve(), name="api server")
         while not self._server.started:

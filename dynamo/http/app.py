@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,9 +64,10 @@ def _add_pages(
         raise ModelNotFoundError(f"The model `{name}` does not exist.", param="model")
 
     async def health() -> Response:
-        names = [m.name for m in backend.models()]
-        state = {"status": "healthy" if names else "starting", "models": names, "instances": backend.endpoints()}
-        return _json(state, 200 if names else 503)
+        names, reason = [m.name for m in backend.models()], backend.fault()
+        status = "unavailable" if reason else "healthy" if names else "starting"
+        state = {"status": status, "models": names, "instances": backend.endpoints()}
+        return _json({**state, "reason": reason} if reason else state, 200 if status == "healthy" else 503)
 
     async def live() -> Response:
         return _json({"status": "live"})
@@ -119,7 +121,8 @@ def _add_errors(app: FastAPI) -> None:
             text, code = f"Unknown request URL: {method} {path}. See /docs.", "unknown_url"
         elif status == 405:
             text, code = f"{method} is not allowed on {path}; use {headers.get('Allow')}.", "method_not_allowed"
-        tell_refused(f"{method} {path}", RequestError(text), status=status)
+        level = logging.DEBUG if status == 404 else None
+        tell_refused(f"{method} {path}", RequestError(text), status=status, level=level)
         body = {"message": text, "type": "invalid_request_error", "param": None, "code": code}
         return _json({"error": body}, status, headers)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from statistics import fmean, pstdev
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Pages = Mapping[str, Callable[[], Awaitable[bytes]]]
+"""what a process or a host tells, by path"""
 
 _HELP, _TYPE = b"# HELP ", b"# TYPE "
 

@@ -62,7 +62,7 @@ class Api:
 
     def __init__(self, backend: Backend, max_body_bytes: int, timeout_s: float | None) -> None:
         self.backend, self.max_body_bytes, self.timeout_s = backend, max_body_bytes, timeout_s
-        self.metrics = Metrics()
+        self.metrics = Metrics(lambda: [model.name for model in backend.models()])
         self._reported: set[str] = set()
 
     def model(self, name: str) -> ServedModel:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
-from itertools import accumulate
+from collections.abc import Callable, Iterable
+from itertools import accumulate, product
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -23,7 +23,16 @@ _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65
 
 Status = Outcome
 
+ENDPOINTS = ("chat_completions", "completions")
 _ERROR_TYPES = {404: "not_found", 429: "overload", 503: "unavailable", 504: "response_timeout"}
+_ENDS: tuple[tuple[Status, str], ...] = (
+    ("success", ""), ("disconnect", ""), ("error", "validation"), ("error", "overload"), ("error", "internal"),
+    ("error", "unavailable"), ("error", "response_timeout"),
+)  # fmt: skip
+"""Ends of requests to a model, with their error_type, that are counted from 0: rate() misses the step of a series that
+begins with its first event. That is 28 series a model; there are no others."""
+_REFUSALS = ("validation", "not_found", "unavailable", "internal")
+"""the same of requests that failed before it was clear which model they are for"""
 
 
 def error_type(error: BaseException) -> str:
@@ -66,11 +75,25 @@ class _TokenCollector(Collector):
         yield output
 
 
+class _Served(Collector):
+    """Of no metrics itself: gives every model that can answer its series, before the others are collected."""
+
+    def __init__(self, metrics: Metrics, models: Callable[[], Iterable[str]]) -> None:
+        self._metrics, self._models = metrics, models
+
+    def collect(self) -> Iterable[Metric]:
+        for model in self._models():
+            self._metrics.of(model)
+        return ()
+
+
 class Metrics:
     """One registry a server. Times in seconds, lengths in tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Callable[[], Iterable[str]]) -> None:
+        """`models`: names of those that can answer now."""
         self.registry = CollectorRegistry()
+        self.registry.register(_Served(self, models))
         kw: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
             "dynamo_frontend_requests",
@@ -82,10 +105,18 @@ class Metrics:
         self.queued = Gauge("dynamo_frontend_queued_requests", "Requests without a token so far.", ["model"], **kw)
         self.disconnected = Gauge("dynamo_frontend_disconnected_clients", "Clients that left before the end.", **kw)
         self.duration = Histogram(
-            "dynamo_frontend_request_duration_seconds", "Whole request.", ["model"], buckets=_DURATION_SECONDS, **kw
+            "dynamo_frontend_request_duration_seconds",
+            "Whole request, of those that succeeded.",
+            ["model"],
+            buckets=_DURATION_SECONDS,
+            **kw,
         )
         self.ttft = Histogram(
-            "dynamo_frontend_time_to_first_token_seconds", "TTFT of streams.", ["model"], buckets=_SECONDS, **kw
+            "dynamo_frontend_time_to_first_token_seconds",
+            "TTFT of streams, however they end.",
+            ["model"],
+            buckets=_SECONDS,
+            **kw,
         )
         self.isl = Histogram(
             "dynamo_frontend_input_sequence_tokens", "Prompt tokens.", ["model"], buckets=_TOKENS, **kw
@@ -99,6 +130,8 @@ class Metrics:
         self.tokens = _TokenCollector()
         self.registry.register(self.tokens)
         self._models: dict[str, ModelMetrics] = {}
+        for endpoint, error in product(ENDPOINTS, _REFUSALS):
+            self._refused(endpoint, error)
 
     def of(self, model: str) -> ModelMetrics:
         """The metrics of one model; looking up labels for each request costs 12 µs."""
@@ -109,9 +142,13 @@ class Metrics:
 
     def refused(self, endpoint: str, error: BaseException) -> None:
         """Count a request that failed before it was clear which model it is for."""
-        self.requests.labels("", endpoint, "unary", "error", error_type(error)).inc()
+        self._refused(endpoint, error_type(error)).inc()
+
+    def _refused(self, endpoint: str, error: str) -> Counter:
+        return self.requests.labels("", endpoint, "unary", "error", error)
 
     def exposition(self) -> tuple[bytes, str]:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
 
@@ -125,13 +162,18 @@ class ModelMetrics:
         self.cached, self.tokens = metrics.cached.labels(model), metrics.tokens.of(model)
         self._metrics, self.name = metrics, model
         self._requests: dict[tuple[str, ...], Counter] = {}
+        for endpoint, kind, ending in product(ENDPOINTS, ("stream", "unary"), _ENDS):
+            self._ended(endpoint, kind, *ending)
 
     def count(self, endpoint: str, kind: str, status: Status, error: str) -> None:
+        self._ended(endpoint, kind, status, error).inc()
+
+    def _ended(self, endpoint: str, kind: str, status: Status, error: str) -> Counter:
         labels = (self.name, endpoint, kind, status, error)
         found = self._requests.get(labels)
         if found is None:
             found = self._requests[labels] = self._metrics.requests.labels(*labels)
-        found.inc()
+        return found
 
 
 class Observation:
@@ -163,6 +205,8 @@ class Observation:
         if not self._first:
             self._first = now
             self._model.queued.dec()
+            if self._kind == "stream":
+                self._model.ttft.observe(now - self._started)
         elif self._kind == "stream":
             gap = (now - self._last) / count
             found.gaps[bisect_left(_ITL_SECONDS, gap)] += count
@@ -185,7 +229,8 @@ class Observation:
         taken_s = time.monotonic() - self._started
         model.in_flight.dec()
         model.count(self._endpoint, self._kind, status, "" if error is None else error_type(error))
-        model.duration.observe(taken_s)
+        if status == "success":
+            model.duration.observe(taken_s)
         stream, tokens = self._kind == "stream", (prompt_tokens, cached_tokens, output_tokens)
         ttft_s = self._first - self._started if stream and self._first else None
         tell_end(Ended(self._endpoint, model.name, stream, status, error, taken_s, ttft_s, *tokens))
@@ -194,8 +239,6 @@ class Observation:
         if not self._first:
             model.queued.dec()
             return
-        if self._kind == "stream":
-            model.ttft.observe(self._first - self._started)
         model.isl.observe(prompt_tokens)
         model.osl.observe(output_tokens)
         model.cached.observe(cached_tokens)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dynamo.http.exposition import CONTENT_TYPE
+from dynamo.http.exposition import CONTENT_TYPE, Pages
 from dynamo.http.server import HttpServer
 
 log = logging.getLogger(__name__)
 
-Pages = Mapping[str, Callable[[], Awaitable[bytes]]]
-
 
 class MetricsServer(HttpServer):
-    """On sockets that listen already. `pages` by path: in Prometheus text, those that end in `/targets` in JSON."""
+    """On sockets that listen already. Pages are Prometheus text, those whose path ends in `/targets` JSON."""
 
     def __init__(self, listeners: Sequence[socket.socket], pages: Pages) -> None:
         super().__init__(_app(pages), *listeners[0].getsockname()[:2])

@@ -5,7 +5,8 @@
     GET /v1/model: 404 in 0.000 s: Unknown request URL: GET /v1/model. See /docs.
 
 At info; at warning where the server is at fault, and at error, with its traceback, where a bug is. So
-`DYN_LOG=dynamo.http.requests=warning` leaves out what went well. Nothing of prompts and answers is in it.
+`DYN_LOG=dynamo.http.requests=warning` leaves out what went well. Unknown URLs are at debug, of which scanners try
+thousands. Nothing of prompts and answers is in it.
 """
 
 from __future__ import annotations
@@ -69,10 +70,12 @@ def tell_end(request: Ended) -> None:
     log.log(level, text, extra=fields, exc_info=_bug(error))
 
 
-def tell_refused(what: str, error: BaseException, duration_s: float = 0.0, status: int | None = None) -> None:
-    """A request that came to nothing, `what` being its endpoint, or its method and path. `status`: the error's own if
-    None."""
-    level = _level(error)
+def tell_refused(
+    what: str, error: BaseException, duration_s: float = 0.0, *, status: int | None = None, level: int | None = None
+) -> None:
+    """A request that came to nothing, `what` being its endpoint, or its method and path. `status`, `level` None: the
+    error's own."""
+    level = _level(error) if level is None else level
     if not log.isEnabledFor(level):
         return
     status, what, shown = status or status_of(error), what[:ERROR_CHARS], _shown(error)

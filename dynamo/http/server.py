@@ -25,12 +25,16 @@ class _Embedded(uvicorn.Server):
         yield
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    if host == "::":  # all addresses, IPv4 too
-        listener = socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
-    else:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A socket that listens there; `shared`: with others that share it, the kernel spreads connections over them."""
+    anywhere = host == "::"  # all addresses, IPv4 too
+    listener = socket.create_server(
+        ("" if anywhere else host, port),
+        family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+        backlog=BACKLOG,
+        reuse_port=shared,
+        dualstack_ipv6=anywhere,
+    )
     # connections inherit it; asyncio sets it only where the socket names its protocol, which create_server's does not,
     # and without it small writes wait 40 ms for an acknowledgement
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -40,8 +44,10 @@ def _listen(host: str, port: int) -> socket.socket:
 class HttpServer:
     """Serves an ASGI app from `start` until `stop`."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, listener: socket.socket | None = None) -> None:
+        """`listener`: listens there already."""
         self.host, self.port = host, port
+        self._listener = listener
         config = uvicorn.Config(
             app,
             host=host,
@@ -63,7 +69,7 @@ class HttpServer:
     async def start(self) -> None:
         """Listening when it returns. Raises StartError when the port is taken."""
         try:
-            listener = _listen(self.host, self.port)
+            listener = self._listener or listening(self.host, self.port)
         except OSError as error:
             raise StartError(
                 f"cannot listen on {self.host}:{self.port}: {error.strerror}", hint="choose another port with --port"

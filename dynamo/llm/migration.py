@@ -39,6 +39,10 @@ Decode = Callable[[list[int], bool], str]
 """text of tokens, without special tokens if the second is true"""
 
 
+REASONS = tuple(str(error.code) for error in (WorkerLostError, EngineDeadError, UnavailableError, TransportError))
+"""codes of the errors after which a request goes on elsewhere"""
+
+
 def migrating(
     prepare: Prepare, send: Send, decode: Decode, limit: int, migrated: Callable[[str], None]
 ) -> Stream[Delta]:

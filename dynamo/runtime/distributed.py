@@ -24,6 +24,7 @@ from dynamo.runtime.micro import announce
 from dynamo.runtime.peers import Peers
 from dynamo.runtime.server import Endpoint, Server
 from dynamo.runtime.static import StaticDiscovery, static_subject, tell
+from dynamo.runtime.targets import MetricsTargets
 from dynamo.transport.etcd import Delete, Etcd, Put
 from dynamo.transport.host import STREAM_PORTS, advertised_host, bound_host, host_id
 from dynamo.transport.listener import StreamListener
@@ -76,6 +77,7 @@ class DistributedRuntime:
         self._queues: list[Queue] = []
         self._ready = self._closed = False
         self.metrics = ProcessMetrics(self.instance_id, self._clients)
+        self.metrics_targets = MetricsTargets(self)
         self.peers = Peers()
         self.listener = StreamListener()
 
@@ -132,6 +134,11 @@ class DistributedRuntime:
     def etcd_client(self) -> Etcd | None:
         """The client of etcd, once connected; None for a static runtime."""
         return self.etcd if self._ready and not self.is_static else None
+
+    @property
+    def nats_away_s(self) -> float:
+        """How long NATS has been away; 0 while it is there, and before the first connection."""
+        return self.nats.away_s if self._ready else 0.0
 
     async def client(self, namespace: str, component: str, endpoint: str) -> Client:
         """The client of an endpoint, the same one at each call; it follows the instances from now on."""

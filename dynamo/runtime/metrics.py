@@ -1,8 +1,8 @@
 """Prometheus metrics of each process of a graph, which any other process of it can ask for.
 
 A question goes over NATS to `metrics.<namespace>.<service>` of each service of the graph, and every process of the
-service answers with text whose samples carry the labels `service` and `worker_id`. So processes are found wherever they
-run, as calls find them, and graphs that share a NATS do not mix.
+service answers with text whose samples carry the labels `namespace`, `service`, `worker` (its number) and `worker_id` (its
+instance id). So processes are found wherever they run, as calls find them, and graphs that share a NATS do not mix.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ProcessMetrics:
     def __init__(self, instance_id: int, clients: Mapping[tuple[str, str, str], Client]) -> None:
         self.worker_id = f"{instance_id:x}"
         self._clients = clients
-        self._namespace, self._service = "", ""
+        self._namespace, self._service, self._worker = "", "", 1
         self._graph: Sequence[tuple[str, str]] = ()
         self._lent: list[CollectorRegistry] = []
         self._nats: Nats | None = None
@@ -87,9 +87,10 @@ class ProcessMetrics:
         """Give others the metrics of a registry that this process shows by itself, and so are not in `text`."""
         self._lent.append(registry)
 
-    def belong(self, namespace: str, service: str, graph: Sequence[tuple[str, str]]) -> None:
-        """Say, before the process connects, whose process this is: `graph` has namespace and name of all services."""
-        self._namespace, self._service, self._graph = namespace, service, graph
+    def belong(self, namespace: str, service: str, graph: Sequence[tuple[str, str]], worker: int = 1) -> None:
+        """Say, before the process connects, whose process this is, and which of its service's: `graph` has namespace and
+        name of all services."""
+        self._namespace, self._service, self._graph, self._worker = namespace, service, graph, worker
 
     async def answer(self, nats: Nats) -> None:
         """Answer from now on, if this process belongs to a graph."""
@@ -115,10 +116,12 @@ class ProcessMetrics:
 
         prometheus_client's own has memory, CPU and file descriptors, and what libraries such as vLLM count.
         """
-        from prometheus_client import REGISTRY
+        from prometheus_client import REGISTRY, disable_created_metrics
         from prometheus_client.exposition import generate_latest
 
-        labels = {"service": self._service, "worker_id": self.worker_id}
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter and histogram
+        labels = {"namespace": self._namespace, "service": self._service, "worker": str(self._worker)}
+        labels["worker_id"] = self.worker_id
         registries = [self.registry, *(self._lent if lent else ()), REGISTRY]
         return generate_latest(_Labelled(registries, labels))
 
@@ -201,8 +204,13 @@ class _Labelled:
 
 
 def label(given: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
-    """Both together; a given label that says something else is renamed, as Prometheus does: `exported_<name>`."""
+    """Both together; a given label that says something else is renamed, as Prometheus does: `exported_<name>`.
+
+    A given `worker` stays: of the router's metrics it is the worker that they are about.
+    """
     if given.keys().isdisjoint(added):
         return {**given, **added}
+    if "worker" in given:
+        added = {**added, "worker": given["worker"]}
     kept = {f"exported_{k}" if added.get(k, value) != value else k: value for k, value in given.items()}
     return kept | dict(added)

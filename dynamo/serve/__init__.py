@@ -20,4 +20,4 @@ def run(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
     processes = deployment.check(graph, resolved, options)
     if options.service_names and processes == 1 and not (options.supervise or options.reload):
         return deployment.run_alone(graph, resolved, options)
-    return guard.guarded(lambda: deployment.run(graph, resolved, options))
+    return guard.guarded(lambda: deployment.run(graph, resolved, options), deployment.tell_death)

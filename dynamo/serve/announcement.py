@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
 FILE = "graph.json"
@@ -20,14 +21,14 @@ FILE = "graph.json"
 
 class RunningGraph(NamedTuple):
     """One `dynamo serve` on this machine. `env` has NATS_SERVER and ETCD_ENDPOINTS; `started` is Unix time in seconds;
-    `metrics` is where its processes are scraped, if anywhere."""
+    `metrics` is where its processes are scraped, if anywhere. What another version did not write is empty."""
 
-    graph: str
-    pid: int
-    url: str
-    started: float
-    run_dir: str
-    env: Mapping[str, str]
+    graph: str = ""
+    pid: int = 0
+    url: str = ""
+    started: float = 0.0
+    run_dir: str = ""
+    env: Mapping[str, str] = MappingProxyType({})
     metrics: str = ""
 
 
@@ -66,7 +67,7 @@ def _read(path: Path) -> RunningGraph | None:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 given: dict[str, Any] = json.load(file)
-                return RunningGraph(**{name: given[name] for name in RunningGraph._fields})
-    except (OSError, ValueError, KeyError, TypeError):  # gone meanwhile, or another version's
+                return RunningGraph(**{name: given[name] for name in RunningGraph._fields if name in given})
+    except (OSError, ValueError, TypeError):  # gone meanwhile, or another version's
         pass
     return None

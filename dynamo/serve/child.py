@@ -51,6 +51,7 @@ class ProcessSpec:
     env: Mapping[str, str]  # added to os.environ
     cwd: str
     of: int = 1  # workers that the service has
+    namespace: str = ""
 
     @property
     def name(self) -> str:

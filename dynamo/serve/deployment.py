@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -20,13 +19,14 @@ import uvloop
 from dynamo import log
 from dynamo.config.settings import constructor_arguments, declared
 from dynamo.errors import DynamoError, StartError
-from dynamo.llm.engines.kv_transfer.session import SECRET
+from dynamo.llm.engines.kv_transfer.session import SECRET, SHARED
 from dynamo.sdk.service import spec_of
-from dynamo.serve import announcement, gpus, host_metrics, infra, ports
+from dynamo.serve import announcement, gpus, host_metrics, infra, metrics_port, ports, run_dirs
 from dynamo.serve.child import Event, ProcessSpec
-from dynamo.serve.console import Console, seconds
+from dynamo.serve.console import Console
 from dynamo.serve.host_metrics import HostMetrics
 from dynamo.serve.http_service import http_address
+from dynamo.serve.metrics_socket import ask_process
 from dynamo.serve.plan import RELOAD, RUN_DIR, namespace_of, plan
 from dynamo.serve.supervisor import Supervisor
 from dynamo.transport.host import METRICS_ADDRESS, bound_host
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dynamo.config.layers import Resolved
     from dynamo.config.options import ServeOptions
     from dynamo.sdk.graph import Graph
+    from dynamo.serve.metrics_port import MetricsPort
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +50,20 @@ def check(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
     address = _entry_address(graph, resolved)
     if address is not None:
         ports.check(*address)
-    if options.metrics_port and (port := host_metrics.claim(options, os.environ.get("NATS_SERVER", ""))):
-        port.close()
+    metrics_port.check(options, os.environ.get("NATS_SERVER", ""), ports.wanted(address, processes))
     return len(processes)
 
 
 def _plan(graph: Graph, resolved: Resolved, options: ServeOptions, env: Mapping[str, str]) -> list[ProcessSpec]:
     given = {**env, SECRET: os.environ.get(SECRET) or secrets.token_hex(32)}  # several hosts are given the same
+    given[SHARED] = "1" if os.environ.get(SECRET) else ""
     services, visible = resolved.services, gpus.visible()
     return plan(graph, services, working_dir=options.working_dir, visible_gpus=visible, environment=given)
+
+
+def _metrics_port(graph: Graph, resolved: Resolved, options: ServeOptions, servers: infra.Infra) -> MetricsPort | None:
+    wanted = ports.wanted(_entry_address(graph, resolved), _plan(graph, resolved, options, {}))
+    return metrics_port.claim(options, servers.nats_url, wanted)
 
 
 def _entry_address(graph: Graph, resolved: Resolved) -> tuple[str, int] | None:
@@ -79,15 +85,14 @@ def _entry_address(graph: Graph, resolved: Resolved) -> tuple[str, int] | None:
 def run(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
     """The supervisor's side of the guard."""
     log.configure("serve")
+    run_dirs.remove_old()
     run_dir = Path(tempfile.mkdtemp(prefix="dynamo-"))  # readable by this user alone
     console = Console()
     code = 1
     try:
         code = uvloop.run(_run(graph, resolved, options, run_dir, console))
     except DynamoError as error:
-        console.say(f"error: {error.message}", "red")
-        if error.hint:
-            console.say(f"hint: {error.hint}")
+        console.failed("error", error.message, error.hint or "")
         code = error.exit_code
     finally:
         if code == 0:
@@ -100,13 +105,20 @@ def run(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
     return code
 
 
+def tell_death(signal_name: str) -> None:
+    """The guard's line when it has cleared up behind its supervisor."""
+    console = Console()
+    console.failed("error", f"the supervisor died ({signal_name}); all its processes were ended", "")
+    console.flush()
+
+
 async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir: Path, console: Console) -> int:
     servers = await infra.ensure(run_dir, options.infra)
     console.say(_described(servers, options))
     try:
         bound_host(servers.nats_url)  # a bad DYN_HOST_IP is one error here, not one of each process
         env = {**servers.env, RUN_DIR: str(run_dir), **({RELOAD: "1"} if options.reload else {})}
-        port = host_metrics.claim(options, servers.nats_url)
+        port = _metrics_port(graph, resolved, options, servers)
         if port is not None:
             env[METRICS_ADDRESS] = port.address
             console.metrics(port.url)
@@ -124,7 +136,7 @@ async def _run(graph: Graph, resolved: Resolved, options: ServeOptions, run_dir:
             joined=_joined(graph, resolved, servers) if options.service_names else "",
         )
         if port is not None:
-            pages = HostMetrics(run_dir, port.address, supervisor.processes).pages
+            pages = HostMetrics(port.address, supervisor.processes, partial(ask_process, run_dir)).pages
             beside.append(("metrics", partial(host_metrics.serve, port, pages)))
         address, scraped = _entry_address(graph, resolved), port.url if port is not None else ""
         try:
@@ -202,18 +214,22 @@ def run_alone(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
 
     started = time.monotonic()
     servers = asyncio.run(infra.ensure(Path(tempfile.gettempdir()), "external"))
-    print(f"joining the graph at {servers.description}", file=sys.stderr)
+    console = Console()
+    console.say(f"joining the graph at {servers.description}")
+    console.flush()
     bound_host(servers.nats_url)
-    env, port = dict(servers.env), host_metrics.claim(options, servers.nats_url)
+    env, port = dict(servers.env), _metrics_port(graph, resolved, options, servers)
     if port is not None:
         env[METRICS_ADDRESS] = port.address
-        print(f"metrics: {port.url}", file=sys.stderr)
+        console.metrics(port.url)
+        console.flush()  # in order: the process logs without the console
     spec = _plan(graph, resolved, options, env)[0]
 
     def ready(event: Event) -> None:
         text = event.get("text") or _joined(graph, resolved, servers)
-        print(f"ready in {seconds(time.monotonic() - started)}: {event.get('url') or text}", file=sys.stderr)
+        console.serving(time.monotonic() - started, event.get("url") or text)
 
     os.environ.update(spec.env)
     os.chdir(options.working_dir)
-    process.main(spec.argv[3:], ready, port)
+    scrape = partial(host_metrics.serve_alone, port, spec) if port is not None else None
+    process.main(spec.argv[3:], ready, scrape)

@@ -107,12 +107,13 @@ def stop_hard() -> NoReturn:
     os._exit(128 + signal.SIGTERM)
 
 
-def guarded(run: Callable[[], int]) -> int:
+def guarded(run: Callable[[], int], on_death: Callable[[str], None] | None = None) -> int:
     """Fork; run `run` in the child, the *supervisor*; return its exit code when nothing is left of it.
 
     Call it before any thread exists and before heavy imports. The code is what `run` returned (or raised as
-    SystemExit), or 128 + n if signal n ended the supervisor. SIGINT, SIGTERM and SIGHUP that reach this process are
-    passed on. The supervisor is in a process group of its own, so that a terminal's Ctrl-C reaches it once, from here.
+    SystemExit), or 128 + n if signal n ended the supervisor; `on_death` is then called with the name of the signal, once
+    nothing is left. SIGINT, SIGTERM and SIGHUP that reach this process are passed on. The supervisor is in a process
+    group of its own, so that a terminal's Ctrl-C reaches it once, from here.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # else what is buffered would be written twice
@@ -130,7 +131,12 @@ def guarded(run: Callable[[], int]) -> int:
     _, status = os.waitpid(supervisor_pid, 0)  # a handler may run in between: the call is taken up again (PEP 475)
     _handle_stop_signals(signal.SIG_IGN)
     kill_tree()
-    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+    if os.WIFEXITED(status):
+        return os.waitstatus_to_exitcode(status)
+    number = os.WTERMSIG(status)
+    if on_death is not None:
+        on_death(signal.Signals(number).name)
+    return 128 + number
 
 
 def _supervise(run: Callable[[], int], guard_pid: int) -> NoReturn:

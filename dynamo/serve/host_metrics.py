@@ -9,97 +9,55 @@ http.server would be lighter, and needs threads, beside which the supervisor sho
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dynamo.errors import ConfigError
-from dynamo.serve.metrics_socket import METRICS, TARGETS, Pages, ask, path_of
-from dynamo.transport.host import advertised_host, bound_host, is_loopback
+from dynamo.serve.metrics_socket import METRICS, TARGETS
+from dynamo.serve.process_tree import ProcessTrees
 
 if TYPE_CHECKING:
-    from dynamo.config.options import ServeOptions
+    import socket
+
+    from dynamo.http.exposition import Pages
+    from dynamo.serve.child import ProcessSpec
+    from dynamo.serve.metrics_port import MetricsPort
     from dynamo.serve.supervisor import ProcessState
 
-DEFAULT_PORTS = range(9091, 9191)  # the first is that of ai-dynamo's metrics program
-LOOPBACK, ANY = "127.0.0.1", ("", "0.0.0.0", "::")
-BACKLOG = 128
+log = logging.getLogger(__name__)
 
+KEEP_S = 1.0
+"""A page is given again for so long: many scrapers cost what one does."""
 
-@dataclass(frozen=True)
-class MetricsPort:
-    """`address`: what others scrape, `host:port`."""
-
-    address: str
-    listeners: Sequence[socket.socket]
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.address}/metrics"
-
-    def close(self) -> None:
-        for listener in self.listeners:
-            listener.close()
-
-
-def claim(options: ServeOptions, nats_url: str) -> MetricsPort | None:
-    """Listen on the port that was asked for, else on the first of `DEFAULT_PORTS` that is free; None: no port is wanted.
-
-    On the address where the processes of this host listen, and on that of loopback, or on the one that was asked for.
-    Raises ConfigError where that is not possible.
-    """
-    host, port = options.metrics_host, options.metrics_port
-    if port == 0:
-        return None
-    hosts = [bound_host(nats_url) if host is None else host]
-    if host is None and not is_loopback(hosts[0]) and hosts[0] not in ANY:
-        hosts.append(LOOPBACK)
-    told = host if host and host not in ANY else advertised_host(nats_url)
-    for candidate in [port] if port else DEFAULT_PORTS:
-        try:
-            listeners = _listen(hosts, candidate)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE and port is None:
-                continue
-            fact = (error.strerror or str(error)).partition(" (")[0]  # Python adds the address
-            raise ConfigError(
-                f"cannot listen on {hosts[0]}:{candidate} for metrics: {fact}",
-                hint=f"choose another port: --metrics-port {candidate + 1}, or 0 for none",
-            ) from None
-        return MetricsPort(f"{f'[{told}]' if ':' in told else told}:{candidate}", listeners)
-    raise ConfigError(
-        f"ports {DEFAULT_PORTS[0]} to {DEFAULT_PORTS[-1]} are taken on {hosts[0]}, one is for metrics",
-        hint="choose a port with --metrics-port, or 0 for none",
-    )
-
-
-def _listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
-    with contextlib.ExitStack() as opened:
-        found = []
-        for host in hosts:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            every = host == "::"  # IPv4 too
-            listener = socket.create_server(
-                ("" if every else host, port), family=family, backlog=BACKLOG, dualstack_ipv6=every
-            )
-            found.append(opened.enter_context(listener))
-        opened.pop_all()
-        return found
+Sample = tuple[dict[str, str], float]
+Ask = Callable[["ProcessState", str], Awaitable[bytes]]
+"""one page of one process; empty where it does not answer"""
 
 
 async def serve(port: MetricsPort, pages: Pages) -> None:
-    """Until cancelled."""
+    """Until cancelled. A server that fails is logged: the graph goes on without it."""
     try:
         await _first_connection(port.listeners)
         from dynamo.http.metrics_server import MetricsServer
 
         await MetricsServer(port.listeners, pages).serve()
+    except Exception:
+        log.exception("the metrics port is closed: %s", port.url)
     finally:
         port.close()
+
+
+async def serve_alone(port: MetricsPort, spec: ProcessSpec, pages: Pages, ready: Callable[[], bool]) -> None:
+    """As `serve`, in a process that no supervisor runs: it tells of itself what a supervisor would."""
+    from dynamo.serve.supervisor import ProcessState
+
+    async def ask(_: ProcessState, page: str) -> bytes:
+        return await pages[page]()
+
+    host = HostMetrics(port.address, lambda: [ProcessState(spec, ready(), 0, os.getpid())], ask)
+    await serve(port, host.pages)
 
 
 async def _first_connection(listeners: Sequence[socket.socket]) -> None:
@@ -114,35 +72,68 @@ async def _first_connection(listeners: Sequence[socket.socket]) -> None:
 
 
 class HostMetrics:
-    """What the processes of a supervisor count, and what it knows of them itself."""
+    """What the processes of a host count, and what who runs them knows of them itself."""
 
-    def __init__(self, run_dir: Path, address: str, processes: Callable[[], Sequence[ProcessState]]) -> None:
-        self._run_dir, self._address, self._processes = run_dir, address, processes
+    def __init__(self, address: str, processes: Callable[[], Sequence[ProcessState]], ask: Ask) -> None:
+        self._address, self._processes, self._ask = address, processes, ask
+        self._trees = ProcessTrees()
+        self._page: asyncio.Task[bytes] | None = None
+        self._made_at = 0.0
         self.pages: Pages = {METRICS: self.metrics, TARGETS: self.targets}
 
     async def metrics(self) -> bytes:
-        from dynamo.http.exposition import family, merge
+        """The page, at most `KEEP_S` old. Who comes while it is made gets the same."""
+        page = self._page
+        if page is None or (page.done() and time.monotonic() - self._made_at >= KEEP_S):
+            page = self._page = asyncio.get_running_loop().create_task(self._make())
+        return await asyncio.shield(page)  # one scraper that leaves is no end of it for the others
 
-        processes = self._processes()
-        texts = await asyncio.gather(*map(self._text, processes))
-        up, restarts = [], []
+    async def _make(self) -> bytes:
+        from dynamo.http.exposition import merge
+
+        try:
+            processes = self._processes()
+            texts = await asyncio.gather(*(self._asked(process, METRICS) for process in processes))
+            return merge([self._own(processes, texts), *texts])
+        finally:
+            self._made_at = time.monotonic()
+
+    def _own(self, processes: Sequence[ProcessState], texts: Sequence[bytes]) -> bytes:
+        from dynamo.http.exposition import family
+
+        used = self._trees.look({process.spec.name: process.pid for process in processes})
+        up, restarts, cpu, memory = list[Sample](), list[Sample](), list[Sample](), list[Sample]()
         for process, text in zip(processes, texts, strict=True):
-            labels = {"service": process.spec.service, "worker": str(process.spec.worker_id)}
+            spec = process.spec
+            labels = {"namespace": spec.namespace, "service": spec.service, "worker": str(spec.worker_id)}
             up.append((labels, bool(text)))
             restarts.append((labels, process.restarts))
-        told = "1: the process is ready, and told its metrics."
-        own = family("dynamo_supervisor_process_up", "gauge", told, up)
-        own += family("dynamo_supervisor_restarts_total", "counter", "Times that it was started again.", restarts)
-        return merge([own, *texts])
+            if (found := used.get(spec.name)) is not None:
+                cpu.append((labels, found.cpu_s))
+                memory.append((labels, found.resident_bytes))
+        return b"".join(
+            family(f"dynamo_supervisor_{name}", kind, told, samples)
+            for name, kind, told, samples in (
+                ("process_up", "gauge", "1: the process is ready, and told its metrics.", up),
+                ("restarts_total", "counter", "Times that it was started again.", restarts),
+                ("tree_cpu_seconds_total", "counter", "CPU time of the process and its descendants.", cpu),
+                ("tree_resident_bytes", "gauge", "Resident memory of the process and its descendants.", memory),
+            )
+        )
 
-    async def _text(self, process: ProcessState) -> bytes:
-        return await ask(path_of(self._run_dir, process.spec.name), METRICS) if process.ready else b""
+    async def _asked(self, process: ProcessState, page: str) -> bytes:
+        return await self._ask(process, page) if process.ready else b""
 
     async def targets(self) -> bytes:
-        """As one of the processes finds them in etcd; this host alone where none is ready."""
-        for process in self._processes():
-            if process.ready and (found := await ask(path_of(self._run_dir, process.spec.name), TARGETS)):
-                return found
+        """As the first process to answer finds them in etcd; this host alone where none does."""
+        asked = [asyncio.ensure_future(self._asked(process, TARGETS)) for process in self._processes()]
+        try:
+            for answer in asyncio.as_completed(asked):
+                if found := await answer:
+                    return found
+        finally:
+            for each in asked:
+                each.cancel()
         from dynamo.http.exposition import http_sd
 
         return http_sd([self._address])

@@ -82,21 +82,25 @@ class HttpService:
         """Accept requests for `@api` methods; gives the URL. None: the service has nothing to do with HTTP."""
         if not self._spec.routes and self._spec.app is None:
             return None
-        from dynamo.http.api import Answer, ApiServer, create_api, listen  # FastAPI, only where it is used
+        from dynamo.http.api import Answer, ApiServer, create_api  # FastAPI, only where it is used
 
         answers = [Answer(r.path, r.verb, getattr(self._instance, r.method)) for r in self._spec.routes]
         app = create_api(self._spec.app, self._spec.name, answers, self._checks())
         host, port = http_address(self._cls, self._settings, entry=self._entry)
-        shared = self._workers > 1
-        if self._run_dir is None:
-            listener = listen(host, port)
-        else:
-            listener = claim(
-                self._run_dir / PORTS_FILE, self._spec.name, port, lambda p, s: listen(host, p, shared=s), shared
-            )
-        self._server = ApiServer(app, host, listener)
+        self._server = ApiServer(app, host, self.listen(host, port))
         await self._server.start()
         return self._server.url
+
+    def listen(self, host: str, port: int | None) -> socket.socket:
+        """For the server of this service, one socket in each of its workers: the kernel spreads connections over those
+        that live. Raises StartError when the port is taken.
+        """
+        from dynamo.http.api import listen
+
+        if self._run_dir is None:
+            return listen(host, port)
+        ports, shared = self._run_dir / PORTS_FILE, self._workers > 1
+        return claim(ports, self._spec.name, port, lambda p, s: listen(host, p, shared=s), shared)
 
     async def stop(self, limit_s: float) -> None:
         """Accept nothing new, and return when the running answers have ended; those that take longer are cut."""

@@ -28,6 +28,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from dynamo.errors import StartError
+from dynamo.transport.host import without_credentials
 
 Mode = Literal["auto", "embedded", "external"]
 
@@ -276,7 +277,7 @@ def _addresses(urls: str, kind: Kind) -> str:
             host, port = "", 0
         if not host:
             hint = f"write it as {kind.scheme}://host:{kind.port}"
-            raise StartError(f"{kind.variable} is not an address: {url!r}", hint=hint)
+            raise StartError(f"{kind.variable} is not an address: {without_credentials(urls)!r}", hint=hint)
         addresses.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     return ",".join(addresses)
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dynamo.http.exposition import Pages
+    from dynamo.serve.supervisor import ProcessState
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +22,6 @@ ASK_S = 2.0
 """The longest that anybody waits for a process, which may be stopped or very busy."""
 
 METRICS, TARGETS = "/metrics", "/metrics/targets"
-Pages = Mapping[str, Callable[[], Awaitable[bytes]]]
-"""what a process or a host tells, by path"""
 
 
 def path_of(run_dir: Path, process: str) -> Path:
@@ -58,6 +60,11 @@ class MetricsSocket:
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
+
+
+async def ask_process(run_dir: Path, process: ProcessState, page: str) -> bytes:
+    """As `ask`, of a process that a supervisor runs."""
+    return await ask(path_of(run_dir, process.spec.name), page)
 
 
 async def ask(path: Path, page: str) -> bytes:

@@ -54,7 +54,8 @@ def plan(
             env[GPU_SHARE] = f"{share:g}"
         argv = [sys.executable, "-m", "dynamo.serve.process", graph.spec, "--service-name", name]
         argv += ["--worker-id", str(worker), "--workers", str(workers)]
-        processes.append(ProcessSpec(name, worker, tuple(argv), env, str(working_dir.resolve()), workers))
+        namespace, cwd = namespace_of(graph.services[name], services), str(working_dir.resolve())
+        processes.append(ProcessSpec(name, worker, tuple(argv), env, cwd, workers, namespace))
     return processes
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dynamo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dynamo.serve.child import ProcessSpec
+
+SYSTEM_APP_PORT = "DYNAMO_SYSTEM_APP_PORT"
 
 
 def check(host: str, port: int) -> None:
@@ -18,3 +26,9 @@ def check(host: str, port: int) -> None:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror or error}", hint=f"choose another port: --port {port + 1}"
         ) from None
+
+
+def wanted(entry: tuple[str, int] | None, processes: Sequence[ProcessSpec]) -> set[int]:
+    """Ports that the graph's processes will listen on by their configuration: its entry's and those of system apps."""
+    given = [{**os.environ, **process.env}.get(SYSTEM_APP_PORT, "") for process in processes]
+    return {int(port) for port in given if port.isdecimal()} | ({entry[1]} if entry else set())

@@ -17,10 +17,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvloop
 
@@ -29,22 +29,22 @@ from dynamo.config.service_config import ServiceConfig
 from dynamo.config.settings import constructor_arguments
 from dynamo.errors import DynamoError
 from dynamo.runtime import Client, DistributedRuntime
-from dynamo.runtime.targets import MetricsTargets
 from dynamo.sdk import bind, dynamo_context
 from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Avoiding, Choice, Remote, dependencies
 from dynamo.sdk.endpoint import EndpointSpec, Hook, hooks
 from dynamo.sdk.graph import Graph, load
 from dynamo.sdk.service import spec_of
-from dynamo.serve import host_metrics
 from dynamo.serve.channels import ServiceChannels
-from dynamo.serve.host_metrics import MetricsPort
 from dynamo.serve.http_service import HttpService
 from dynamo.serve.live_settings import LiveSettings
 from dynamo.serve.metrics_socket import METRICS, TARGETS, MetricsSocket, path_of
 from dynamo.serve.plan import RELOAD, RUN_DIR, namespace_of
 from dynamo.wire import codec
 from dynamo.wire.stream import Reply, Stream
+
+if TYPE_CHECKING:
+    from dynamo.http.exposition import Pages
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,10 @@ GC_THRESHOLDS = (20_000, 20, 50)
 """Objects of a few hundred running requests stay young: with Python's 700 the collector took 9 % of a token's time."""
 LIVENESS_EVERY_S = 1.0
 READINESS_EVERY_S = 0.02
+
+
+Scrape = Callable[["Pages", Callable[[], bool]], Coroutine[Any, Any, None]]
+"""shows the pages of a process, which is ready where the second says so, until it is cancelled"""
 
 
 class Status:
@@ -127,10 +131,10 @@ class ServiceCaller:
 
 
 class ServiceProcess:
-    """One worker of one service. `run` returns the exit code. `port`: of this host's metrics, where it runs alone."""
+    """One worker of one service. `run` returns the exit code. `scrape` shows its metrics where it runs alone."""
 
     def __init__(
-        self, graph: Graph, name: str, worker_id: int, workers: int, status: Status, port: MetricsPort | None = None
+        self, graph: Graph, name: str, worker_id: int, workers: int, status: Status, scrape: Scrape | None = None
     ) -> None:
         self.graph, self.name, self.status = graph, name, status
         self.cls = graph.service(name)
@@ -142,10 +146,10 @@ class ServiceProcess:
         self.instance: Any = None
         self.http: HttpService | None = None
         self.live: LiveSettings | None = None
-        self._port = port
+        self._scrape = scrape
         self._scraped: asyncio.Task[None] | None = None
         self._socket: MetricsSocket | None = None
-        self._constructed = False
+        self._constructed = self._ready = False
         self._drain_s = DRAIN_S
 
     async def run(self) -> int:
@@ -173,6 +177,7 @@ class ServiceProcess:
             self.http = HttpService(
                 self.instance, settings, entry=entry, workers=self.workers, run_dir=run_dir, metrics=text
             )
+            dynamo_context["listen"] = self.http.listen
             await self._show_metrics(runtime, run_dir)
             await self.http.start_system_app()
             await self._call_hooks("start")
@@ -184,6 +189,7 @@ class ServiceProcess:
             gc.collect()
             gc.freeze()  # what lives now lives long: later collections need not look at it
             gc.set_threshold(*GC_THRESHOLDS)
+            self._ready = True
             self.status.tell("ready", lease=runtime.instance_id, **self._url(), **_sources())
             return await self._live(runtime)
         finally:
@@ -191,7 +197,6 @@ class ServiceProcess:
 
     async def _show_metrics(self, runtime: DistributedRuntime, run_dir: Path | None) -> None:
         """To the supervisor, or, where there is none, on the metrics port."""
-        self.targets = MetricsTargets(runtime)
 
         async def metrics() -> bytes:
             return runtime.metrics.text(lent=True)
@@ -199,11 +204,11 @@ class ServiceProcess:
         async def targets() -> bytes:
             from dynamo.http.exposition import http_sd
 
-            return http_sd(await self.targets.addresses())
+            return http_sd(await runtime.metrics_targets.addresses())
 
         pages = {METRICS: metrics, TARGETS: targets}
-        if self._port is not None:
-            self._scraped = asyncio.get_running_loop().create_task(host_metrics.serve(self._port, pages))
+        if self._scrape is not None:
+            self._scraped = asyncio.get_running_loop().create_task(self._scrape(pages, lambda: self._ready))
         elif run_dir is not None:
             self._socket = MetricsSocket(path_of(run_dir, self.label), pages)
             await self._socket.open()
@@ -211,11 +216,12 @@ class ServiceProcess:
     def _fill_context(self, runtime: DistributedRuntime) -> None:
         component = runtime.namespace(self.namespace).component(self.name)
         graph = [(namespace_of(cls, self.config), name) for name, cls in self.graph.services.items()]
-        runtime.metrics.belong(self.namespace, self.name, graph)
+        runtime.metrics.belong(self.namespace, self.name, graph, self.worker_id)
         endpoints = sorted(spec_of(self.cls).endpoints.values(), key=lambda endpoint: endpoint.method)
         dynamo_context.update(
             service_name=self.name,
             worker_id=self.worker_id,
+            workers=self.workers,
             namespace=self.namespace,
             runtime=runtime,
             component=component,
@@ -239,7 +245,7 @@ class ServiceProcess:
 
     async def _join(self, runtime: DistributedRuntime, callers: dict[str, ServiceCaller]) -> None:
         await runtime.connect()
-        await self.targets.publish()
+        await runtime.metrics_targets.publish()
         if not dynamo_context.get("headless"):
             await self._register(runtime, callers)
         assert self.http is not None
@@ -282,6 +288,7 @@ class ServiceProcess:
             except TimeoutError:
                 pass
             else:
+                self._ready = False
                 self.status.tell("draining")
                 return 0
             try:
@@ -332,7 +339,7 @@ def _sources() -> dict[str, list[str]]:
 def main(
     argv: Sequence[str] | None = None,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
-    port: MetricsPort | None = None,
+    scrape: Scrape | None = None,
 ) -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m dynamo.serve.process")
     parser.add_argument("graph")
@@ -346,7 +353,7 @@ def main(
 
     async def run() -> int:
         graph = load(options.graph)
-        process = ServiceProcess(graph, options.service_name, options.worker_id, options.workers, status, port)
+        process = ServiceProcess(graph, options.service_name, options.worker_id, options.workers, status, scrape)
         return await process.run()
 
     try:

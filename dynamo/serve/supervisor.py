@@ -1,8 +1,7 @@
 """The supervisor: starts the processes of a graph, watches them, restarts the dead, stops all of them in order.
 
 A process that dies may leave descendants: vLLM's engine core has its own session. As the supervisor is a subreaper
-(`guard.py`) they become its children; they are killed before the process starts again. `DYNAMO_PROCESS` in the
-environment, which descendants inherit, tells them from daemons of processes that live.
+(`guard.py`) they become its children; they are killed before the process starts again (`leftovers.py`).
 
 Linux. Elsewhere leftovers are not found.
 """
@@ -26,6 +25,7 @@ from dynamo.errors import DynamoError
 from dynamo.serve import guard
 from dynamo.serve.child import Child, Event, ProcessSpec
 from dynamo.serve.console import Console
+from dynamo.serve.leftovers import Leftovers
 
 __all__ = ["Event", "ProcessSpec", "ProcessState", "RestartPolicy", "Supervisor"]
 
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 SHOWN_LINES = 15  # of a process's output, when it fails
 GRACE_S = 1.0  # between SIGTERM and SIGKILL where nothing has to be drained
 FAILED_EXIT_S = 2.0  # a process that reported `failed` is killed if it has not ended by then
-LEFTOVER_S = 5.0  # descendants of a dead process that will not go are given up after this
 ON_EXIT_S = 3.0  # a call of `on_exit` may take this long
 SAME_STOP_S = 0.2  # systemd signals the whole cgroup: one SIGTERM comes directly, one through the guard
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -55,11 +54,12 @@ class RestartPolicy:
 
 
 class ProcessState(NamedTuple):
-    """`restarts`: how often it was started again, after its end or an edit."""
+    """`restarts`: how often it was started again, after its end or an edit. `pid` None: it does not run."""
 
     spec: ProcessSpec
     ready: bool
     restarts: int
+    pid: int | None
 
 
 class Supervisor:
@@ -103,7 +103,6 @@ class Supervisor:
         self._edited = asyncio.Event()
         self._running: dict[str, Child] = {}  # by name: the run that lives, or the last one
         self._runs = Counter[str]()  # by name: how many there were
-        self._not_mine: set[int] = set()
         self._up = False  # all were ready at once, once
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
@@ -117,7 +116,7 @@ class Supervisor:
         """
         self._started_at = time.monotonic()
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._not_mine = set(guard.children(os.getpid()))
+        self._leftovers = Leftovers(self._living, self._spare)
         guard.set_subreaper()
         self._console.starting([spec.name for spec in self._specs])
         with self._stop_signals():
@@ -126,7 +125,9 @@ class Supervisor:
                 if self._code == 0:
                     self._console.stopped(time.monotonic() - self._stop_asked_at)
             finally:
-                self._sweep()
+                for child in self._running.values():
+                    child.close()
+                self._leftovers.sweep()
                 self._console.flush()
         return self._code
 
@@ -135,8 +136,10 @@ class Supervisor:
         found = []
         for spec in self._specs:
             child = self._running.get(spec.name)
-            ready = child is not None and child.lives and bool(child.ready)
-            found.append(ProcessState(spec, ready, max(self._runs[spec.name] - 1, 0)))
+            restarts, ready, pid = max(self._runs[spec.name] - 1, 0), False, None
+            if child is not None and child.lives:
+                ready, pid = bool(child.ready), child.pid
+            found.append(ProcessState(spec, ready, restarts, pid))
         return found
 
     async def _run(self) -> None:
@@ -172,7 +175,7 @@ class Supervisor:
             try:
                 await child.ended()
                 self._say_farewell(child)
-                await self._kill_leftovers()
+                await self._leftovers.kill()
             finally:
                 child.close()
             if self._stopping.is_set():
@@ -372,55 +375,7 @@ class Supervisor:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self._progress_s)
-            self._leftovers()  # reaps daemons that ended
+            self._leftovers.find()  # reaps daemons that ended
             for child in self._living():
                 if not child.ready and not self._stopping.is_set():
                     self._console.progress(child.spec.name, child.progress, child.age_s())
-
-    # -- leftovers
-
-    def _leftovers(self) -> list[int]:
-        """Children of this process that nobody living here started, or whose ancestor did. Those that ended are reaped.
-
-        One whose environment cannot be read (vLLM's core writes its title over it) counts as left over.
-        """
-        living = [child for child in self._running.values() if child.lives]
-        known = {child.pid for child in living} | self._not_mine | set(self._spare())
-        marks = [f"DYNAMO_PROCESS={child.mark}\0".encode() for child in living]
-        found = []
-        for pid in guard.children(os.getpid()):
-            if pid in known:
-                continue
-            with contextlib.suppress(ChildProcessError):
-                if os.waitpid(pid, os.WNOHANG)[0] == pid:
-                    continue
-            environ = b""
-            with contextlib.suppress(OSError):
-                environ = Path(f"/proc/{pid}/environ").read_bytes()
-            if not any(mark in environ for mark in marks):
-                found.append(pid)
-        return found
-
-    async def _kill_leftovers(self) -> None:
-        end = time.monotonic() + LEFTOVER_S
-        while left := self._leftovers():
-            if time.monotonic() > end:
-                log.warning("processes %s do not end after SIGKILL", left)
-                return
-            _kill_all(left)
-            await asyncio.sleep(0.01)
-
-    def _sweep(self) -> None:
-        """The last look, without awaiting: this may run while the task is being cancelled."""
-        for child in self._running.values():
-            child.close()
-        end = time.monotonic() + LEFTOVER_S
-        while (left := self._leftovers()) and time.monotonic() < end:
-            _kill_all(left)
-            time.sleep(0.01)
-
-
-def _kill_all(roots: Sequence[int]) -> None:
-    for root in roots:
-        for pid in (*guard.descendants(root), root):
-            guard.kill(pid, signal.SIGKILL)

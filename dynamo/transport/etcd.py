@@ -6,62 +6,23 @@
         async for event in etcd.watch_prefix("instances/"):
             ...
 
-gRPC comes in through `grpc.aio`, etcd's messages from the generated stubs of `aetcd`; no other file imports either.
+What it sends goes through `etcd_cluster.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
-import os
 import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, NewType, Self
-from urllib.parse import urlsplit
-
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it does not help, and gRPC complains at every subprocess
-
-import aetcd.rpc
-import grpc
-import grpc.aio
+from typing import Any, NamedTuple, Self
 
 from dynamo.errors import ConfigError, TransportError
-
-log = logging.getLogger(__name__)
-aio: Any = grpc.aio
-StatusCode: Any = grpc.StatusCode
-rpc: Any = aetcd.rpc  # protobuf makes these classes at run time: no type checker sees them
-
-LeaseId = NewType("LeaseId", int)
-
-TRY_S = 1.5  # one try of a call; a call may take several, on one endpoint after the other
-PAUSE_S = 0.1  # between two tries
-FIRST_CONTACT_S = 2.0  # a client that never reached etcd gives up sooner: the address may be wrong
-_CHANNEL_OPTIONS = [
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own limit is two minutes
-    ("grpc.min_reconnect_backoff_ms", 1500),  # despite its name: how long one attempt to connect may take
-    ("grpc.keepalive_time_ms", 6000),  # etcd refuses clients that ping more often than every 5 s
-    ("grpc.keepalive_timeout_ms", 3000),
-    ("grpc.http2.max_pings_without_data", 0),  # no limit: an idle watch must notice a dead peer too
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.enable_http_proxy", 0),  # etcd is never behind the proxy that http_proxy names
-]
-_TRANSIENT = {
-    StatusCode.UNAVAILABLE,
-    StatusCode.DEADLINE_EXCEEDED,
-    StatusCode.UNKNOWN,
-    StatusCode.INTERNAL,
-    StatusCode.CANCELLED,
-}
-_NEW_TOKEN_NEEDED = ("invalid auth token", "revision of auth store is old", "user name is empty")
+from dynamo.transport.etcd_cluster import PAUSE_S, Again, Cluster, StatusCode, Tls, aio, rpc
+from dynamo.transport.etcd_lease import Lease, LeaseId
 
 
 class KeyValue(NamedTuple):
@@ -109,14 +70,8 @@ class Etcd:
     open gRPC channel hangs as soon as it opens one of its own. Fork first, or spawn.
     """
 
-    def __init__(self, members: Sequence[_Member], username: str, password: str, timeout_s: float) -> None:
-        self.endpoints = ",".join(member.url for member in members)
-        self.timeout_s = timeout_s
-        self._members = list(members)  # the first is the one in use
-        self._username, self._password = username, password
-        self._token = None if username else ""  # None: log in first; tokens die with etcd
-        self._login_lock = asyncio.Lock()
-        self._reached = self._down = self._closed = False
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
         self._keepers: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -141,10 +96,7 @@ class Etcd:
             ca, cert, key = (Path(name).read_bytes() if name else None for name in (ca_file, cert_file, key_file))
         except OSError as error:
             raise ConfigError(f"cannot read etcd's TLS file {error.filename}: {error.strerror}") from error
-        members = [_Member(url, ca, cert, key) for url in filter(None, map(str.strip, endpoints.split(",")))]
-        if not members:
-            raise ConfigError("no etcd endpoint given", hint="set ETCD_ENDPOINTS, such as http://127.0.0.1:2379")
-        return cls(members, username, password, timeout_s)
+        return cls(Cluster(endpoints, Tls(ca, cert, key), username, password, timeout_s))
 
     async def __aenter__(self) -> Self:
         return self
@@ -154,11 +106,11 @@ class Etcd:
 
     async def close(self) -> None:
         """End all tasks, watches and connections of this client; calls in flight raise `TransportError`."""
-        self._closed = True
+        self._cluster.closed = True
         for task in self._keepers:
             task.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
-        await asyncio.gather(*(member.close() for member in self._members))
+        await self._cluster.close()
 
     # -- keys
 
@@ -168,7 +120,7 @@ class Etcd:
         When etcd dies between writing and answering, it is written again: a watch sees that as two events.
         """
         request = rpc.PutRequest(key=key.encode(), value=value, lease=lease or 0)
-        await self._call(lambda stubs: stubs.kv.Put, request, timeout_s)
+        await self._cluster.call(lambda stubs: stubs.kv.Put, request, timeout_s)
 
     async def create(self, key: str, value: bytes, lease: int | None = None, *, timeout_s: float | None = None) -> bool:
         """Write a key only if it does not exist; True if this call wrote it."""
@@ -177,7 +129,7 @@ class Etcd:
         put = rpc.RequestOp(request_put=rpc.PutRequest(key=name, value=value, lease=lease or 0))
         get = rpc.RequestOp(request_range=rpc.RangeRequest(key=name))
         request = rpc.TxnRequest(compare=[absent], success=[put], failure=[get])
-        reply, tries = await self._call(lambda stubs: stubs.kv.Txn, request, timeout_s)
+        reply, tries = await self._cluster.call(lambda stubs: stubs.kv.Txn, request, timeout_s)
         if reply.succeeded or tries == 1:
             return bool(reply.succeeded)
         there = reply.responses[0].response_range.kvs  # an earlier try may have written it without our seeing the reply
@@ -185,7 +137,7 @@ class Etcd:
 
     async def get(self, key: str, *, timeout_s: float | None = None) -> bytes | None:
         """The value of a key; None if it does not exist."""
-        reply, _ = await self._call(lambda stubs: stubs.kv.Range, rpc.RangeRequest(key=key.encode()), timeout_s)
+        reply, _ = await self._cluster.call(lambda stubs: stubs.kv.Range, rpc.RangeRequest(key=key.encode()), timeout_s)
         return bytes(reply.kvs[0].value) if reply.kvs else None
 
     async def get_prefix(self, prefix: str, *, timeout_s: float | None = None) -> tuple[list[KeyValue], int]:
@@ -195,21 +147,21 @@ class Etcd:
     async def delete(self, key: str, *, timeout_s: float | None = None) -> bool:
         """Delete a key; False if it did not exist (or if a try whose reply was lost deleted it)."""
         request = rpc.DeleteRangeRequest(key=key.encode())
-        reply, _ = await self._call(lambda stubs: stubs.kv.DeleteRange, request, timeout_s)
+        reply, _ = await self._cluster.call(lambda stubs: stubs.kv.DeleteRange, request, timeout_s)
         return bool(reply.deleted)
 
     async def delete_prefix(self, prefix: str, *, timeout_s: float | None = None) -> int:
         """Delete all keys that begin with `prefix` ("" for all); how many there were."""
         first, end = _range_of(prefix)
         request = rpc.DeleteRangeRequest(key=first, range_end=end)
-        reply, _ = await self._call(lambda stubs: stubs.kv.DeleteRange, request, timeout_s)
+        reply, _ = await self._cluster.call(lambda stubs: stubs.kv.DeleteRange, request, timeout_s)
         return int(reply.deleted)
 
     # -- leases
 
     async def lease(self, ttl_s: int = 10, lease_id: int | None = None, *, timeout_s: float | None = None) -> Lease:
         """Grant a lease (see `grant`) that keeps itself alive until it is revoked or this client closes."""
-        lease = Lease(self, await self.grant(ttl_s, lease_id, timeout_s=timeout_s), ttl_s)
+        lease = Lease(self._cluster, await self.grant(ttl_s, lease_id, timeout_s=timeout_s), ttl_s)
         self._keepers.add(lease.keeper)
         lease.keeper.add_done_callback(self._keepers.discard)
         return lease
@@ -222,7 +174,7 @@ class Etcd:
         wanted = lease_id or secrets.randbits(62) + 1
         request = rpc.LeaseGrantRequest(TTL=ttl_s, ID=wanted)
         exists = StatusCode.FAILED_PRECONDITION
-        reply, tries = await self._call(lambda stubs: stubs.lease.LeaseGrant, request, timeout_s, exists)
+        reply, tries = await self._cluster.call(lambda stubs: stubs.lease.LeaseGrant, request, timeout_s, exists)
         if reply is None and tries == 1:  # at a later try it is ours: the reply to an earlier one was lost
             raise TransportError(f"cannot grant etcd lease {wanted:x}: it exists", hint="revoke it first")
         return LeaseId(wanted)
@@ -230,7 +182,7 @@ class Etcd:
     async def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         """End a lease and delete its keys at once; a lease that does not exist is no error."""
         request = rpc.LeaseRevokeRequest(ID=lease_id)
-        await self._call(lambda stubs: stubs.lease.LeaseRevoke, request, timeout_s, StatusCode.NOT_FOUND)
+        await self._cluster.call(lambda stubs: stubs.lease.LeaseRevoke, request, timeout_s, StatusCode.NOT_FOUND)
 
     # -- watches
 
@@ -243,7 +195,7 @@ class Etcd:
         closes. Wrap it in `aclosing` to leave it early.
         """
         view: dict[str, KeyValue] = {}  # what the caller knows: the keys under the prefix at `revision`
-        revision, timeout_s = 0, self.timeout_s
+        revision, timeout_s = 0, self._cluster.timeout_s
         try:
             while True:
                 # Revisions alone cannot tell a wiped etcd that has counted up to ours again: compare the state too.
@@ -267,15 +219,15 @@ class Etcd:
                         revision = reply.events[-1].kv.mod_revision if reply.events else reply.header.revision
                 await asyncio.sleep(PAUSE_S)
         except TransportError:
-            if not self._closed:
+            if not self._cluster.closed:
                 raise
 
     async def _watch(self, prefix: str, start: int) -> AsyncGenerator[Any, None]:
         """Replies of one watch with events from revision `start` on, until it breaks or etcd cancels it."""
         first, end = _range_of(prefix)
         create = rpc.WatchCreateRequest(key=first, range_end=end, start_revision=start, progress_notify=True)
-        with suppress(_Again):
-            async with self._attempt() as (member, metadata):
+        with suppress(Again):
+            async with self._cluster.attempt() as (member, metadata):
                 call = member.stubs.watch.Watch(metadata=metadata)
                 try:
                     await call.write(rpc.WatchRequest(create_request=create))
@@ -292,217 +244,10 @@ class Etcd:
         first, end = _range_of(prefix)
         request = rpc.RangeRequest(key=first, range_end=end, revision=revision)
         gone = StatusCode.OUT_OF_RANGE  # compacted, or not reached yet by an etcd that was wiped
-        reply, _ = await self._call(lambda stubs: stubs.kv.Range, request, timeout_s, gone)
+        reply, _ = await self._cluster.call(lambda stubs: stubs.kv.Range, request, timeout_s, gone)
         if reply is None:
             return [], 0
         return [_key_value(item) for item in reply.kvs], revision or reply.header.revision
-
-    async def _call(
-        self,
-        method: Callable[[Any], Any],
-        request: Any,
-        timeout_s: float | None = None,
-        accept: Any = None,
-    ) -> tuple[Any, int]:
-        """The reply, and at which try it came; the reply is None if etcd refuses with the status `accept`."""
-        allowed_s = self.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + (allowed_s if self._reached else min(allowed_s, FIRST_CONTACT_S))
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                async with self._attempt() as (member, metadata):
-                    left_s = max(deadline - time.monotonic(), PAUSE_S)
-                    reply = await method(member.stubs)(request, metadata=metadata, timeout=min(left_s, TRY_S))
-                if self._down:
-                    log.info("etcd answers again at %s", member.url)
-                self._reached, self._down = True, False
-                return reply, tries
-            except _Again as again:
-                if time.monotonic() + PAUSE_S > deadline:
-                    raise TransportError(
-                        f"etcd does not answer at {self.endpoints}: {again}",
-                        hint="start etcd, or set ETCD_ENDPOINTS to where it answers",
-                    ) from again
-            except TransportError as error:
-                if accept is None or _status(error.__cause__)[0] != accept:
-                    raise
-                return None, tries
-            await asyncio.sleep(PAUSE_S)
-
-    @asynccontextmanager
-    async def _attempt(self) -> AsyncIterator[tuple[_Member, tuple[tuple[str, str], ...]]]:
-        """The endpoint in use, and the metadata for a call on it. What gRPC raises inside becomes `_Again` (the next
-        attempt may succeed: it has another endpoint or a new token) or `TransportError`."""
-        if self._closed:
-            raise TransportError("etcd client is closed")
-        member, token = self._members[0], self._token
-        try:
-            if token is None:
-                async with self._login_lock:
-                    if self._token is None:
-                        self._token = await self._login(member)
-                    token = self._token
-            require_leader = ("hasleader", "true")  # a member cut off from the others refuses: the next one may not
-            yield member, (require_leader, ("token", token)) if token else (require_leader,)
-        except (aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
-            code, text = _status(error)
-            if self._username and text.endswith(_NEW_TOKEN_NEEDED):
-                self._token = None if self._token == token else self._token
-            elif code not in _TRANSIENT:
-                access = any(word in text for word in ("user name", "authentication", "permission"))
-                hint = "check the user name and password for etcd" if access else None
-                raise TransportError(f"etcd refused at {member.url}: {text}", hint=hint) from error
-            else:
-                if self._reached and not self._down:
-                    log.warning("etcd does not answer at %s: %s; trying on", member.url, text)
-                    self._down = True
-                if self._members[0] is member:
-                    self._members.append(self._members.pop(0))
-            raise _Again(text) from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._closed and task is not None and not task.cancelling():  # gRPC's own, for a channel that closed
-                raise TransportError("etcd client is closed") from None
-            raise
-
-    async def _login(self, member: _Member) -> str:
-        request = rpc.AuthenticateRequest(name=self._username, password=self._password)
-        try:
-            return str((await member.stubs.auth.Authenticate(request, timeout=TRY_S)).token)
-        except aio.AioRpcError as error:
-            if error.code() == StatusCode.FAILED_PRECONDITION:
-                return ""  # this etcd has no users
-            raise
-
-
-class Lease:
-    """A lease that keeps itself alive, and the keys registered under it.
-
-    When etcd loses it (it expired while etcd or the network was down, etcd was wiped, somebody revoked it), it is
-    granted again under the same id, and all its keys are put again.
-    """
-
-    def __init__(self, etcd: Etcd, lease_id: LeaseId, ttl_s: int) -> None:
-        self.id, self.ttl_s = lease_id, ttl_s
-        self._etcd = etcd
-        self._keys: dict[str, bytes] = {}
-        self._missing: dict[str, bytes] = {}  # those of them that etcd may lack
-        self._lock = asyncio.Lock()
-        self.keeper = asyncio.create_task(self._keep_alive(), name=f"etcd lease {lease_id:x}")
-
-    async def put(self, key: str, value: bytes) -> None:
-        """Register a key. After a `TransportError` it is registered all the same, as soon as etcd answers again."""
-        async with self._lock:
-            self._keys[key] = self._missing[key] = value
-            await self._register()
-
-    async def delete(self, key: str) -> None:
-        """Delete a key of this lease. After a `TransportError` it may stay in etcd until the lease ends."""
-        async with self._lock:
-            self._keys.pop(key, None)
-            self._missing.pop(key, None)
-            await self._etcd.delete(key)
-
-    async def revoke(self) -> None:
-        """End the lease, and with it its keys, at once; after a `TransportError`, when its TTL is over."""
-        self.keeper.cancel()
-        await asyncio.gather(self.keeper, return_exceptions=True)
-        await self._etcd.revoke(self.id)
-
-    async def _keep_alive(self) -> None:
-        while True:
-            try:
-                with suppress(_Again):
-                    await self._beat()
-            except TransportError as error:
-                log.warning("etcd lease %x: %s", self.id, error.message)
-            except Exception:
-                log.exception("etcd lease %x: keep-alive failed; trying on", self.id)
-            await asyncio.sleep(PAUSE_S)
-
-    async def _beat(self) -> None:
-        """Keep the lease alive over one stream, until that breaks."""
-        async with self._etcd._attempt() as (member, metadata):
-            call, ended = member.stubs.lease.LeaseKeepAlive(metadata=metadata), asyncio.Event()
-            call.add_done_callback(lambda _: ended.set())
-            try:
-                while not ended.is_set():
-                    async with asyncio.timeout(TRY_S):
-                        await call.write(rpc.LeaseKeepAliveRequest(ID=self.id))
-                        reply = await call.read()
-                    if reply is aio.EOF:
-                        return
-                    async with self._lock:
-                        if reply.TTL <= 0:
-                            await self._restore()
-                        await self._register()
-                    with suppress(TimeoutError):  # a broken stream ends the wait: etcd may come back without the lease
-                        async with asyncio.timeout(self.ttl_s / 3):
-                            await ended.wait()
-            finally:
-                call.cancel()
-
-    async def _restore(self) -> None:
-        log.warning("etcd lost lease %x: granting it again with %d keys", self.id, len(self._keys))
-        request = rpc.LeaseGrantRequest(TTL=self.ttl_s, ID=self.id)
-        exists = StatusCode.FAILED_PRECONDITION
-        await self._etcd._call(lambda stubs: stubs.lease.LeaseGrant, request, None, exists)
-        self._missing = dict(self._keys)
-
-    async def _register(self) -> None:
-        while self._missing:
-            key, value = next(iter(self._missing.items()))
-            request = rpc.PutRequest(key=key.encode(), value=value, lease=self.id)
-            no_lease = StatusCode.NOT_FOUND
-            reply, _ = await self._etcd._call(lambda stubs: stubs.kv.Put, request, None, no_lease)
-            if reply is None:
-                await self._restore()
-            else:
-                del self._missing[key]
-
-
-class _Again(Exception):
-    """An attempt failed in a way that another may not."""
-
-
-class _Member:
-    """One endpoint of the cluster; its channel opens when first used."""
-
-    def __init__(self, url: str, ca: bytes | None, cert: bytes | None, key: bytes | None) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        try:
-            host, port = parts.hostname, parts.port or 2379
-        except ValueError:
-            host, port = None, 0
-        if not host or parts.scheme not in ("http", "https"):
-            raise ConfigError(
-                f"not an etcd endpoint: {url!r}", hint="write it as http://host:2379 or https://host:2379"
-            )
-        self.url = f"{parts.scheme}://{parts.netloc}"
-        self._target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._tls = grpc.ssl_channel_credentials(ca, key, cert) if parts.scheme == "https" else None
-
-    @cached_property
-    def stubs(self) -> Any:
-        if self._tls is None:
-            channel = aio.insecure_channel(self._target, options=_CHANNEL_OPTIONS)
-        else:
-            channel = aio.secure_channel(self._target, self._tls, options=_CHANNEL_OPTIONS)
-        services = {"kv": rpc.KVStub, "lease": rpc.LeaseStub, "watch": rpc.WatchStub, "auth": rpc.AuthStub}
-        return SimpleNamespace(channel=channel, **{name: stub(channel) for name, stub in services.items()})
-
-    async def close(self) -> None:
-        if "stubs" in self.__dict__:
-            await self.stubs.channel.close()
-
-
-def _status(error: Any) -> tuple[Any, str]:
-    """The gRPC status of what gRPC raised, and what it says."""
-    if not isinstance(error, aio.AioRpcError):
-        return StatusCode.UNAVAILABLE, "no answer"
-    text = str(error.details() or "no answer")
-    return error.code(), text.removeprefix("failed to connect to all addresses; last error: ")
 
 
 def _range_of(prefix: str) -> tuple[bytes, bytes]:

@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import os
 import random
+import re
 import socket
 import struct
 import uuid
@@ -28,6 +29,7 @@ STREAM_PORTS = range(20000, 32768)
 """where processes listen for others: below the range that the kernel gives to outgoing connections"""
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h
+_ADDRESS = re.compile(r"(\[[^\]]*\]|[^\s:/?#\[\]]+)(:\d+)?/?")
 
 
 @functools.cache
@@ -109,12 +111,19 @@ def _try_to_bind(host: str, variable: str, hint: str) -> None:
         ) from None
 
 
+def listening_at(host: str, port: int, backlog: int = 128) -> socket.socket:
+    """A TCP socket that listens there, with IPv6 where the address is one. Raises OSError when it cannot."""
+    return socket.create_server(
+        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=backlog
+    )
+
+
 def listening_socket(host: str, backlog: int = 128) -> socket.socket:
     """A TCP socket that listens on a port of `STREAM_PORTS`. Raises TransportError when it cannot."""
-    family, reason = socket.AF_INET6 if ":" in host else socket.AF_INET, ""
+    reason = ""
     for port in random.sample(STREAM_PORTS, 50):
         try:
-            return socket.create_server((host, port), family=family, backlog=backlog)
+            return listening_at(host, port, backlog)
         except OSError as error:
             reason = error.strerror or str(error)
     raise TransportError(f"cannot listen on {host}: {reason}", hint=f"set {ADVERTISED} to an address of this host")
@@ -128,6 +137,21 @@ def interface_of(address: str) -> str:
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return ""
+
+
+def without_credentials(urls: str) -> str:
+    """`"nats://user:secret@a:4222, b"` -> `"nats://a:4222,b"`, for errors, which clients may read, and for logs.
+
+    Beside credentials, what is no address is `?`: it may be a piece of a password.
+    """
+    each = filter(None, map(str.strip, urls.split(",")))
+    return ",".join(map(_public, each) if "@" in urls else each)
+
+
+def _public(url: str) -> str:
+    scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
+    address = rest.rpartition("@")[2]
+    return f"{scheme}{separator}{address if _ADDRESS.fullmatch(address) else '?'}"
 
 
 def is_address(host: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from dynamo.errors import NoInstancesError, TransportError
+from dynamo.transport.host import without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +68,12 @@ class Listening:
 class Nats:
     """One connection. It reconnects for ever by itself; requests made meanwhile, or in flight then, fail at once."""
 
-    def __init__(self, connection: NatsConnection, urls: list[str]) -> None:
-        self._connection, self._urls = connection, urls
+    def __init__(self, connection: NatsConnection, place: str) -> None:
+        """`place`: what is told of where the server is."""
+        self._connection, self._place = connection, place
         self._connected = asyncio.Event()
         self._connected.set()
+        self._lost_at = 0.0
         self.closing = False
         self.session = 1
         """counts the times that it connected"""
@@ -82,7 +86,7 @@ class Nats:
     async def connect(cls, url: str = DEFAULT_URL, *, name: str = "dynamo") -> Nats:
         """`url` may list several servers with commas. Raises TransportError within `CONNECT_TIMEOUT_S`."""
         urls = [u.strip() for u in url.split(",") if u.strip()]
-        self = cls(NatsConnection(), urls)
+        self = cls(NatsConnection(), without_credentials(url))
         last: list[str] = []
 
         async def failed(error: Exception) -> None:
@@ -95,10 +99,12 @@ class Nats:
         async def lost() -> None:
             if self.closing:
                 return
+            if self.connected:
+                self._lost_at = time.monotonic()
             self._connected.clear()
             for reply in self._replies.values():
                 self._fail(reply, "the connection to the NATS server was lost")
-            logger.warning("lost the NATS server at %s; reconnecting", url)
+            logger.warning("lost the NATS server at %s; reconnecting", self._place)
 
         async def back() -> None:
             self._connected.set()
@@ -128,7 +134,7 @@ class Nats:
             await self._connection.close()
             reason = last[0] if last else str(error) or type(error).__name__
             raise TransportError(
-                f"cannot connect to NATS at {url}: {reason}",
+                f"cannot connect to NATS at {self._place}: {reason}",
                 hint="start a NATS server, set NATS_SERVER, or let `dynamo serve --infra embedded` start one",
             ) from None
         return self
@@ -140,6 +146,11 @@ class Nats:
     @property
     def connected(self) -> bool:
         return self._connected.is_set()
+
+    @property
+    def away_s(self) -> float:
+        """How long the server has been away; 0 while it is there."""
+        return 0.0 if self.connected else time.monotonic() - self._lost_at
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Raises TransportError when the server is away for longer than that."""
@@ -191,7 +202,7 @@ class Nats:
             reply.set_exception(TransportError(reason))
 
     def _away(self) -> TransportError:
-        return TransportError(f"the NATS server at {','.join(self._urls)} is away", hint="try again in a few seconds")
+        return TransportError(f"the NATS server at {self._place} is away", hint="try again in a few seconds")
 
     def new_inbox(self) -> str:
         """A subject that no other client has."""

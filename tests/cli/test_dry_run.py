@@ -236,6 +236,9 @@ def test_a_variable_may_hold_the_configuration(graph):
     both = command(*base, "-f", "c.yaml", cwd=graph, **given)
     assert settings(both) == {"Entry": {"port": 7}}
     assert both.stderr.startswith("warning: DYN_DEPLOYMENT_CONFIG is set: c.yaml is not read\n")
+    as_json = command(*base, "-f", "c.yaml", cwd=graph, DYN_LOGGING_JSONL="true", **given)
+    told = json.loads(as_json.stderr.splitlines()[0])
+    assert (told["level"], told["message"]) == ("WARNING", "DYN_DEPLOYMENT_CONFIG is set: c.yaml is not read")
     bad = command(*base, cwd=graph, DYN_DEPLOYMENT_CONFIG="Entry: {port: x}")
     assert bad.stderr.startswith('error: DYN_DEPLOYMENT_CONFIG:1 Entry.port: expected int, found "x"')
 
@@ -273,6 +276,12 @@ BAD = {
     "port out of range": (["-p", "65536"], "", 2, "Invalid value for '-p' / '--port'"),
     "bad infra": (["--infra", "mine"], "", 2, "Invalid value for '--infra'"),
     "system app port of many": (["--system-app-port", "1"], "", 2, "--system-app-port needs --service-name"),
+    "a port that is none": (
+        ["--system-app-port", "abc"],
+        "",
+        2,
+        "Invalid value for '--system-app-port': 'abc' is not a valid port",
+    ),
     "target elsewhere": (["--target", "kubernetes"], "", 2, "Invalid value for '--target'"),
     "depends without =": (["--depends", "backend"], "", 1, "Invalid format for --depends option"),
     "unknown service name": (["--service-name", "Nope"], "", 1, "small:Entry has no service 'Nope'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -47,7 +48,7 @@ WORKER = ("--service-name", "VllmWorker")
         (
             [*WORKER, "--service-name", "Processor", "--system-app-port", "1"],
             2,
-            "--system-app-port needs --service",
+            "--system-app-port takes one --service-name",
             "",
         ),
     ],
@@ -68,6 +69,18 @@ def test_without_nats_and_etcd_both_variables_are_named(many: tuple[str, ...]) -
         f"error: nats does not answer at 127.0.0.1:{port} (NATS_SERVER)",
         "hint: start it, or set NATS_SERVER and ETCD_ENDPOINTS to where they run",
     ]
+
+
+@pytest.mark.parametrize("many", [(), ("--VllmWorker.ServiceArgs.workers=2",)])
+def test_where_lines_are_json_the_hint_is_a_field(many: tuple[str, ...]) -> None:
+    port = free_ports(1)[0]
+    result = command(*AGG, *WORKER, *many, NATS_SERVER=f"nats://127.0.0.1:{port}", DYN_LOGGING_JSONL="true")
+    assert result.returncode == 1
+    failed, *rest = [json.loads(line) for line in result.stderr.splitlines()]
+    assert failed["level"] == "ERROR"
+    assert failed["message"].endswith(f"nats does not answer at 127.0.0.1:{port} (NATS_SERVER)")
+    assert failed["hint"] == "start it, or set NATS_SERVER and ETCD_ENDPOINTS to where they run"
+    assert [line["level"] for line in rest] == (["INFO"] if many else [])  # where the logs are
 
 
 def test_a_dry_run_names_what_starts_here() -> None:
@@ -139,6 +152,21 @@ def test_one_process_is_in_the_foreground(nats_server: str, etcd_server: str, tm
     assert not Path(f"/proc/{joined.process.pid}/task/{joined.process.pid}/children").read_text()
     joined.process.send_signal(signal.SIGTERM)
     assert joined.process.wait(30) == 0
+
+
+def test_the_foreground_writes_json_too(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
+    port = str(free_ports(1)[0])
+    variables = {"DYN_LOGGING_JSONL": "true", "DYN_LOG": "debug"}
+    joined = Joined(tmp_path / "output", nats_server, etcd_server, "--metrics-port", port, **variables)
+    joined.wait_for("joined joined/VllmWorker of the graph at")
+    joined.process.send_signal(signal.SIGTERM)
+    assert joined.process.wait(30) == 0
+    lines = [json.loads(line) for line in (tmp_path / "output").read_text().splitlines()]
+    assert all({"time", "level", "target", "message"} <= line.keys() for line in lines)
+    told = [line["message"] for line in lines if line["service"] == "serve"]
+    assert [text[:15] for text in told[:2]] == ["joining the gra", "metrics: http:/"]
+    assert re.fullmatch(r"ready in \S+ s: joined joined/VllmWorker of .*", told[2])
+    assert "VllmWorker" in {line["service"] for line in lines}
 
 
 def test_the_exit_code_of_the_foreground_is_the_process_s(nats_server: str, etcd_server: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -126,7 +127,13 @@ def test_only_graphs_that_run_are_found(tmp_path: Path):
         (tmp_path / "dynamo-other").mkdir()
         (tmp_path / "dynamo-other" / announcement.FILE).write_text("{}")
         (tmp_path / "dynamo-empty").mkdir()
-        found = announcement.running(tmp_path)
+        (tmp_path / "dynamo-older").mkdir()
+        older = opened.enter_context((tmp_path / "dynamo-older" / announcement.FILE).open("w"))
+        fcntl.flock(older, fcntl.LOCK_EX)
+        json.dump({"graph": "old:F", "pid": 1, "a field of another version": 1}, older)
+        older.flush()
+        old, *found = announcement.running(tmp_path)
+        assert (old.graph, old.url, old.env) == ("old:F", "", {})
         assert [(g.graph, g.url) for g in found] == [
             ("g0:F", "http://127.0.0.1:8000"),
             ("g1:F", "http://[::1]:8001"),
@@ -135,6 +142,7 @@ def test_only_graphs_that_run_are_found(tmp_path: Path):
         assert found[0].env == env
         result = command("status", TMPDIR=str(tmp_path))  # it runs, though its etcd is away
         assert result.returncode == 0
+        assert "old:F" in result.stdout
         assert "g0:F" in result.stdout
         assert "g1:F" in result.stdout
         assert "error: etcd does not answer at http://127.0.0.1:9" in result.stdout

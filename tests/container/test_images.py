@@ -92,8 +92,11 @@ def test_its_own_command_is_one_that_dynamo_takes(dockerfile: Path) -> None:
     assert program == "dynamo"
     config = arguments[arguments.index("-f") + 1]
     assert Path(config).parts[0] in copied(dockerfile)
+    (host,) = re.findall(
+        r"DYNAMO_HOST=(\S+)", " ".join(rest for name, rest in instructions(dockerfile) if name == "ENV")
+    )
     dry = subprocess.run(
-        [*COMMAND, *arguments, "--dry-run"], cwd=ROOT, env=environment(), capture_output=True, text=True
+        [*COMMAND, *arguments, "--dry-run"], cwd=ROOT, env=environment(DYNAMO_HOST=host), capture_output=True, text=True
     )
     assert dry.returncode == 0, dry.stderr
     assert '"host": "0.0.0.0"' in dry.stdout
@@ -174,6 +177,24 @@ def test_a_graph_is_healthy_while_it_serves_and_not_before_or_after() -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def test_services_that_join_are_unhealthy_until_they_are_up(nats_server: str, etcd_server: str) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="dt-"))
+    log, port = directory / "log", str(free_ports(1)[0])
+    arguments = ["graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--service-name", "Processor", "--supervise"]
+    variables = {"TMPDIR": str(directory), "NATS_SERVER": nats_server, "ETCD_ENDPOINTS": etcd_server}
+    env = environment(**variables, DYN_METRICS_PORT=port)
+    with log.open("wb") as output:  # it waits for workers, of which there are none
+        joined = subprocess.Popen([*COMMAND, "serve", *arguments], cwd=ROOT, env=env, stdout=output, stderr=output)
+    try:
+        wait_for(joined, log, "waiting for VllmWorker")
+        found = healthcheck(joined.pid, directory)
+        assert (found.returncode, found.stderr) == (1, "Processor: no process is ready\n")
+    finally:
+        joined.send_signal(signal.SIGTERM)
+        joined.wait(40)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def wait_for(process: subprocess.Popen[bytes], log: Path, text: str) -> None:
     ticks = threading.Event()
     for _ in range(600):
@@ -199,13 +220,14 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @contextmanager
-def http(status: int) -> Iterator[int]:
-    """A server that answers every GET with `status`; its port."""
+def http(status: int, text: str = "") -> Iterator[int]:
+    """A server that answers every GET with `status` and `text`; its port."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
             self.end_headers()
+            self.wfile.write(text.encode())
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -236,6 +258,35 @@ def test_nothing_that_listens_is_a_fault(check: ModuleType, tmp_path: Path) -> N
     run_dir.mkdir()
     with announcement.write(run_dir, "graphs.agg:Frontend", ("127.0.0.1", free_ports(1)[0]), {}):
         assert "Connection refused" in check.fault(1)
+
+
+UP = "# TYPE dynamo_supervisor_process_up gauge\n"
+for_worker = 'dynamo_supervisor_process_up{namespace="dynamo",service="VllmWorker",worker="%d"} %.1f\n'
+for_prefill = 'dynamo_supervisor_process_up{service="PrefillWorker",worker="1"} %.1f\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (UP + for_worker % (1, 1), None),
+        (UP + for_worker % (1, 0) + for_worker % (2, 1), None),
+        (UP + for_worker % (1, 0) + for_worker % (2, 0), "VllmWorker: no process is ready"),
+        (UP + for_worker % (1, 1) + for_prefill % 0, "PrefillWorker: no process is ready"),
+    ],
+)
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])  # the other one is of a translator of addresses
+def test_of_services_that_joined_each_must_be_up(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, text: str, fault: str | None
+) -> None:
+    run_dir = tmp_path / "dynamo-one"
+    run_dir.mkdir()
+    monkeypatch.setattr(check, "ANSWER_S", 1.0)
+    with http(200, text) as port:
+        url = f"http://{host}:{port}/metrics"
+        with announcement.write(run_dir, "graphs.agg:Frontend", None, {}, url):
+            assert check.fault(1) == fault
+    with announcement.write(run_dir, "graphs.agg:Frontend", None, {}, url):
+        assert url in check.fault(1)  # nobody answers
 
 
 def test_a_graph_without_http_is_healthy_while_it_runs(check: ModuleType, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ HOST = (
     f"--cap-add CAP_SYS_PTRACE --stop-timeout 40 --user {USER} -w /workspace"
 )
 CACHE = "-v /home/ann/.cache/huggingface:/home/dynamo/.cache/huggingface"
+HERE = "-e DYNAMO_HOST=127.0.0.1"  # with the host's network: not for all who reach the host
 BUILT = {name: f"--file {CONTAINER}/Dockerfile.{name} {ROOT}" for name in ("vllm", "cpu")}
 
 BUILDS = {
@@ -49,28 +50,35 @@ BUILDS = {
     ),
 }
 RUNS = {
-    "": f"{HOST} --gpus all --rm {CACHE} dynamo:latest-vllm",
+    "": f"{HOST} --gpus all --rm {CACHE} {HERE} dynamo:latest-vllm",
     "--gpus all -it --framework vllm -v /a/../config:/workspace/configs": (
-        f"{HOST} --gpus all -it --rm {CACHE} -v /a/../config:/workspace/configs dynamo:latest-vllm bash"
+        f"{HOST} --gpus all -it --rm {CACHE} {HERE} -v /a/../config:/workspace/configs dynamo:latest-vllm bash"
     ),
-    "--framework cpu": f"{HOST} --rm {CACHE} dynamo:latest-cpu",
-    "--framework cpu --gpus all --target builder": f"{HOST} --gpus all --rm {CACHE} dynamo:latest-cpu-builder",
-    "--framework VLLM_NIXL --gpus NONE --hf-cache none": f"{HOST} --rm dynamo:latest-vllm",
+    "--framework cpu": f"{HOST} --rm {CACHE} {HERE} dynamo:latest-cpu",
+    "--framework cpu --gpus all --target builder": f"{HOST} --gpus all --rm {CACHE} {HERE} dynamo:latest-cpu-builder",
+    "--framework VLLM_NIXL --gpus NONE --hf-cache none": f"{HOST} --rm {HERE} dynamo:latest-vllm",
     "--image me/it:1 --name one -- dynamo serve 'a b' -p 9000": (
-        f"{HOST} --gpus all --rm --name one {CACHE} me/it:1 dynamo serve a\\ b -p 9000"
+        f"{HOST} --gpus all --rm --name one {CACHE} {HERE} me/it:1 dynamo serve a\\ b -p 9000"
     ),
     "-it --entrypoint sh --privileged true --rm FALSE": (
-        f"{HOST} --gpus all -it --privileged --entrypoint sh {CACHE} dynamo:latest-vllm"
+        f"{HOST} --gpus all -it --privileged --entrypoint sh {CACHE} {HERE} dynamo:latest-vllm"
     ),
     "--privileged --rm --hf-cache '/my models'": (
-        f"{HOST} --gpus all --rm --privileged -v /my\\ models:/home/dynamo/.cache/huggingface dynamo:latest-vllm"
+        f"{HOST} --gpus all --rm --privileged -v /my\\ models:/home/dynamo/.cache/huggingface {HERE} dynamo:latest-vllm"
     ),
     "--mount-workspace -e A='b c' -e B": (
-        f"{HOST} --gpus all --rm -v {ROOT}:/workspace -e PYTHONPATH=/workspace {CACHE} -e A=b\\ c -e B dynamo:latest-vllm"
+        f"{HOST} --gpus all --rm -v {ROOT}:/workspace -e PYTHONPATH=/workspace {CACHE} {HERE} "
+        "-e A=b\\ c -e B dynamo:latest-vllm"
     ),
     "--workspace /srv/mine --user 0:0 -it -- dynamo status": (
         f"{HOST.replace(f'--user {USER}', '--user 0:0')} --gpus all -it --rm "
-        f"-v /srv/mine:/workspace -e PYTHONPATH=/workspace {CACHE} dynamo:latest-vllm dynamo status"
+        f"-v /srv/mine:/workspace -e PYTHONPATH=/workspace {CACHE} {HERE} dynamo:latest-vllm dynamo status"
+    ),
+    "--framework cpu --hf-cache none --host 0.0.0.0": f"{HOST} --rm -e DYNAMO_HOST=0.0.0.0 dynamo:latest-cpu",
+    "--framework cpu --hf-cache none -v a:b -e DYNAMO_HOST=::": f"{HOST} --rm -v a:b -e DYNAMO_HOST=:: dynamo:latest-cpu",
+    "--framework cpu --hf-cache none -e DYNAMO_HOST": f"{HOST} --rm -e DYNAMO_HOST dynamo:latest-cpu",
+    "--framework cpu --hf-cache none -e 'A= DYNAMO_HOST=::'": (
+        f"{HOST} --rm {HERE} -e A=\\ DYNAMO_HOST=:: dynamo:latest-cpu"
     ),
 }
 REFUSED = {
@@ -91,7 +99,7 @@ REFUSED = {
 
 
 def script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "DYN"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "DYN", "NATS_", "ETCD_"))}
     return run(str(CONTAINER / name), *arguments, env={**kept, "HOME": "/home/ann", **env})
 
 
@@ -164,7 +172,7 @@ def test_what_is_printed_can_be_pasted(docker: Path, variable: str, command: Seq
     direct = given_to_docker(script("run.sh", *flags, "--", *command, PATH=path))
     printed = script("run.sh", *flags, "--dry-run", "--", *command).stdout
     assert given_to_docker(run("bash", "-c", printed, env={"PATH": path})) == direct
-    assert direct[direct.index("-e") :] == ["-e", variable, "dynamo:latest-vllm", *command]
+    assert direct[direct.index("-e") + 2 :] == ["-e", variable, "dynamo:latest-vllm", *command]
 
 
 def test_a_build_reaches_docker(docker: Path) -> None:
@@ -188,6 +196,36 @@ def test_the_token_is_passed_on_by_name_and_only_where_it_is_set() -> None:
     assert " -e HF_TOKEN dynamo:latest-vllm" in ran.stdout
     assert "hf_secret" not in ran.stdout + ran.stderr
     assert "HF_TOKEN" not in script("run.sh", "--dry-run").stdout + script("run.sh", "--dry-run", HF_TOKEN="").stdout
+
+
+def test_what_places_a_graph_is_passed_on_by_name_and_only_where_it_is_set() -> None:
+    given = {
+        "NATS_SERVER": "nats://ann:sekret@10.0.0.1:4222",
+        "ETCD_ENDPOINTS": "http://10.0.0.1:2379",
+        "DYN_API_KEYS": "sekret",
+        "DYN_BIND_IP": "0.0.0.0",
+        "DYN_HOST_IP": "10.0.0.2",
+        "DYN_LOG": "debug",
+        "DYN_LOGGING_JSONL": "true",
+        "DYN_METRICS_PORT": "0",
+        "DYN_PEER_SILENCE_S": "",
+        "DYNAMO_KV_SECRET": "sekret",
+        "DYNAMO_SYSTEM_APP_PORT": "9000",
+        "DYNAMO_RUN_DIR": "/of/another/graph",
+    }
+    ran = script("run.sh", "--dry-run", "--hf-cache", "none", **given)
+    passed = [name for name, value in given.items() if value and name != "DYNAMO_RUN_DIR"]
+    assert f"{HERE} {' '.join(f'-e {name}' for name in passed)} dynamo:latest-vllm\n" in ran.stdout
+    assert "sekret" not in ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [((), "10.0.0.1"), (("--host", "::"), "::"), (("-e", "DYNAMO_HOST=a"), "a")]
+)
+def test_the_nearest_host_counts(flags: tuple[str, ...], expected: str, docker: Path) -> None:
+    ran = script("run.sh", "--hf-cache", "none", *flags, PATH=f"{docker}:{os.environ['PATH']}", DYNAMO_HOST="10.0.0.1")
+    hosts = [word for word in given_to_docker(ran) if word.startswith("DYNAMO_HOST")]
+    assert hosts == [f"DYNAMO_HOST={expected}"]
 
 
 @pytest.mark.parametrize("name", ["build.sh", "run.sh"])

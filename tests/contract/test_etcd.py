@@ -17,7 +17,8 @@ import pytest
 
 from dynamo.errors import ConfigError, TransportError
 from dynamo.serve.infra import Infra, free_ports
-from dynamo.transport.etcd import Delete, Etcd, Event, KeyValue, Put, Snapshot, rpc
+from dynamo.transport.etcd import Delete, Etcd, Event, KeyValue, Put, Snapshot
+from dynamo.transport.etcd_cluster import rpc
 
 
 @pytest.fixture
@@ -348,11 +349,11 @@ async def test_leases_survive_an_etcd_that_comes_back_empty(private: Etcd, priva
 
 
 async def impatient_put(lease: Any, key: str) -> None:
-    lease._etcd.timeout_s = 0.3
+    lease._cluster.timeout_s = 0.3
     try:
         await lease.put(key, b"v")
     finally:
-        lease._etcd.timeout_s = 5.0
+        lease._cluster.timeout_s = 5.0
 
 
 # -- watches
@@ -450,7 +451,9 @@ async def test_compaction_is_a_fresh_snapshot(private: Etcd, private_infra: Infr
             for n in range(5):
                 await private.put("k/a", b"%d" % n)
             _, revision = await private.get_prefix("")
-            await private._call(lambda stubs: stubs.kv.Compact, rpc.CompactionRequest(revision=revision, physical=True))
+            await private._cluster.call(
+                lambda stubs: stubs.kv.Compact, rpc.CompactionRequest(revision=revision, physical=True)
+            )
             await proxy.open()
             events = await watcher.until(lambda events: len(events) >= 2)
             assert events == [Snapshot({"k/deleted": b"1"}), Snapshot({"k/a": b"4"})]
@@ -463,10 +466,12 @@ async def test_compaction_is_a_fresh_snapshot(private: Etcd, private_infra: Infr
 
 async def test_passwords_outlive_a_restart(private: Etcd, private_infra: Infra) -> None:
     user = {"name": "root", "password": "secret"}
-    await private._call(lambda stubs: stubs.auth.UserAdd, rpc.AuthUserAddRequest(**user))
-    await private._call(lambda stubs: stubs.auth.RoleAdd, rpc.AuthRoleAddRequest(name="root"))
-    await private._call(lambda stubs: stubs.auth.UserGrantRole, rpc.AuthUserGrantRoleRequest(user="root", role="root"))
-    await private._call(lambda stubs: stubs.auth.AuthEnable, rpc.AuthEnableRequest())
+    await private._cluster.call(lambda stubs: stubs.auth.UserAdd, rpc.AuthUserAddRequest(**user))
+    await private._cluster.call(lambda stubs: stubs.auth.RoleAdd, rpc.AuthRoleAddRequest(name="root"))
+    await private._cluster.call(
+        lambda stubs: stubs.auth.UserGrantRole, rpc.AuthUserGrantRoleRequest(user="root", role="root")
+    )
+    await private._cluster.call(lambda stubs: stubs.auth.AuthEnable, rpc.AuthEnableRequest())
     url = private_infra.etcd_endpoints
     with pytest.raises(TransportError, match=r"etcd refused at http://.*: .*user name is empty"):
         await private.get("k")

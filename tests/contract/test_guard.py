@@ -57,7 +57,7 @@ def run():
         return 0
     time.sleep(60)
 
-sys.exit(guarded(run))
+sys.exit(guarded(run, lambda name: print("died by", name, file=sys.stderr)))
 """
 
 
@@ -122,7 +122,7 @@ def wait_for_tree(process: subprocess.Popen[str], token: str) -> None:
         ("return", 7, ""),
         ("exit", 1, "a line for standard error\n"),
         ("bug", 1, "ValueError: a bug"),
-        ("signal", 137, ""),
+        ("signal", 137, "died by SIGKILL\n"),
     ],
 )
 def test_the_exit_code_is_the_supervisors(token: str, what: str, code: int, error: str) -> None:

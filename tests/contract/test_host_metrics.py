@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import re
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import httpx
 import pytest
@@ -16,12 +21,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo.config.options import ServeOptions
 from dynamo.errors import ConfigError
-from dynamo.http.exposition import family
-from dynamo.serve import host_metrics, metrics_socket
+from dynamo.http import metrics_server
+from dynamo.http.exposition import Pages, family
+from dynamo.serve import host_metrics, metrics_port, metrics_socket, ports
 from dynamo.serve.child import ProcessSpec
-from dynamo.serve.host_metrics import HostMetrics, MetricsPort, claim, serve
+from dynamo.serve.host_metrics import HostMetrics, serve, serve_alone
 from dynamo.serve.infra import free_ports
-from dynamo.serve.metrics_socket import METRICS, TARGETS, MetricsSocket, Pages, ask, path_of
+from dynamo.serve.metrics_port import MetricsPort, check, check_addresses, claim
+from dynamo.serve.metrics_socket import METRICS, TARGETS, MetricsSocket, ask, ask_process, path_of
 from dynamo.serve.supervisor import ProcessState
 
 NATS = "nats://127.0.0.1:4222"
@@ -34,8 +41,8 @@ def run_dir() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def claimed(host: str | None = None, port: int | None = None, nats: str = NATS) -> Iterator[MetricsPort]:
-    found = claim(ServeOptions(metrics_host=host, metrics_port=port), nats)
+def claimed(host: str | None = None, port: int | None = None, taken: Collection[int] = ()) -> Iterator[MetricsPort]:
+    found = claim(ServeOptions(metrics_host=host, metrics_port=port), NATS, taken)
     assert found is not None
     yield found
     found.close()
@@ -64,7 +71,7 @@ async def answering(path: Path, pages: Pages) -> AsyncIterator[None]:
 
 def test_the_port_is_the_next_one_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = sorted(free_ports(2))
-    monkeypatch.setattr(host_metrics, "DEFAULT_PORTS", (first, second))
+    monkeypatch.setattr(metrics_port, "DEFAULT_PORTS", (first, second))
     with claimed() as one, claimed() as two:
         assert [one.address, two.address] == [f"127.0.0.1:{first}", f"127.0.0.1:{second}"]
         assert one.url == f"http://127.0.0.1:{first}/metrics"
@@ -73,7 +80,34 @@ def test_the_port_is_the_next_one_that_is_free(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{first} for metrics: Address") as error:
             claim(ServeOptions(metrics_port=first), NATS)
         assert error.value.hint == f"choose another port: --metrics-port {first + 1}, or 0 for none"
+    with claimed(taken={first}) as found:
+        assert found.address == f"127.0.0.1:{second}"
     assert claim(ServeOptions(metrics_port=0), NATS) is None
+
+
+def test_the_graphs_own_port_is_not_for_metrics() -> None:
+    port = free_ports(1)[0]
+    check(ServeOptions(metrics_port=port), NATS, {port + 1})
+    check(ServeOptions(), NATS, {port})
+    with pytest.raises(ConfigError, match=f"--metrics-port {port}: the graph's own HTTP has this port"):
+        check(ServeOptions(metrics_port=port), NATS, {port})
+    system = ProcessSpec("Worker", 1, (), {"DYNAMO_SYSTEM_APP_PORT": "9093"}, "/")
+    assert ports.wanted(("127.0.0.1", 9091), [system, replace(system, env={})]) == {9091, 9093}
+    assert ports.wanted(None, []) == set()
+
+
+@pytest.mark.parametrize("variable", ["", "DYN_HOST_IP", "DYN_BIND_IP"])
+def test_an_address_of_another_host_is_one_error(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_addresses(ServeOptions(metrics_host="127.0.0.1"), NATS)
+    options, fact = ServeOptions(metrics_host="192.0.2.8"), "cannot listen on 192.0.2.8 for metrics: Cannot assign"
+    if variable:
+        monkeypatch.setenv(variable, "192.0.2.8")
+        options, fact = ServeOptions(), f"{variable}=192.0.2.8: not an address of this host"
+    with pytest.raises(ConfigError, match=fact) as error:
+        check_addresses(options, NATS)
+    assert "give an address of this host" in str(error.value.hint)
+    if not variable:
+        check_addresses(ServeOptions(metrics_host="192.0.2.8", metrics_port=0), NATS)  # it is not needed
 
 
 def test_others_are_told_an_address_that_they_reach(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +125,9 @@ def test_others_are_told_an_address_that_they_reach(monkeypatch: pytest.MonkeyPa
         assert found.address == f"192.0.2.7:{port}"
     with claimed("127.0.0.1", port) as found:
         assert found.address == f"127.0.0.1:{port}"
-    with pytest.raises(ConfigError, match=f"cannot listen on 192.0.2.8:{port} for metrics"):
+    with pytest.raises(ConfigError, match=f"cannot listen on 192.0.2.8:{port} for metrics") as error:
         claim(ServeOptions(metrics_host="192.0.2.8", metrics_port=port), NATS)
+    assert "--metrics-host" in str(error.value.hint)
 
 
 async def test_pages_are_served_from_the_first_connection_on() -> None:
@@ -133,6 +168,22 @@ async def test_a_page_that_fails_is_no_end(caplog: pytest.LogCaptureFixture) -> 
     assert "/metrics cannot be told" in caplog.text
 
 
+async def test_a_server_that_fails_ends_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(metrics_server.MetricsServer, "serve", fail)
+    with claimed(port=free_ports(1)[0]) as port:
+        serving = asyncio.create_task(serve(port, pages("Worker")))
+        async with httpx.AsyncClient(trust_env=False) as http:
+            with pytest.raises(httpx.TransportError):
+                await http.get(port.url)
+        await asyncio.wait_for(serving, 5)
+    assert f"the metrics port is closed: {port.url}" in caplog.text
+
+
 # -- the processes
 
 
@@ -170,20 +221,20 @@ async def test_a_path_that_is_too_long_is_a_warning(tmp_path: Path, caplog: pyte
         assert "the metrics port does not show this process" in caplog.text
 
 
+def state(service: str, worker: int, *, ready: bool, restarts: int = 0, pid: int | None = None) -> ProcessState:
+    return ProcessState(ProcessSpec(service, worker, (), {}, "/", 2, "mine"), ready, restarts, pid)
+
+
 async def test_a_host_shows_who_is_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One answers, one hangs, one is not ready, one is gone."""
     monkeypatch.setattr(metrics_socket, "ASK_S", 0.5)
-
-    def state(service: str, worker: int, *, ready: bool, restarts: int = 0) -> ProcessState:
-        return ProcessState(ProcessSpec(service, worker, (), {}, "/", 2), ready, restarts)
-
     processes = [
         state("Processor", 1, ready=True, restarts=1),
         state("Processor", 2, ready=True),
         state("VllmWorker", 1, ready=False),
-        state("VllmWorker", 2, ready=True, restarts=3),
+        state("VllmWorker", 2, ready=True, restarts=3, pid=os.getpid()),
     ]
-    host = HostMetrics(run_dir, "10.0.0.9:9091", lambda: processes)
+    host = HostMetrics("10.0.0.9:9091", lambda: processes, partial(ask_process, run_dir))
     with socket.socket(socket.AF_UNIX) as hanging:
         hanging.bind(str(path_of(run_dir, "Processor:1")))
         hanging.listen()
@@ -203,3 +254,66 @@ async def test_a_host_shows_who_is_up(run_dir: Path, monkeypatch: pytest.MonkeyP
     assert up == {("Processor", "1"): 0, ("Processor", "2"): 0, ("VllmWorker", "1"): 0, ("VllmWorker", "2"): 1}
     assert (restarts["Processor", "1"], restarts["Processor", "2"], restarts["VllmWorker", "2"]) == (1, 0, 3)
     assert [sample.labels["service"] for sample in families["jobs"].samples] == ["VllmWorker"]
+    told = [family for name, family in families.items() if name.startswith("dynamo_supervisor_")]
+    assert [{sample.labels["namespace"] for sample in family.samples} for family in told] == [{"mine"}] * 4
+    memory = {tuple(s.labels.values())[1:]: s.value for s in families["dynamo_supervisor_tree_resident_bytes"].samples}
+    assert [worker for worker, size in memory.items() if size] == [("VllmWorker", "2")]
+
+
+async def test_all_are_asked_at_once_for_the_targets(run_dir: Path) -> None:
+    """Seven of eight hang: the answer comes from the one that does not, long before the time is up for the others."""
+    asked: list[str] = []
+
+    async def ask(process: ProcessState, page: str) -> bytes:
+        asked.append(process.spec.name)
+        if process.spec.worker_id == 5:
+            return page.encode()
+        return await asyncio.get_running_loop().create_future()
+
+    processes = [state("VllmWorker", number, ready=True) for number in range(1, 9)]
+    host = HostMetrics("10.0.0.9:9091", lambda: processes, ask)
+    assert await asyncio.wait_for(host.targets(), 5) == TARGETS.encode()
+    assert len(asked) == 8
+
+
+async def test_many_scrapers_cost_one_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, go_on = 0, asyncio.Event()
+
+    async def ask(_: ProcessState, __: str) -> bytes:
+        nonlocal asked
+        asked += 1
+        await go_on.wait()
+        return family("scrape", "gauge", "Number of it.", [({}, asked)])
+
+    host = HostMetrics("10.0.0.9:9091", lambda: [state("VllmWorker", 1, ready=True)], ask)
+    scrapers = [asyncio.create_task(host.metrics()) for _ in range(5)]
+    await asyncio.sleep(0)
+    scrapers[0].cancel()  # a client that leaves
+    go_on.set()
+    pages = await asyncio.gather(*scrapers[1:], host.metrics())
+    assert (len(set(pages)), asked) == (1, 1)
+    monkeypatch.setattr(host_metrics, "KEEP_S", 0.0)
+    assert await host.metrics() != pages[0]
+    assert asked == 2
+
+
+async def test_a_process_alone_tells_what_a_supervisor_would() -> None:
+    ready, spec = False, ProcessSpec("Worker", 1, (), {}, "/", 1, "mine")
+    with claimed(port=free_ports(1)[0]) as port:
+        serving = asyncio.create_task(serve_alone(port, spec, pages("Worker"), lambda: ready))
+        async with httpx.AsyncClient(trust_env=False) as http:
+            labels = '{namespace="mine",service="Worker",worker="1"}'
+            before = (await http.get(port.url)).text
+            assert f"dynamo_supervisor_process_up{labels} 0.0" in before
+            assert "jobs_total" not in before
+            ready = True
+            async with asyncio.timeout(10):
+                while "jobs_total" not in (text := (await http.get(port.url)).text):
+                    await asyncio.sleep(0.05)
+            assert f"dynamo_supervisor_process_up{labels} 1.0" in text
+            assert f"dynamo_supervisor_restarts_total{labels} 0.0" in text
+            (used,) = re.findall(f"dynamo_supervisor_tree_resident_bytes{re.escape(labels)} (.*)", text)
+            assert float(used) > 1 << 20
+            assert (await http.get(f"{port.url}/targets")).json()[0]["targets"] == ["10.0.0.1:9091"]
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)

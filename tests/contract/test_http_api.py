@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
+from itertools import product
 from typing import Any
 
 import httpx
@@ -295,8 +297,14 @@ async def test_models(served: Site, client: openai.AsyncOpenAI, http: httpx.Asyn
 async def test_health_and_live(served: Site, http: httpx.AsyncClient) -> None:
     healthy = await http.get("/health")
     assert (healthy.status_code, healthy.json()["status"], healthy.json()["models"]) == (200, "healthy", [MODEL.name])
+    served.backend.broken = "the NATS server has been away for 2 s"
+    broken = await http.get("/health")
+    served.backend.broken = ""
+    assert (broken.status_code, broken.json()["status"]) == (503, "unavailable")
+    assert broken.json()["reason"] == "the NATS server has been away for 2 s"
     served.backend.served = []
-    assert (await http.get("/health")).status_code == 503
+    starting = await http.get("/health")
+    assert (starting.status_code, starting.json()["status"]) == (503, "starting")
     assert (await http.get("/live")).json() == {"status": "live"}
 
 
@@ -322,6 +330,16 @@ async def test_metrics() -> None:
 
 
 async def _check_metrics(http: httpx.AsyncClient) -> None:
+    before = (await http.get("/metrics")).text  # what rate() needs to see the first request, and the first failure
+    ends = [("success", ""), ("disconnect", ""), ("error", "unavailable"), ("error", "validation")]
+    for kind, (status, error) in product(("stream", "unary"), ends):
+        labels = f'error_type="{error}",model="tiny/model",request_type="{kind}",status="{status}"'
+        assert f'requests_total{{endpoint="chat_completions",{labels}}} 0.0' in before
+    for error in ("unavailable", "not_found"):
+        labels = f'error_type="{error}",model="",request_type="unary",status="error"'
+        assert f'requests_total{{endpoint="completions",{labels}}} 0.0' in before
+    assert len(re.findall("^dynamo_frontend_requests_total", before, re.MULTILINE)) == 36
+    assert "_created" not in before
     await http.post("/v1/chat/completions", json=chat(stream=True))
     await http.post("/v1/chat/completions", json=chat())
     await http.post("/v1/chat/completions", json=chat(temperature=9))
@@ -343,6 +361,25 @@ async def _check_metrics(http: httpx.AsyncClient) -> None:
     assert await _metric(http, "dynamo_frontend_time_to_first_token_seconds_count") == 1
     assert await _metric(http, "dynamo_frontend_inter_token_latency_seconds_count") >= 2
     assert await _metric(http, "dynamo_frontend_request_duration_seconds_count") == 2
+
+
+async def test_times_are_told_of_what_they_measure() -> None:
+    """TTFT when the first token comes, however the request ends; the duration of requests that succeed alone."""
+    ttft, duration = (f"dynamo_frontend_{name}_seconds_count" for name in ("time_to_first_token", "request_duration"))
+
+    def begin(call: Call) -> None:
+        call.push("Hel", prompt=5)
+
+    async with site(begin) as fresh, httpx.AsyncClient(base_url=fresh.url, trust_env=False, verify=False) as http:
+        async with http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as answer:
+            lines = answer.aiter_lines()
+            await anext(lines)
+            assert await _metric(http, ttft) == 1
+            fresh.backend.calls[0].channel.end(WorkerLostError("gone"))
+            assert "gone" in "".join([line async for line in lines])
+        fresh.backend.script = lambda call: call.channel.end(NoInstancesError("nobody"))
+        assert (await http.post("/v1/chat/completions", json=chat(stream=True))).status_code == 503
+        assert (await _metric(http, ttft), await _metric(http, duration)) == (1, 0)
 
 
 # -- errors
@@ -483,12 +520,14 @@ async def test_an_answer_without_its_end_is_an_error(served: Site, http: httpx.A
     assert answer.status_code == (200 if stream else 500)
 
 
-async def test_unknown_urls_and_methods(http: httpx.AsyncClient) -> None:
+async def test_unknown_urls_and_methods(http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
     for path in ("/v2/nothing", "/chat/completions", "/v1/chat/completions/", "/v1/"):
         answer = await http.post(path, json=chat())
         assert answer.status_code == 404
         assert _error(answer)["code"] == "unknown_url"
         assert path in _error(answer)["message"]
+    assert [record.levelname for record in caplog.records if "Unknown request URL" in record.message] == ["DEBUG"] * 4
     answer = await http.get("/v1/chat/completions")
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"

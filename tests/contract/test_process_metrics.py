@@ -18,7 +18,6 @@ from dynamo.http.app import create_app
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime import metrics as process_metrics
 from dynamo.runtime.metrics import ProcessMetrics
-from dynamo.runtime.targets import MetricsTargets
 from dynamo.serve.infra import Infra
 from tests.contract.runtime_steps import namespace, soon
 from tests.http_backend import FakeBackend
@@ -128,7 +127,7 @@ async def test_graphs_that_share_a_nats_do_not_mix(join: Join, namespace: str) -
     assert (await timed(frontend.metrics))[0] == ids(worker)
 
 
-async def test_each_of_two_frontends_shows_the_other(join: Join) -> None:
+async def test_each_of_two_frontends_shows_the_other(join: Join, namespace: str) -> None:
     frontends = [await join("Frontend") for _ in range(2)]
     worker = await join("Worker")
     Counter("jobs", "Jobs done.", registry=worker.metrics.registry).inc(2)
@@ -142,7 +141,8 @@ async def test_each_of_two_frontends_shows_the_other(join: Join) -> None:
         assert {s.labels["worker_id"] for s in memory} == ids(mine, other, worker)
         assert [s.labels["service"] for s in memory].count("Frontend") == 2
         (jobs,) = [s for s in families["jobs"].samples if s.name == "jobs_total"]
-        assert (jobs.labels, jobs.value) == ({"service": "Worker", "worker_id": worker.metrics.worker_id}, 2)
+        whose = {"namespace": namespace, "service": "Worker", "worker": "1", "worker_id": worker.metrics.worker_id}
+        assert (jobs.labels, jobs.value) == (whose, 2)
         requests = [s.labels for s in families["dynamo_frontend_requests"].samples if s.name.endswith("_total")]
         assert [labels for labels in requests if "worker_id" not in labels]  # its own, as ever
         if mine is frontends[1]:
@@ -157,9 +157,11 @@ async def test_without_nats_a_frontend_shows_itself(private_infra: Infra, namesp
         private_infra.processes["nats"].kill()
         await soon(lambda: not frontend.nats.connected, 5)
         assert await frontend.metrics.gather() == []
+        assert 0 < frontend.nats_away_s < 60
         assert b"process_resident_memory_bytes{" in frontend.metrics.text()
         await private_infra.restart_nats()
         await soon(lambda: frontend.nats.connected and worker.nats.connected, 10)
+        assert frontend.nats_away_s == 0
         await frontend.metrics.gather()  # the subscriptions may be on their way
         await soon(lambda: worker.metrics.worker_id in frontend.metrics._known)
         assert (await timed(frontend.metrics))[0] == ids(worker)
@@ -176,7 +178,7 @@ async def test_every_process_tells_its_hosts_metrics_port(
             else:
                 monkeypatch.delenv("DYNAMO_METRICS_ADDRESS")
             runtime = await join("Worker")
-            targets.append(MetricsTargets(runtime))
+            targets.append(runtime.metrics_targets)
             await targets[-1].publish()
         every = ["10.0.0.1:9091", "10.0.0.2:9092"]
         assert [await each.addresses() for each in targets] == [every] * 4

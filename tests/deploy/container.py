@@ -19,12 +19,13 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVERS, METRICS = DEPLOY / "docker-compose.yml", DEPLOY / "metrics" / "docker-compose.yml"
 
 
-def compose(file: Path) -> dict[str, Any]:
-    """A compose file with what it includes, the variables of the environment at their defaults."""
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", file.read_text())
+def compose(file: Path, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A compose file with what it includes; variables that are not in `environment` have their defaults."""
+    given = environment or {}
+    text = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: given.get(found[1], found[2]), file.read_text())
     document: dict[str, Any] = yaml.safe_load(text)
     for other in document.pop("include", ()):
-        included = compose(file.parent / other)
+        included = compose(file.parent / other, environment)
         for part in ("services", "volumes"):
             assert document[part].keys().isdisjoint(included[part])
             document[part] = included[part] | document[part]

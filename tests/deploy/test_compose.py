@@ -67,9 +67,22 @@ def test_the_ports_are_those_of_the_readme() -> None:
     opened |= {("prometheus", 9090), ("grafana", 3001)}  # on the host's network: no list of ports
     assert opened == told
     assert "--web.listen-address=0.0.0.0:9090" in services["prometheus"]["command"]
-    assert services["grafana"]["environment"]["GF_SERVER_HTTP_PORT"] == "3001"
+    grafana = services["grafana"]["environment"]
+    assert (grafana["GF_SERVER_HTTP_ADDR"], grafana["GF_SERVER_HTTP_PORT"]) == ("0.0.0.0", "3001")
     assert NATS.port in published(services["nats"])
     assert ETCD.port in published(services["etcd"])
+
+
+def test_one_variable_binds_all_of_them() -> None:
+    services = compose(METRICS, {"DYN_BIND_IP": "10.1.2.3"})["services"]
+    for service in services.values():
+        assert all(port.startswith("10.1.2.3:") for port in service.get("ports", ()))
+    prometheus, grafana = services["prometheus"], services["grafana"]
+    assert "--web.listen-address=10.1.2.3:9090" in prometheus["command"]
+    assert grafana["environment"]["GF_SERVER_HTTP_ADDR"] == "10.1.2.3"
+    assert grafana["environment"]["PROMETHEUS_URL"] == "http://10.1.2.3:9090"
+    for service, page in ((prometheus, "9090/-/ready"), (grafana, "3001/api/health")):
+        assert service["healthcheck"]["test"][-1] == f"http://10.1.2.3:{page}"
 
 
 @pytest.mark.parametrize(("name", "service"), SERVICES)
@@ -111,10 +124,11 @@ def test_grafana_finds_prometheus_and_the_dashboards() -> None:
     provisioning = DEPLOY / "metrics/grafana/provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())["datasources"]
     scrape = yaml.safe_load((DEPLOY / "metrics/prometheus.yml").read_text())
-    assert source["url"] == "http://localhost:9090"
+    assert source["url"] == "$PROMETHEUS_URL"
     assert source["jsonData"]["timeInterval"] == scrape["global"]["scrape_interval"]
     (provider,) = yaml.safe_load((provisioning / "dashboards/dynamo.yml").read_text())["providers"]
     grafana = compose(METRICS)["services"]["grafana"]
+    assert grafana["environment"]["PROMETHEUS_URL"] == "http://localhost:9090"
     places = dict(mount.split(":")[:2][::-1] for mount in grafana["volumes"])
     home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     dashboards = METRICS.parent / places[provider["options"]["path"]]

@@ -12,12 +12,12 @@ import httpx
 import pytest
 
 from tests.deploy.conftest import BusyGraph
-from tests.deploy.dashboard import FILES, Query, panels, queries, variables
+from tests.deploy.dashboard import FILES, NOW, Query, panels, queries, variables
 
-# Not of our processes: the DCGM exporter's, and what Prometheus itself knows of a scrape.
-OTHERS = ("DCGM_", "up")
+# Not of our processes: the exporters', etcd's, and what Prometheus itself knows of a scrape.
+OTHERS = ("DCGM_", "gnatsd_", "etcd_", "up")
 # Empty where a graph has no such part, or nothing has gone wrong.
-OPTIONAL = re.compile("dynamo_(router|disagg|prefill)_|dynamo_migrations|DCGM|restarts")
+OPTIONAL = re.compile("dynamo_(router|disagg|prefill)_|dynamo_migrations|DCGM|gnatsd|restarts")
 BOARD = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
@@ -68,6 +68,38 @@ def test_panels_say_what_they_show(file: Path) -> None:
             assert target["datasource"] == panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         if any(OPTIONAL.search(target["expr"]) for target in panel["targets"]):
             assert panel["fieldConfig"]["defaults"].get("noValue"), f"{panel['title']} does not say what would fill it"
+
+
+@BOARD
+def test_a_single_value_is_of_now(file: Path) -> None:
+    """The last value of a time range would be there long after what it shows has died."""
+    found = [panel for panel in panels(read(file)) if panel["type"] in NOW]
+    assert len(found) >= 7
+    for panel in found:
+        assert panel["fieldConfig"]["defaults"]["noValue"], panel["title"]
+        for target in panel["targets"]:
+            assert target["instant"] is True, panel["title"]
+            assert "range" not in target, panel["title"]
+            assert "$__rate_interval" not in target["expr"], f"{panel['title']}: it grows with the time range shown"
+
+
+@BOARD
+def test_what_counts_up_is_not_shown_as_it_is(file: Path) -> None:
+    """The sum since a start says nothing of the time shown, and falls when a process starts again."""
+    for panel in panels(read(file)):
+        for target in panel["targets"]:
+            for counter in re.finditer(r"\w+_total\b(?:\{[^}]*\})?(\[)?", target["expr"]):
+                assert counter[1] or counter[0].startswith("llm_kv_blocks_total"), target["expr"]
+
+
+@BOARD
+def test_every_metric_of_a_graph_is_of_the_chosen_namespace(file: Path) -> None:
+    board = read(file)
+    asked = [target["expr"] for panel in panels(board) for target in panel["targets"]]
+    asked += [found["query"]["query"] for name, found in variables(board).items() if name != "namespace"]
+    found = [one for text in asked for one in re.finditer(r"\b(?:dynamo|llm|process)_\w+(\{[^}]*\})?", text)]
+    assert len(found) > 30
+    assert [one[0] for one in found if 'namespace=~"$namespace"' not in (one[1] or "")] == []
 
 
 @BOARD

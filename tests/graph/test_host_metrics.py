@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -95,12 +96,19 @@ def test_one_scrape_shows_every_process_of_the_host(host: Host) -> None:
     assert sorted(by_process(families, "dynamo_supervisor_process_up")) == SERVICES
     assert set(by_process(families, "dynamo_supervisor_process_up").values()) == {1}
     assert set(by_process(families, "dynamo_supervisor_restarts").values()) == {0}
+    memory_of_trees = by_process(families, "dynamo_supervisor_tree_resident_bytes")
+    assert sorted(memory_of_trees) == SERVICES
+    assert min(memory_of_trees.values()) > 1 << 20
+    assert min(by_process(families, "dynamo_supervisor_tree_cpu_seconds").values()) > 0
+    labels = [sample.labels for family in families.values() for sample in family.samples]
+    assert {found["namespace"] for found in labels} == {"dynamo"}
+    assert {(found["service"], found["worker"]) for found in labels} == set(SERVICES)
     memory = [sample.labels for sample in families["process_resident_memory_bytes"].samples]
     assert sorted(labels["service"] for labels in memory) == [service for service, _ in SERVICES]
     assert len({labels["worker_id"] for labels in memory}) == 4
     for name, families_of in (("llm_requests_total_slots", 2), ("llm_kv_hit_rate_percent", 2)):
         assert len(families[name].samples) == families_of
-    requests = [s for s in families["dynamo_frontend_requests"].samples if s.name.endswith("_total")]
+    requests = [s for s in families["dynamo_frontend_requests"].samples if s.name.endswith("_total") and s.value]
     assert {(s.labels["status"], s.labels["error_type"], s.labels["model"]) for s in requests} == {
         ("success", "", "dynamo-tiny"),
         ("error", "not_found", ""),
@@ -143,7 +151,7 @@ def test_a_process_that_is_stopped_costs_a_scrape_two_seconds(host: Host) -> Non
     everybody = dict.fromkeys(SERVICES, 1.0)
     host.until(everybody)
     with stopped(host.pid("VllmWorker", "1")):
-        assert host.up() == {**everybody, ("VllmWorker", "1"): 0}  # httpx waits no longer than LIMIT_S
+        host.until({**everybody, ("VllmWorker", "1"): 0})  # httpx waits no longer than LIMIT_S
     host.until(everybody)
 
 
@@ -152,9 +160,26 @@ def test_it_works_without_nats_and_etcd(host: Host) -> None:
     nats, etcd = host.served.pids("/nats-server "), host.served.pids("/etcd ")
     assert len(nats) == len(etcd) == 1
     with stopped(*nats, *etcd):
+        time.sleep(1.5)  # a page is kept for a second
         assert host.up() == dict.fromkeys(SERVICES, 1.0)
         (group,) = host.get("/metrics/targets").json()
         assert f"127.0.0.1:{host.port}" in group["targets"]
+        assert "the NATS server has been away for" in health(host, 503)["reason"]
+    assert "reason" not in health(host, 200)
+
+
+def health(host: Host, status: int) -> dict[str, Any]:
+    """What the Frontend says of itself as soon as it answers with this status."""
+    deadline = time.monotonic() + 2 * LIMIT_S
+    while (answer := httpx.get(f"{host.served.url}/health", trust_env=False, timeout=LIMIT_S)).status_code != status:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.1)
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+def alone_tells(page: str) -> dict[str, Metric]:
+    return parsed(httpx.get(page, trust_env=False).raise_for_status().text)
 
 
 def test_a_service_alone_has_a_port_and_all_are_found(host: Host, tmp_path: Path) -> None:
@@ -180,7 +205,10 @@ def test_a_service_alone_has_a_port_and_all_are_found(host: Host, tmp_path: Path
             time.sleep(0.05)
         base = f"http://127.0.0.1:{port}/metrics"
         assert f"metrics: {base}\n" in (tmp_path / "output").read_text()
-        families = parsed(httpx.get(base, trust_env=False).raise_for_status().text)
+        while not by_process(families := alone_tells(base), "dynamo_supervisor_process_up")["Processor", "1"]:
+            assert time.monotonic() < deadline, (tmp_path / "output").read_text()
+            time.sleep(0.05)
+        assert families["process_open_fds"].samples
         assert {s.labels["service"] for f in families.values() for s in f.samples} == {"Processor"}
         for page in (f"{base}/targets", f"{host.served.url}/metrics/targets"):
             assert httpx.get(page, trust_env=False).json() == [{"targets": both, "labels": {}}]
@@ -202,6 +230,26 @@ def test_a_port_that_is_taken_is_one_error_before_anything_starts(host: Host) ->
         f"error: cannot listen on 127.0.0.1:{host.port} for metrics: Address already in use\n"
         f"hint: choose another port: --metrics-port {host.port + 1}, or 0 for none\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (["--port", "9097", "--metrics-port", "9097"], "--metrics-port 9097: the graph's own HTTP has this port"),
+        (["--metrics-host", "192.0.2.8"], "cannot listen on 192.0.2.8 for metrics: Cannot assign requested address"),
+        (["--metrics-host", "192.0.2.8", "--dry-run"], "cannot listen on 192.0.2.8 for metrics: Cannot assign"),
+    ],
+)
+def test_what_cannot_be_is_one_error_before_anything_starts(arguments: list[str], fact: str) -> None:
+    command = ["serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--infra", "embedded"]
+    command += ["--port", str(free_ports(1)[0]), *arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "dynamo", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    error, hint = done.stderr.splitlines()
+    assert error.startswith(f"error: {fact}")
+    assert hint.startswith("hint: ")
 
 
 def test_a_second_graph_takes_the_next_port_and_0_takes_none(serve_graph: Callable[..., Served]) -> None:

@@ -146,7 +146,7 @@ def test_text_has_a_line_for_each_request_and_none_is_forged(serve_graph: Start)
     assert complete(served, "fails", max_tokens=64).status_code == 500
     forged = "\n2026-01-31T12:00:00.123Z  INFO dynamo: all is well \x1b[31m"
     assert complete(served, "abc", model=forged).status_code == 404
-    assert httpx.get(f"{served.url}/nothing%0A2026-01-31T12:00:00.123Z").status_code == 404
+    assert httpx.get(f"{served.url}/v1/models/nothing%0D2026-01-31T12:00:00.123Z").status_code == 404
     with socket.create_connection(("127.0.0.1", served.port)) as raw:
         raw.sendall(
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-id: a] b\r\nconnection: close\r\n"

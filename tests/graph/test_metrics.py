@@ -28,6 +28,10 @@ def test_the_frontend_shows_every_process(mock_graph: Served) -> None:
         found = [sample.labels for sample in families[name].samples]
         assert sorted(labels["service"] for labels in found) == ["Frontend", "Processor", "VllmWorker", "VllmWorker"]
         assert len({labels["worker_id"] for labels in found}) == 4
+        assert sorted(labels["worker"] for labels in found) == ["1", "1", "1", "2"]
+        assert {labels["namespace"] for labels in found} == {"dynamo"}
+    reasons = {sample.labels.get("reason") for sample in families["dynamo_migrations"].samples}
+    assert reasons >= {"worker_lost", "engine_dead"}, "a migration would be the first sample: rate() misses that"
     requests = families["dynamo_frontend_requests"].samples
     assert "success" in {sample.labels["status"] for sample in requests}
     assert not any("worker_id" in sample.labels for sample in requests)

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from dynamo.serve import guard
 from tests.graph.conftest import Served
 
 Start = Callable[..., Served]
@@ -107,6 +108,16 @@ def test_kill_9_of_serve_leaves_nothing_and_the_next_start_works(serve_graph: St
     again = serve_graph(*MOCK).ready()
     assert chat(again)
     again.stop()
+
+
+def test_kill_9_of_the_supervisor_is_told_by_the_guard(serve_graph: Start) -> None:
+    served = serve_graph(*MOCK).ready()
+    (supervisor,) = guard.children(served.process.pid)
+    assert served.processes()
+    os.kill(supervisor, signal.SIGKILL)
+    assert served.process.wait(20) == 137
+    assert served.processes() == {}
+    assert served.output.endswith("error: the supervisor died (SIGKILL); all its processes were ended\n")
 
 
 @pytest.mark.parametrize("service", ["VllmWorker", "Processor", "Frontend"])

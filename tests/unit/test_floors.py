@@ -22,10 +22,10 @@ FLOORS = [
 LEVEL = {part: level for level, parts in enumerate(FLOORS) for part in parts}
 NEIGHBOURS_APART = [{"sdk", "runtime"}]
 ONLY_IN = {
-    "grpc": "dynamo/transport/etcd.py",
-    "aetcd": "dynamo/transport/etcd.py",
+    "grpc": "dynamo/transport/etcd_cluster.py",
+    "aetcd": "dynamo/transport/etcd_cluster.py",
     "nats": "dynamo/transport/nats.py",
-    "vllm": ("dynamo/llm/engines/vllm.py", "dynamo/llm/engines/kv_transfer/connector.py"),
+    "vllm": ("dynamo/llm/engines/vllm", "dynamo/llm/engines/kv_transfer/connector.py"),
     "fastapi": "dynamo/http/",
     "uvicorn": "dynamo/http/",
     "starlette": "dynamo/http/",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynamo.errors import ConfigError, TransportError
 from dynamo.transport import host as module
@@ -17,6 +19,7 @@ from dynamo.transport.host import (
     is_loopback,
     listening_socket,
     same_network,
+    without_credentials,
 )
 
 NOT_MINE = "192.0.2.1"  # for documentation: no host has it
@@ -103,3 +106,28 @@ def test_ports_are_below_those_of_outgoing_connections() -> None:
 def test_interfaces() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of(NOT_MINE) == ""
+
+
+@pytest.mark.parametrize(
+    ("urls", "shown"),
+    [
+        ("nats://a:4222", "nats://a:4222"),
+        ("nats://me:sekret@a:4222, nats://me:sek@ret@[::1]:4222/", "nats://a:4222,nats://[::1]:4222/"),
+        ("token@a", "a"),
+        ("nats://me:sek,ret@a", "nats://?,a"),
+        ("nats://me:sek#ret:1", "nats://me:sek#ret:1"),
+        ("nats://me@a:sekret", "nats://?"),
+    ],
+)
+def test_what_is_shown_of_urls(urls: str, shown: str) -> None:
+    assert without_credentials(urls) == shown
+
+
+@given(
+    user=st.text(st.characters(codec="ascii", categories=["L"]), min_size=1),
+    password=st.text(st.characters(codec="ascii", exclude_characters=",")),
+    hosts=st.lists(st.sampled_from(["a", "10.0.0.1:4222", "[::1]:2379"]), min_size=1, max_size=3),
+)
+def test_no_password_is_shown(user: str, password: str, hosts: list[str]) -> None:
+    urls = ",".join(f"nats://{user}:{password}@{host}" for host in hosts)
+    assert without_credentials(urls) == ",".join(f"nats://{host}" for host in hosts)

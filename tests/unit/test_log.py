@@ -161,9 +161,9 @@ def test_whatever_a_process_writes_is_json(tmp_path: Path) -> None:
 def test_a_wrong_level_is_an_error_with_a_hint(tmp_path: Path) -> None:
     program = "from dynamo import log\nlog.configure('W')"
     code, lines = run(program, tmp_path, DYN_LOG="loud")
-    assert (code, lines[0][:34], lines[1][:5]) == (1, "DYN_LOG: unknown level 'loud'; lev", "hint:")
+    assert (code, lines[0][:41], lines[1][:5]) == (1, "error: DYN_LOG: unknown level 'loud'; lev", "hint:")
     code, (line,) = run(program, tmp_path, DYN_LOG="loud", DYN_LOGGING_JSONL="1")
-    assert (code, json.loads(line)["level"]) == (1, "ERROR")
+    assert (code, json.loads(line)["level"], json.loads(line)["message"][:8]) == (1, "ERROR", "DYN_LOG:")
 
 
 # -- the line of a request

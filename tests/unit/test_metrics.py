@@ -59,8 +59,13 @@ def of(text: bytes, name: str, **labels: str) -> float:
 
 def process(number: int, service: str = "Worker") -> ProcessMetrics:
     found = ProcessMetrics(number, {})
-    found.belong("test", service, [("test", service)])
+    found.belong("test", service, [("test", service)], 3)
     return found
+
+
+def whose(worker_id: str, service: str = "Worker") -> dict[str, str]:
+    """The labels of all samples of a process."""
+    return {"namespace": "test", "service": service, "worker": "3", "worker_id": worker_id}
 
 
 # -- merging
@@ -100,7 +105,7 @@ def test_labels_that_need_escaping_and_help_that_differs() -> None:
     (family,) = [family for family in families(merged) if family.name == "a"]
     assert family.documentation == 'first\n# HELP a "\\'
     for number in (0, 1):
-        assert of(merged, "a_total", x='"\\\n# HELP b ,}{', service="Worker", worker_id=str(number)) == 1
+        assert of(merged, "a_total", x='"\\\n# HELP b ,}{', **whose(str(number))) == 1
     assert len([s for s in family.samples if s.name == "a_total"]) == 2
 
 
@@ -112,11 +117,11 @@ def test_the_first_text_stays_as_it_is() -> None:
         "m"
     ).observe(1)
     merged = merge([generate_latest(own), other.text()])
-    assert merged.startswith(generate_latest(own)[: generate_latest(own).index(b"# HELP taken_seconds_created")])
+    assert merged.startswith(generate_latest(own))
     assert of(merged, "taken_seconds_bucket", model="m", le="2.0") == 1
-    assert of(merged, "taken_seconds_bucket", model="m", le="1.0", service="Worker", worker_id="ff") == 1
-    types = {family.name: family.type for family in families(merged)}
-    assert (types["taken_seconds"], types["taken_seconds_created"]) == ("histogram", "gauge")
+    assert of(merged, "taken_seconds_bucket", model="m", le="1.0", **whose("ff")) == 1
+    assert {family.name: family.type for family in families(merged)}["taken_seconds"] == "histogram"
+    assert b"_created" not in merged
 
 
 def test_a_metric_of_another_type_is_left_out_and_a_comment_tells() -> None:
@@ -127,7 +132,7 @@ def test_a_metric_of_another_type_is_left_out_and_a_comment_tells() -> None:
     merged = merge([first.text(), second.text()])
     assert b"# samples of another process are left out, their type differs: a_total gauge\n" in merged
     assert [s.labels["worker_id"] for f in families(merged) for s in f.samples if s.name == "a_total"] == ["1"]
-    assert of(merged, "b_info", version="1", service="Worker", worker_id="2") == 1
+    assert of(merged, "b_info", version="1", **whose("2")) == 1
 
 
 # -- what a process shows
@@ -139,7 +144,7 @@ def test_a_process_shows_its_memory_and_what_it_counts() -> None:
     lent = CollectorRegistry()
     Counter("lent", "Of the HTTP server.", registry=lent)
     found.lend(lent)
-    text, labels = found.text(), {"service": "Processor", "worker_id": "abc"}
+    text, labels = found.text(), whose("abc", "Processor")
     assert of(text, "process_resident_memory_bytes", **labels) > 1 << 20
     assert of(text, "process_cpu_seconds_total", **labels) > 0
     assert of(text, "process_open_fds", **labels) >= 3
@@ -153,6 +158,7 @@ def test_labels_of_the_process_win() -> None:
     assert label({"x": "1"}, added) == {"x": "1", **added}
     assert label({"worker_id": "a", "x": "1"}, added) == {"x": "1", **added}
     assert label({"worker_id": "b"}, added) == {"exported_worker_id": "b", **added}
+    assert label({"worker": "b", "x": "1"}, {**added, "worker": "2"}) == {"x": "1", **added, "worker": "b"}
 
 
 def test_a_component_counts_with_and_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +175,7 @@ def test_a_component_counts_with_and_without_a_graph(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(dynamo_context, "runtime", Runtime)
     Greeter().greetings.inc(3)
     assert metrics_registry() is Runtime.metrics.registry
-    assert of(Runtime.metrics.text(), "greetings_total", service="Worker", worker_id="1") == 3
+    assert of(Runtime.metrics.text(), "greetings_total", **whose("1")) == 3
 
 
 # -- engines

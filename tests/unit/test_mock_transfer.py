@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dynamo.errors import EngineError, RequestError
 from dynamo.kv.events import BlocksStored, EngineEvent
-from dynamo.llm.engines.mock import MockEngine
+from dynamo.llm.engines.mock import MockEngine, transfer
 from dynamo.llm.engines.mock.kv_cache import KvCache
 from dynamo.llm.engines.mock.scheduler import Scheduler, Sequence
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
@@ -267,3 +267,14 @@ def test_whatever_happens_in_whatever_order_blocks_add_up(data: st.DataObject) -
             scheduler.free(one)
     assert not known
     assert cache.free == cache.usable
+
+
+async def test_the_address_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name server that is slow would stop every stream of the process for each prompt."""
+    asked: list[str] = []
+    monkeypatch.setattr(transfer, "advertised_host", lambda url: asked.append(url) or "127.0.0.1")
+    lender = transfer.KvLender(1.0)
+    await asyncio.gather(lender.open(), lender.open())
+    assert lender.place("a", 0)["host"] == lender.place("b", 0)["host"] == "127.0.0.1"
+    assert len(asked) == 1
+    await lender.close()

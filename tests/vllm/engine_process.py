@@ -122,7 +122,8 @@ class Engines:
 
 
 async def serve(configuration: Mapping[str, Any]) -> None:
-    from dynamo.llm.engines.vllm import VllmEngine, _children
+    from dynamo.llm.engines.vllm import VllmEngine
+    from dynamo.llm.engines.vllm_process import children
 
     connection = socket.socket(fileno=configuration["fd"])
     reader, writer = await asyncio.open_connection(sock=connection, limit=LINE_BYTES)
@@ -157,7 +158,7 @@ async def serve(configuration: Mapping[str, Any]) -> None:
         stats = engine.stats()[0]._asdict()
         return {
             "stats": stats,
-            "transferred": engine.kv_transferred,
+            "transferred": engine._record.transferred,
             "tasks": len(engine._tasks),
             "events": len(events),
         }
@@ -183,7 +184,7 @@ async def serve(configuration: Mapping[str, Any]) -> None:
         writer.write(json.dumps({"error": str(error)}).encode() + b"\n")
         await writer.drain()
         return
-    writer.write(json.dumps({"pid": os.getpid(), "core": _children()[-1], "info": list(info)}).encode() + b"\n")
+    writer.write(json.dumps({"pid": os.getpid(), "core": children()[-1], "info": list(info)}).encode() + b"\n")
     while line := await reader.readline():
         question = json.loads(line)
         number = question["number"]
@@ -196,11 +197,11 @@ async def serve(configuration: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    from dynamo.llm.engines import vllm
+    from dynamo.llm.engines.vllm_options import CPU_ENVIRONMENT, ENVIRONMENT
 
     configurations = [json.loads(argument) for argument in sys.argv[1:]]
     if len(configurations) > 1:  # on the CPU only: it must not be forked after CUDA is initialized
-        for name, value in {**vllm._ENVIRONMENT, **vllm._CPU_ENVIRONMENT}.items():
+        for name, value in {**ENVIRONMENT, **CPU_ENVIRONMENT}.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -30,10 +30,12 @@ pytestmark = pytest.mark.vllm
 
 BLOCK = 32
 BLOCKS = 48
+SLOTS = 128
 ARGUMENTS = {
     "block-size": BLOCK,
     "max-model-len": 1024,
     "num-gpu-blocks-override": BLOCKS,
+    "max-num-seqs": SLOTS,
     "enforce-eager": True,
     "dtype": "float32",
     "kv-cache-memory-bytes": 64 << 20,
@@ -81,7 +83,7 @@ def test_reset_empties_the_ledger(found: Any) -> None:
 
 
 def test_engine_info_and_stats_are_those_of_the_engine_core(found: Any) -> None:
-    assert found["info"] == [1024, BLOCK, BLOCKS, 1]
+    assert found["info"] == [1024, BLOCK, BLOCKS, 1, SLOTS, ""]
     (stats,) = found["stats"]
     assert stats["running"] == stats["waiting"] == 0
     assert stats["prefix_hits"] >= sum(hit["cached"] for hit in found["hits"])
@@ -98,7 +100,8 @@ def test_nothing_is_left_of_the_sockets(found: Any) -> None:
 
 
 def test_data_parallel_ranks_are_told_apart() -> None:
-    assert run("watch_ranks") == {"info": [1024, BLOCK, BLOCKS, 2], "blocks": [3, 6], "queries": [100, 300]}
+    info = [1024, BLOCK, BLOCKS, 2, SLOTS, ""]
+    assert run("watch_ranks") == {"info": info, "blocks": [3, 6], "queries": [100, 300]}
 
 
 async def watch() -> dict[str, Any]:
@@ -113,7 +116,7 @@ async def watch() -> dict[str, Any]:
 
     assert engine.kv_events(listen)
     info = await engine.start()
-    directory = Path(engine._private_events["endpoint"].removeprefix("ipc://")).parent  # type: ignore[index]
+    directory = Path(engine._options.private_events["endpoint"].removeprefix("ipc://")).parent  # type: ignore[index]
     assert directory.stat().st_mode & 0o077 == 0
 
     async def send(tokens: list[int], max_tokens: int = 8, rank: int | None = None) -> tuple[int, list[int]]:

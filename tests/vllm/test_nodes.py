@@ -22,6 +22,7 @@ from tests.graph.test_agg_router import environment
 
 __all__ = ["serve_graph"]
 START_S = 240
+pytestmark = pytest.mark.timeout(600)  # five starts of vLLM
 TINY = ("-f", "configs/agg_tiny.yaml")
 
 

@@ -19,6 +19,8 @@ import msgspec
 
 SECRET = "DYNAMO_KV_SECRET"
 """environment variable: any text, the same for all engines of a deployment"""
+SHARED = "DYNAMO_KV_SECRET_SHARED"
+"""set where a user gave that text, and not `dynamo serve` of one host: then other hosts have it too"""
 PROTOCOL = 1
 NONCE_BYTES = 32
 MAX_GREETING_BYTES = 256

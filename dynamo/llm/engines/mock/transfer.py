@@ -44,7 +44,7 @@ class KvLender:
         self._server: asyncio.Server | None = None
         self._takers: set[asyncio.StreamWriter] = set()
         self._opening = asyncio.Lock()
-        self._nats_url = os.environ.get("NATS_SERVER", "")
+        self._host = ""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -53,11 +53,13 @@ class KvLender:
         """Listen, unless it does so already."""
         async with self._opening:
             if self._server is None:
+                nats_url = os.environ.get("NATS_SERVER", "")
                 try:
-                    listener = listening_socket(bound_host(self._nats_url))
+                    listener = listening_socket(bound_host(nats_url))
                 except (ConfigError, TransportError) as error:
                     raise EngineError(f"the mock engine cannot lend KV: {error.message}", hint=error.hint) from None
                 self._server = await asyncio.start_server(self._lend, sock=listener)
+                self._host = advertised_host(nats_url)  # looked up once: it may ask a name server
 
     def keep(self, name: str, free: Callable[[], None]) -> None:
         """`free` is called once: when the KV was fetched, dropped, or its lease is over."""
@@ -75,8 +77,8 @@ class KvLender:
 
     def place(self, name: str, cached_tokens: int) -> dict[str, Any]:
         assert self._server is not None
-        host, port = advertised_host(self._nats_url), self._server.sockets[0].getsockname()[1]
-        found: dict[str, Any] = msgspec.to_builtins(KvPlace(host, port, name, cached_tokens))
+        port = self._server.sockets[0].getsockname()[1]
+        found: dict[str, Any] = msgspec.to_builtins(KvPlace(self._host, port, name, cached_tokens))
         return found
 
     async def _lend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
