@@ -97,6 +97,7 @@ class Frontend(Service):
             api_keys=self.api_keys,
             processes=runtime.metrics if runtime is not None else None,
             targets=runtime.metrics_targets.addresses if runtime is not None else None,
+            fault=self.fault,
         )
         listen = dynamo_context.get("listen")  # one port for all workers
         listener = listen(self.host, self.port) if listen is not None else None
@@ -153,6 +154,7 @@ class Frontend(Service):
         return {"Processor": len(instance_ids(self.processor))}
 
     def fault(self) -> str:
+        """Why nothing can be answered now; empty while all is well."""
         runtime = dynamo_context.get("runtime")
         away_s = runtime.nats_away_s if runtime is not None else 0.0
         return f"the NATS server has been away for {away_s:.0f} s" if away_s > NATS_AWAY_S else ""

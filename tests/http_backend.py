@@ -125,7 +125,7 @@ async def site(
     **options: Any,
 ) -> AsyncIterator[Site]:
     backend = FakeBackend(script)
-    server = HttpServer(around(create_app(backend, **options)), "127.0.0.1", free_port())
+    server = HttpServer(around(create_app(backend, fault=backend.fault, **options)), "127.0.0.1", free_port())
     await server.start()
     try:
         yield Site(server.url, server.port, backend, server)

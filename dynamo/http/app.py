@@ -50,7 +50,12 @@ def _model(model: ServedModel) -> dict[str, Any]:
 
 
 def _add_pages(
-    app: FastAPI, backend: Backend, api: generation.Api, processes: ProcessMetrics | None, targets: Targets | None
+    app: FastAPI,
+    backend: Backend,
+    api: generation.Api,
+    processes: ProcessMetrics | None,
+    targets: Targets | None,
+    fault: Callable[[], str],
 ) -> None:
     """The routes that only tell something. HEAD works wherever GET does."""
 
@@ -64,7 +69,7 @@ def _add_pages(
         raise ModelNotFoundError(f"The model `{name}` does not exist.", param="model")
 
     async def health() -> Response:
-        names, reason = [m.name for m in backend.models()], backend.fault()
+        names, reason = [m.name for m in backend.models()], fault()
         status = "unavailable" if reason else "healthy" if names else "starting"
         state = {"status": status, "models": names, "instances": backend.endpoints()}
         return _json({**state, "reason": reason} if reason else state, 200 if status == "healthy" else 503)
@@ -140,18 +145,20 @@ def create_app(
     api_keys: Collection[str] | None = None,
     processes: ProcessMetrics | None = None,
     targets: Targets | None = None,
+    fault: Callable[[], str] = str,
 ) -> ASGIApp:
     """The ASGI application.
 
     `timeout_s` is each request's deadline; None: no limit. `cors_origins` are sites whose pages may call this server,
     "*" for all. With `api_keys`, `/v1` answers only to those; probes, metrics and documentation stay open. `processes`
     are those that /metrics shows besides the server itself; `targets` gives the addresses for /metrics/targets.
+    `fault` says why nothing can be answered now, though models are there; empty while all is well: /health tells.
     """
     app = FastAPI(title="dynamo", version=__version__, docs_url="/docs", redoc_url=None, redirect_slashes=False)
     api = generation.Api(backend, max_body_bytes, timeout_s)
     if processes is not None:
         processes.lend(api.metrics.registry)
-    _add_pages(app, backend, api, processes, targets)
+    _add_pages(app, backend, api, processes, targets, fault)
     _add_errors(app)
     generating: dict[str, generation.GeneratingRoute] = {
         "/v1/chat/completions": generation.ChatCompletions(api),

@@ -15,7 +15,3 @@ class Backend(Protocol):
     def endpoints(self) -> dict[str, int]:
         """Name of each endpoint behind the server -> how many instances can be called."""
         ...
-
-    def fault(self) -> str:
-        """Why nothing can be answered now, though models are there; empty while all is well."""
-        ...
