@@ -235,20 +235,21 @@ def test_a_port_that_is_taken_is_one_error_before_anything_starts(host: Host) ->
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
-        (["--port", "9097", "--metrics-port", "9097"], "--metrics-port 9097: the graph's own HTTP has this port"),
+        (["--metrics-port", "PORT"], "--metrics-port PORT: the graph's own HTTP has this port"),
         (["--metrics-host", "192.0.2.8"], "cannot listen on 192.0.2.8 for metrics: Cannot assign requested address"),
         (["--metrics-host", "192.0.2.8", "--dry-run"], "cannot listen on 192.0.2.8 for metrics: Cannot assign"),
     ],
 )
 def test_what_cannot_be_is_one_error_before_anything_starts(arguments: list[str], fact: str) -> None:
     command = ["serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--infra", "embedded"]
-    command += ["--port", str(free_ports(1)[0]), *arguments]
+    port = str(free_ports(1)[0])
+    command += ["--port", port, *(argument.replace("PORT", port) for argument in arguments)]
     done = subprocess.run(
         [sys.executable, "-m", "dynamo", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (1, "")
     error, hint = done.stderr.splitlines()
-    assert error.startswith(f"error: {fact}")
+    assert error.startswith(f"error: {fact.replace('PORT', port)}")
     assert hint.startswith("hint: ")
 
 
