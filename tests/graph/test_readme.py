@@ -56,7 +56,9 @@ def test_the_openai_client(tiny_graph: Served) -> None:
 
 
 def test_every_dry_run_prints_a_configuration() -> None:
-    commands = [line.partition("#")[0].strip() for line in block("bash", "configs/agg_mock.yaml            #").splitlines()]
+    commands = [
+        line.partition("#")[0].strip() for line in block("bash", "configs/agg_mock.yaml            #").splitlines()
+    ]
     assert len(commands) >= 4
     for command in commands:
         done = run(command if "--dry-run" in command else f"{command} --dry-run")
