@@ -11,7 +11,7 @@
     stopped in 0.9 s
 
 With DYN_LOGGING_JSONL each of these lines is a JSON object, and so is each line of a child: what it printed otherwise than
-by logging becomes the message of one, with the target `output`.
+by logging becomes the message of one, with the target `output`; JSON objects of its own get what they lack.
 
 A thread does the writing. A terminal that is slow, or halted with Ctrl-S, must not stop the supervisor, nor (through
 their full pipes) the workers: when 10 000 lines wait, further ones are dropped and counted; the log files have them.
@@ -36,6 +36,9 @@ _COLOURS = {"good": "\x1b[32m", "note": "\x1b[33m", "bad": "\x1b[31m", "faint": 
 _RESET = "\x1b[0m"
 _LEVELS = {"bad": "ERROR", "note": "WARNING"}
 
+
+_ALWAYS = {"time", "level", "target", "service", "message"}
+"""fields of every line"""
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -125,10 +128,13 @@ class Console:
 
     def output(self, line: str, name: str) -> None:
         """A line that the process `name` printed, as it came."""
-        if self._lines is None or _is_object(line):
-            self._put(line + "\n")
-        else:
-            self._put(log.dump(self._lines.begin("INFO", "output", name, line)) + "\n")
+        if self._lines is not None:
+            printed = _object(line)
+            if printed is None:
+                line = log.dump(self._lines.begin("INFO", "output", name, line))
+            elif not printed.keys() >= _ALWAYS:  # of another logger, say: it keeps its fields
+                line = log.dump({**self._lines.begin("INFO", "output", name, ""), **printed})
+        self._put(line + "\n")
 
     def flush(self, timeout_s: float = 1.0) -> None:
         """Wait until all lines so far are written, at most `timeout_s`. Blocks."""
@@ -172,9 +178,9 @@ class Console:
                     item.set()
 
 
-def _is_object(line: str) -> bool:
+def _object(line: str) -> dict[str, Any] | None:
+    """None: it is no JSON object."""
     try:
-        _decode(line)
+        return _decode(line)
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        return False
-    return True
+        return None
