@@ -32,13 +32,15 @@ def test_a_worker_killed_in_the_middle_changes_no_word(served: Served) -> None:
     worker = served.pids("--service-name VllmWorker --worker-id 1")[0]
     begun = threading.Event()
 
-    def ask(question: str) -> tuple[str, int]:
+    def ask(question: str, **extra: object) -> tuple[str, int]:
         chunks = served.client().chat.completions.create(
             model="dynamo-tiny",
             messages=[{"role": "user", "content": question}],
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
+            max_tokens=1500,
+            extra_body=extra,
         )
         text, tokens = "", 0
         for chunk in chunks:
@@ -49,12 +51,17 @@ def test_a_worker_killed_in_the_middle_changes_no_word(served: Served) -> None:
                 tokens = chunk.usage.completion_tokens
         return text, tokens
 
-    with ThreadPoolExecutor(len(FAQ)) as pool:
+    with ThreadPoolExecutor(len(FAQ) + 2) as pool:
+        # one on each worker, which is still at it when it is killed, however busy the machine is
+        long = [pool.submit(ask, next(iter(FAQ)), ignore_eos=True) for _ in range(2)]
         asked = {question: pool.submit(ask, question) for question in FAQ}
         assert begun.wait(60)
         os.kill(worker, signal.SIGKILL)
         answers = {question: one.result() for question, one in asked.items()}
     assert {question: text for question, (text, _) in answers.items()} == FAQ
     assert all(tokens > 3 for _, tokens in answers.values())
+    (one, tokens), (other, _) = [each.result() for each in long]
+    assert one == other
+    assert tokens == 1500
     moved = re.findall(r"^dynamo_migrations_total\{.*\} (\S+)", httpx.get(f"{served.url}/metrics").text, re.MULTILINE)
     assert sum(map(float, moved)) >= 1
