@@ -193,8 +193,8 @@ class Caches:
     def place(self, cache: Cache, request_id: str, new_blocks: int, blocks: int, now_s: float) -> None:
         """A request was sent there: it counts until the worker reports it."""
         cache.pending[request_id] = (new_blocks, blocks, now_s + PENDING_S)
-        prefill, decode = self.loads.prefill[cache.slot], self.loads.decode[cache.slot]
-        self.loads.set(cache.slot, prefill + new_blocks, decode + blocks)
+        loads, slot = self.loads, cache.slot
+        loads.set(slot, loads.prefill[slot] + new_blocks, loads.decode[slot] + blocks)
         if new_blocks:
             if not cache.silent_requests:
                 cache.silent_since_s = now_s

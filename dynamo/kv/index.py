@@ -9,11 +9,9 @@ design too; this one needs no threads.)
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from dynamo.kv.hashing import BlockHash
-
-_NOWHERE: Mapping[BlockHash, int] = {}
 
 Match = tuple[int, int]
 """`(blocks, caches)`: these caches, as bits, hold the first so many blocks of a prompt and not the next one."""
@@ -76,63 +74,48 @@ class PrefixIndex:
         self.remove(slot, self._blocks.pop(slot, ()))
 
     def matches(
-        self, prompt: Sequence[BlockHash], caches: int, also: Mapping[BlockHash, int] = _NOWHERE, blind: int = 0
+        self, prompt: Sequence[BlockHash], caches: int, blind: int = 0, guessed: PrefixIndex | None = None
     ) -> list[Match]:
         """How far each of `caches` follows a prompt, shortest first; those that lack its first block are in no match.
 
-        For the caches of `blind`, `also` is asked in place of this index. A cache that lost a block and kept later ones
-        may be said to follow further than it does.
+        For the caches of `blind`, `guessed` is asked in place of this index. A cache that lost a block and kept later
+        ones may be said to follow further than it does.
         """
         found: list[Match] = []
         if not prompt:
             return found
-        length, low = len(prompt), 0
-        get = self._seen_or(also, blind) if blind & caches else self.holders.get
-        at_low = get(prompt[0], 0) & caches
-        if not at_low:
+        length = len(prompt)
+        get = self.holders.get if guessed is None or not blind else self._told_or(guessed, blind)
+        first = get(prompt[0], 0) & caches
+        if not first:
             return found
+        spans = [(0, length, first)]  # these caches hold the block `low`, none of them the block `high`
         split = self._split  # most prompts leave what is common to all where the last one did
-        if 1 < split < length and get(prompt[split - 1], 0) & caches == at_low:
-            low = split - 1
-        end = length
-        if not blind & caches:
-            # where nobody holds anything any more: the bisection in C, from the end since it wants False first
-            end -= bisect_left(prompt[::-1], True, 0, length - low - 1, key=self.holders.__contains__)
-        high = end - 1
-        at_last = at_high = get(prompt[high], 0) & at_low
-        if at_last == at_low:
-            return [(end, at_last)]
-        # caches of `at_low` hold block `low`, those of `at_high` also block `high`: the rest drop out in between
-        others: list[tuple[int, int, int, int]] = []
-        if low and split < high:
-            at_split = get(prompt[split], 0) & at_low
-            if at_split == at_low:
-                low = split
-            else:
-                if at_split != at_high:
-                    others.append((split, high, at_split, at_high))
-                high, at_high = split, at_split
-        while True:
-            while high - low > 1:
-                middle = (low + high) // 2
-                at_middle = get(prompt[middle], 0) & at_low
-                if at_middle == at_high:
-                    high = middle
-                elif at_middle == at_low:
-                    low = middle
-                else:
-                    others.append((middle, high, at_middle, at_high))
-                    high, at_high = middle, at_middle
-            found.append((high, at_low & ~at_high))
-            if not others:
-                break
-            low, high, at_low, at_high = others.pop()
-        if at_last:
-            found.append((end, at_last))
+        if 1 < split < length and get(prompt[split - 1], 0) & caches == first:
+            further = get(prompt[split], 0) & first
+            if further != first:
+                found.append((split, first ^ further))
+            spans = [(split, length, further)] if further else []
+        while spans:
+            low, high, group = spans.pop()
+            # where the last of them ends: bisection in C, from the end, since it wants False first
+            slot = group.bit_length() - 1
+            held = (guessed if guessed is not None and blind >> slot & 1 else self)._blocks[slot].__contains__
+            end = length - bisect_left(prompt[::-1], True, length - high, length - low - 1, key=held)
+            if group & (group - 1):
+                reached = get(prompt[end - 1], 0) & group
+                further = get(prompt[end], 0) & reached if end < high else 0
+                if reached != group:
+                    spans.append((low, end - 1, group ^ reached))
+                if further:
+                    spans.append((end, high, further))
+                group = reached ^ further
+            found.append((end, group))
         if len(found) > 1:
+            found.sort()
             self._split = found[0][0]
         return found
 
-    def _seen_or(self, also: Mapping[BlockHash, int], blind: int) -> Callable[[BlockHash, int], int]:
-        seen, guessed = self.holders.get, also.get
-        return lambda hash, none: (seen(hash, none) & ~blind) | (guessed(hash, none) & blind)
+    def _told_or(self, guessed: PrefixIndex, blind: int) -> Callable[[BlockHash, int], int]:
+        told, guess = self.holders.get, guessed.holders.get
+        return lambda hash, none: (told(hash, none) & ~blind) | (guess(hash, none) & blind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from dynamo.kv.hashing import BlockHash
 from dynamo.kv.index import PrefixIndex
@@ -17,12 +17,8 @@ class RoutedBlocks:
 
     def __init__(self, ttl_s: float = TTL_S) -> None:
         self.ttl_s = ttl_s
-        self._index = PrefixIndex()
+        self.index = PrefixIndex()
         self._used: dict[int, OrderedDict[BlockHash, float]] = {}
-
-    @property
-    def holders(self) -> Mapping[BlockHash, int]:
-        return self._index.holders
 
     def add(self, slot: int, prompt: Sequence[BlockHash], now_s: float, capacity: int) -> None:
         """A prompt went to a cache of `capacity` blocks. The end of a prompt is the first to be forgotten."""
@@ -31,16 +27,16 @@ class RoutedBlocks:
         for hash in reversed(prompt):
             used[hash] = now_s
             used.move_to_end(hash)
-        self._index.add(slot, new)
-        self._index.remove(slot, [used.popitem(last=False)[0] for _ in range(len(used) - capacity)])
+        self.index.add(slot, new)
+        self.index.remove(slot, [used.popitem(last=False)[0] for _ in range(len(used) - capacity)])
 
     def expire(self, now_s: float) -> None:
         for slot, used in self._used.items():
             old = []
             while used and next(iter(used.values())) <= now_s - self.ttl_s:
                 old.append(used.popitem(last=False)[0])
-            self._index.remove(slot, old)
+            self.index.remove(slot, old)
 
     def drop(self, slot: int) -> None:
         self._used.pop(slot, None)
-        self._index.drop(slot)
+        self.index.drop(slot)

@@ -15,6 +15,7 @@ from dynamo.kv.route import Candidate, KvMode, Route, RouteRequest, Score
 EXPECTED_S = 30.0
 """How long a placed prompt is taken for cached before events confirm it; it may wait for a place in the batch."""
 DEFAULT_KV_BLOCKS = 16384
+_NOT_AT_ALL: Match = (0, 0)
 
 
 class KvRouter:
@@ -69,20 +70,17 @@ class KvRouter:
     def _matches(self, prompt: Sequence[BlockHash], candidates: int, now_s: float, mode: KvMode) -> list[Match]:
         caches = self.caches
         blind = candidates if mode == "approx-kv" else caches.blind
-        matches = caches.index.matches(prompt, candidates, caches.routed.holders, blind)
-        if not prompt or not self._expected:
+        matches = caches.index.matches(prompt, candidates, blind & candidates, caches.routed.index)
+        expected, end = self._expected, len(prompt)
+        if not prompt or not expected:
             return matches
-        first = [prompt[blocks] for blocks, _ in matches if blocks < len(prompt)]  # to be computed, by whoever matches
-        if not matches or matches[0][1] != candidates:
-            first.append(prompt[0])
-        if self._expected.keys().isdisjoint(first):
-            return matches
-        found = {
-            slot: common(prompt, placed)
-            for hash in first
-            for slot, (placed, until_s) in self._expected.get(hash, {}).items()
-            if until_s > now_s and candidates >> slot & 1
-        }
+        found: dict[int, int] = {}
+        for blocks, _ in (_NOT_AT_ALL, *matches):
+            # to be computed next, by whoever holds so many
+            if blocks < end and (placements := expected.get(prompt[blocks])):
+                for slot, (placed, until_s) in placements.items():
+                    if until_s > now_s and candidates >> slot & 1:
+                        found[slot] = common(prompt, placed)
         return _raised(matches, found) if found else matches
 
     def _choose(self, request: RouteRequest, blocks: int, matches: list[Match], candidates: int, mode: KvMode) -> int:

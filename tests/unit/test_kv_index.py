@@ -78,9 +78,21 @@ def test_blind_caches_are_asked_elsewhere(
         for slot, names in held:
             into.add(slot, chain(*names))
     asked, everybody = chain(*prompt), 2**SLOTS - 1
-    found = depths(index.matches(asked, everybody, other.holders, blind))
+    found = depths(index.matches(asked, everybody, blind, other))
     one, two = depths(index.matches(asked, everybody)), depths(other.matches(asked, everybody))
     assert found == {s: n for s in range(SLOTS) if (n := (two if blind >> s & 1 else one).get(s, 0))}
+
+
+@given(st.lists(st.tuples(st.integers(0, SLOTS - 1), st.sets(st.integers(0, 11))), max_size=8), st.integers(1, 12))
+def test_holes_mislead_and_do_no_harm(held: list[tuple[int, set[int]]], length: int) -> None:
+    index, names = PrefixIndex(), chain(*[0] * 12)
+    for slot, kept in held:
+        index.add(slot, [names[i] for i in kept])
+    asked = names[:length]
+    for _ in range(2):  # the second time with a hint
+        found = depths(index.matches(asked, 2**SLOTS - 1))
+        assert set(found) == {slot for slot in range(SLOTS) if asked[0] in index.blocks(slot)}
+        assert all(asked[blocks - 1] in index.blocks(slot) for slot, blocks in found.items())
 
 
 @given(
@@ -174,10 +186,10 @@ def test_routed_blocks_are_forgotten_in_time_and_when_the_cache_is_full() -> Non
     routed, one, two = RoutedBlocks(ttl_s=10), chain(1, 2, 3), chain(1, 5)
     routed.add(0, one, now_s=0, capacity=4)
     routed.add(0, two, now_s=5, capacity=4)
-    assert set(routed.holders) == {*one, *two}
+    assert set(routed.index.holders) == {*one, *two}
     routed.add(0, chain(7), now_s=6, capacity=4)
-    assert one[2] not in routed.holders  # the end of the oldest prompt went first
+    assert one[2] not in routed.index.holders  # the end of the oldest prompt went first
     routed.expire(now_s=12)
-    assert set(routed.holders) == {*two, *chain(7)}  # their first block was used at 5
+    assert set(routed.index.holders) == {*two, *chain(7)}  # their first block was used at 5
     routed.drop(0)
-    assert not routed.holders
+    assert not routed.index.holders
