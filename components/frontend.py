@@ -156,7 +156,7 @@ class Frontend(Service):
     def fault(self) -> str:
         """Why nothing can be answered now; empty while all is well."""
         runtime = dynamo_context.get("runtime")
-        away_s = runtime.nats_away_s if runtime is not None else 0.0
+        away_s = runtime.nats_away_s if runtime is not None and runtime.requests_over_nats else 0.0
         return f"the NATS server has been away for {away_s:.0f} s" if away_s > NATS_AWAY_S else ""
 
     @on_shutdown

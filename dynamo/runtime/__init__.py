@@ -1,4 +1,4 @@
-"""How a call crosses processes: instances in etcd, requests over NATS, items over the stream plane."""
+"""How a call crosses processes: instances in etcd, requests and items over the stream plane."""
 
 from dynamo.runtime.client import Client
 from dynamo.runtime.component import Annotated, Component, ComponentClient, ComponentEndpoint, HandlerError, Namespace

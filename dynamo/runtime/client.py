@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import random
 import time
 import uuid
@@ -15,10 +16,10 @@ from typing import Any
 import msgspec
 
 from dynamo import log
-from dynamo.errors import DynamoError, NoInstancesError, TransportError, UnavailableError
+from dynamo.errors import ConfigError, DynamoError, NoInstancesError, TransportError, UnavailableError
 from dynamo.runtime.choice import lighter_of_two, lightest
 from dynamo.runtime.peers import Peer, Peers
-from dynamo.transport.caller import CallerConnection
+from dynamo.transport.caller import CallerConnection, Incoming
 from dynamo.transport.nats import Nats
 from dynamo.wire import codec, frames, scope
 from dynamo.wire.failure import Failure, unpack
@@ -32,7 +33,7 @@ ACK_TIMEOUT_S = 2.0
 ACK_BYTES_PER_S = 10e6
 """A request's body must arrive before the instance can accept it: what a slow network does at least."""
 PATIENCE_S = 1.0
-"""How long a call waits for an instance, or for NATS: it bridges the restart of a quick service."""
+"""How long a call waits for an instance, or for NATS where it needs it: it bridges the restart of a quick service."""
 NAMED_PATIENCE_S = 0.2
 """The same for an instance that the caller named: it can name another one sooner."""
 RETRY_PAUSE_S = 0.05
@@ -40,15 +41,31 @@ TRIES = 4
 """Instances that are tried though `PATIENCE_S` is over, because each took long to refuse."""
 _NIL = msgspec.Raw(codec.encode(None))
 
+REQUEST_PLANE = "DYN_REQUEST_PLANE"
+
 _decode_failure = msgspec.msgpack.Decoder(Failure).decode
 
 
-class Client:
-    """The instances of one endpoint and calls to them; made by `DistributedRuntime.client`."""
+def requests_over_nats() -> bool:
+    """Whether `DYN_REQUEST_PLANE` asks for it. Raises ConfigError for an unknown one."""
+    given = os.environ.get(REQUEST_PLANE) or "tcp"
+    if given not in ("tcp", "nats"):
+        raise ConfigError(
+            f"{REQUEST_PLANE}={given}: not a way for requests",
+            hint="tcp: over the connection on which the answer comes (the default); nats: over NATS",
+        )
+    return given == "nats"
 
-    def __init__(self, address: tuple[str, str, str], nats: Nats, peers: Peers) -> None:
+
+class Client:
+    """The instances of one endpoint and calls to them; made by `DistributedRuntime.client`.
+
+    Requests take the stream connection to their instance, or NATS with `over_nats`.
+    """
+
+    def __init__(self, address: tuple[str, str, str], nats: Nats, peers: Peers, over_nats: bool = False) -> None:
         self.address = address
-        self._nats, self._peers = nats, peers
+        self._nats, self._peers, self._over_nats = nats, peers, over_nats
         self._instances: dict[InstanceId, tuple[Instance, Peer]] = {}
         self._ready: list[tuple[Instance, Peer]] = []
         self._next = random.randrange(1 << 16)
@@ -156,8 +173,9 @@ class Client:
         for attempt in itertools.count(1):
             left_s = scope.time_left_s()
             try:
-                await self._nats.wait_connected(min(give_up - time.monotonic(), left_s or PATIENCE_S))
                 instance, peer = await self._pick(choice, refused, give_up, left_s)
+                if self._over_nats:
+                    await self._nats.wait_connected(min(give_up - time.monotonic(), left_s or PATIENCE_S))
             except (NoInstancesError, TransportError) as error:
                 raise failure or error from None
             connection = peer.connection
@@ -192,19 +210,14 @@ class Client:
             timeout_s=left_s,
             body=msgspec.Raw(body),
         )
-        payload = codec.encode(envelope)
-        timeout_s = ACK_TIMEOUT_S
+        timeout_s = ACK_TIMEOUT_S + len(body) / ACK_BYTES_PER_S
+        if left_s is not None:
+            timeout_s = min(timeout_s, left_s)
         try:
-            if len(payload) > self._nats.max_payload_bytes:
-                connection.control(frames.BODY, (incoming.sid, body))
-                envelope.body, envelope.body_ahead = _NIL, True
-                payload = codec.encode(envelope)
-                timeout_s += len(body) / ACK_BYTES_PER_S
-            if left_s is not None:
-                timeout_s = min(timeout_s, left_s)
-            answer = await self._nats.request(instance.subject, payload, timeout_s, incoming.reply)
-            if answer:
-                raise unpack(_decode_failure(answer))
+            if self._over_nats:
+                await self._send_over_nats(instance, connection, incoming, envelope, timeout_s)
+            else:
+                await connection.request(incoming, instance.subject, envelope, timeout_s)
         except DynamoError:
             if not incoming.accepted:  # with items here, only the acceptance was lost: a retry would repeat them
                 connection.forget(incoming)
@@ -214,6 +227,23 @@ class Client:
             raise
         incoming.accepted = True
         channel.on_cancel = partial(connection.forget, incoming)
+
+    async def _send_over_nats(
+        self,
+        instance: Instance,
+        connection: CallerConnection,
+        incoming: Incoming,
+        envelope: Request,
+        timeout_s: float,
+    ) -> None:
+        payload = codec.encode(envelope)
+        if len(payload) > self._nats.max_payload_bytes:
+            connection.control(frames.BODY, (incoming.sid, bytes(envelope.body)))
+            envelope.body, envelope.body_ahead = _NIL, True
+            payload = codec.encode(envelope)
+        answer = await self._nats.request(instance.subject, payload, timeout_s, incoming.reply)
+        if answer:
+            raise unpack(_decode_failure(answer))
 
     async def _pick(
         self, choice: str | int, refused: set[InstanceId], give_up: float, left_s: float | None

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from dynamo.errors import TransportError
-from dynamo.runtime.client import Client
+from dynamo.runtime.client import Client, requests_over_nats
 from dynamo.runtime.component import Namespace, PrimaryLease
 from dynamo.runtime.discovery import Discovery, watch
 from dynamo.runtime.metrics import ProcessMetrics
@@ -79,6 +79,7 @@ class DistributedRuntime:
         self.metrics = ProcessMetrics(self.instance_id, self._clients)
         self.metrics_targets = MetricsTargets(self)
         self.peers = Peers()
+        self.requests_over_nats = requests_over_nats()
         self.listener = StreamListener()
 
     async def connect(self) -> None:
@@ -145,7 +146,7 @@ class DistributedRuntime:
         await self.connect()
         address = (namespace, component, endpoint)
         if address not in self._clients:
-            client = self._clients[address] = Client(address, self.nats, self.peers)
+            client = self._clients[address] = Client(address, self.nats, self.peers, self.requests_over_nats)
             discovery = (
                 StaticDiscovery(self.nats, address, client.join, client.leave)
                 if self.is_static
@@ -180,7 +181,7 @@ class DistributedRuntime:
             component=component,
             endpoint=endpoint,
             instance_id=self.instance_id,
-            transport={"nats_tcp": topic},
+            transport={"nats_tcp": topic, "stream": self.listener.key},
             streams={**self.listener.addresses, "pulse": self._pulse.address},
             host=host_id(),
         )

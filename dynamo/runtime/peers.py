@@ -112,7 +112,11 @@ class Peer:
         same_host = self.instance.host == host_id()
         try:
             connection = await connect(
-                self.instance.streams, same_host=same_host, on_lost=self._on_lost, on_bye=self._on_bye
+                self.instance.streams,
+                self.instance.key,
+                same_host=same_host,
+                on_lost=self._on_lost,
+                on_bye=self._on_bye,
             )
         except TransportError as error:
             now = time.monotonic()

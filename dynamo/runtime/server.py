@@ -1,4 +1,4 @@
-"""The callee's side of a call: requests from NATS in, the endpoint method run, its items out on the stream plane."""
+"""The callee's side of a call: a request in, over the stream plane or NATS, the endpoint method run, its items out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import msgspec
 
 from dynamo.errors import DeadlineError, DynamoError, RequestError, TransportError, UnavailableError
 from dynamo.log import request_id
-from dynamo.transport.listener import Outgoing, StreamListener
+from dynamo.transport.listener import Outgoing, PeerConnection, StreamListener
 from dynamo.transport.nats import Nats
 from dynamo.wire import codec, scope
 from dynamo.wire.failure import pack
@@ -81,10 +81,11 @@ class Call:
         if self not in self.endpoint.running:
             return  # cut before it began
         try:
-            result = self._context.run(self.endpoint.method, argument)
+            self._take(self._context.run(self.endpoint.method, argument))
         except Exception as error:
             self.finish(error)
-            return
+
+    def _take(self, result: Any) -> None:
         if isinstance(result, Stream):
             self._stop = result.cancel
             self.outgoing.on_read = result.consumed
@@ -96,7 +97,7 @@ class Call:
             self._spawn(self._send_all(result), self._ended)
         else:
             found = type(result).__name__
-            self.finish(TypeError(f"{self.endpoint.where} returned a {found}, not an async iterator or awaitable"))
+            raise TypeError(f"{self.endpoint.where} returned a {found}, not an async iterator or awaitable")
 
     def _spawn(self, work: Coroutine[Any, Any, Any], done: Callable[[asyncio.Task[Any]], None]) -> None:
         task = self._server.spawn(work, self._context)
@@ -163,6 +164,7 @@ class Server:
 
     def __init__(self, nats: Nats, listener: StreamListener) -> None:
         self._nats, self._listener = nats, listener
+        listener.on_request = self._asked
         self.endpoints: dict[str, Endpoint] = {}  # by subject
         self.draining = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -235,17 +237,11 @@ class Server:
             body: Any = await connection.body(request.sid) if request.body_ahead else request.body
             if body is None:
                 raise TransportError(f"{endpoint.where}: the request's body did not arrive")
-            if self.draining:
-                raise UnavailableError(f"{endpoint.where} is stopping")
-            argument = self._decode(endpoint, body)
+            argument = self._admit(endpoint, body)
         except DynamoError as error:
             await respond(codec.encode(pack(error, endpoint.where)))
             return
-        call = Call(self, endpoint, request, connection.open(request.sid))
-        if call.outgoing.closed:
-            call.finish()
-        else:
-            endpoint.requests += 1
+        call = self._begin(endpoint, request, connection)
         try:
             await respond(b"")
         except Exception as error:
@@ -253,7 +249,32 @@ class Server:
             return
         call.run(argument)
 
-    def _decode(self, endpoint: Endpoint, body: codec.Data) -> Any:
+    def _asked(self, connection: PeerConnection, subject: str, request: Request) -> None:
+        """A request over the stream plane."""
+        endpoint = self.endpoints.get(subject)
+        try:
+            if endpoint is None:
+                raise UnavailableError(f"{subject} is not served here", hint="it is starting, or was deployed anew")
+            argument = self._admit(endpoint, request.body)
+        except DynamoError as error:
+            connection.refuse(request.sid, pack(error, endpoint.where if endpoint is not None else ""))
+            return
+        call = self._begin(endpoint, request, connection)
+        connection.accept(request.sid)
+        call.run(argument)
+
+    def _begin(self, endpoint: Endpoint, request: Request, connection: PeerConnection) -> Call:
+        call = Call(self, endpoint, request, connection.open(request.sid))
+        if call.outgoing.closed:
+            call.finish()
+        else:
+            endpoint.requests += 1
+        return call
+
+    def _admit(self, endpoint: Endpoint, body: codec.Data) -> Any:
+        """The method's argument. Raises what the request is refused with."""
+        if self.draining:
+            raise UnavailableError(f"{endpoint.where} is stopping")
         try:
             return endpoint.decode(body)
         except Exception as error:

@@ -13,14 +13,16 @@ from dynamo.errors import DeadlineError, TransportError, WorkerLostError
 from dynamo.transport.stream import Connection, log
 from dynamo.wire import codec, frames
 from dynamo.wire.failure import Failure, unpack
+from dynamo.wire.messages import Request
 from dynamo.wire.stream import Channel
 
 CONNECT_TIMEOUT_S = 3.0
+MAX_UNREAD_BYTES = frames.MAX_FRAME_BYTES  # a callee that is this far behind is not reading
 DEADLINE_GRACE_S = 0.1  # the callee keeps the deadline too, and says more about it
 
 _decode_data = msgspec.msgpack.Decoder(tuple[list[int], list[msgspec.Raw]]).decode
 _decode_sids = msgspec.msgpack.Decoder(list[int]).decode
-_decode_error = msgspec.msgpack.Decoder(tuple[int, Failure]).decode
+_decode_failed = msgspec.msgpack.Decoder(tuple[int, Failure]).decode
 
 
 class Incoming:
@@ -47,8 +49,9 @@ class Incoming:
 class CallerConnection(Connection):
     """A connection to a callee; `incoming` are the streams that are read from it."""
 
-    def __init__(self, on_lost: Callable[[CallerConnection], None], on_bye: Callable[[], None]) -> None:
+    def __init__(self, key: str, on_lost: Callable[[CallerConnection], None], on_bye: Callable[[], None]) -> None:
         super().__init__()
+        self._key = key
         self.id = uuid.uuid4().hex
         self.incoming: dict[int, Incoming] = {}
         self._on_lost, self._on_bye = on_lost, on_bye
@@ -59,7 +62,7 @@ class CallerConnection(Connection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.control(frames.HELLO, self.id)
+        self.control(frames.HELLO, (self.id, self._key))
 
     def receive(self, decode: codec.Decode, channel: Channel[Any], left_s: float | None = None) -> Incoming:
         """Number a stream whose items go to `channel`; `left_s` seconds from now it ends with DeadlineError.
@@ -75,6 +78,24 @@ class CallerConnection(Connection):
         if left_s is not None:
             incoming.timer = loop.call_later(left_s + DEADLINE_GRACE_S, self._expire, incoming)
         return incoming
+
+    async def request(self, incoming: Incoming, subject: str, request: Request, timeout_s: float) -> None:
+        """Ask the callee, which must have given its key, for a stream. Returns when it has accepted.
+
+        Raises what it refused with; TransportError when it says nothing in time or the connection is lost.
+        """
+        if self.transport is None or self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            raise TransportError("the instance takes nothing")
+        self.control(frames.REQUEST, (subject, request))
+        timer = asyncio.get_running_loop().call_later(timeout_s, self._unanswered, incoming, timeout_s)
+        try:
+            await incoming.reply
+        finally:
+            timer.cancel()
+
+    def _unanswered(self, incoming: Incoming, timeout_s: float) -> None:
+        if not incoming.reply.done():
+            incoming.reply.set_exception(TransportError(f"the instance did not answer within {timeout_s:.1f} s"))
 
     def forget(self, incoming: Incoming) -> None:
         """Nobody wants this stream any more: its items are dropped, the callee stops."""
@@ -133,10 +154,23 @@ class CallerConnection(Connection):
                     found.end()
             self._close_if_idle()
         elif kind == frames.ERROR:
-            sid, failure = _decode_error(body)
+            sid, failure = _decode_failed(body)
             found = incoming.pop(sid, None)
             if found is not None:
                 found.end(unpack(failure))
+            self._close_if_idle()
+        elif kind == frames.ACCEPT:
+            for sid in _decode_sids(body):
+                found = incoming.get(sid)
+                if found is not None:
+                    found.accepted = True
+                    if not found.reply.done():
+                        found.reply.set_result(b"")
+        elif kind == frames.REFUSE:
+            sid, failure = _decode_failed(body)
+            found = incoming.pop(sid, None)
+            if found is not None and not found.reply.done():
+                found.reply.set_exception(unpack(failure))
             self._close_if_idle()
         elif kind == frames.BYE:
             self._on_bye()
@@ -153,17 +187,21 @@ class CallerConnection(Connection):
 
 async def connect(
     addresses: dict[str, str],
+    key: str,
     *,
     same_host: bool,
     on_lost: Callable[[CallerConnection], None],
     on_bye: Callable[[], None],
 ) -> CallerConnection:
-    """Connect to a listener: by its unix socket on the same host, else by TCP. Raises TransportError."""
+    """Connect to a listener, by its unix socket on the same host, else by TCP, and show its key.
+
+    Raises TransportError.
+    """
     loop = asyncio.get_running_loop()
     tried: list[str] = []
 
     def protocol() -> CallerConnection:
-        return CallerConnection(on_lost, on_bye)
+        return CallerConnection(key, on_lost, on_bye)
 
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import msgspec
 from dynamo.transport.stream import Connection
 from dynamo.wire import codec, frames
 from dynamo.wire.failure import Failure, pack
+from dynamo.wire.messages import Request
 from dynamo.wire.stream import CREDIT_BATCH
 
 WINDOW_ITEMS = 4 * CREDIT_BATCH  # items a generator may be ahead of its reader
@@ -25,7 +28,8 @@ BODY_TIMEOUT_S = 60.0
 _decode_sid = msgspec.msgpack.Decoder(int).decode
 _decode_credit = msgspec.msgpack.Decoder(tuple[int, int]).decode
 _decode_body = msgspec.msgpack.Decoder(tuple[int, bytes]).decode
-_decode_hello = msgspec.msgpack.Decoder(str).decode
+_decode_hello = msgspec.msgpack.Decoder(tuple[str, str]).decode
+_decode_request = msgspec.msgpack.Decoder(tuple[str, Request]).decode
 
 
 class Outgoing:
@@ -104,6 +108,7 @@ class PeerConnection(Connection):
         self.scheduled = self.paused = False
         self._listener = listener
         self._loop = asyncio.get_running_loop()
+        self._accepted: list[int] = []
         self._ended: list[int] = []
         self._failed: list[tuple[int, Failure]] = []
         self._bodies: dict[int, asyncio.Future[bytes]] = {}
@@ -143,6 +148,14 @@ class PeerConnection(Connection):
 
     # -- out
 
+    def accept(self, sid: int) -> None:
+        """Tell the caller that its request is being answered, ahead of what is sent now."""
+        self._accepted.append(sid)
+        self.schedule()
+
+    def refuse(self, sid: int, failure: Failure) -> None:
+        self.control(frames.REFUSE, (sid, failure))
+
     def schedule(self) -> None:
         if not self.scheduled:
             self.scheduled = True
@@ -163,13 +176,16 @@ class PeerConnection(Connection):
         if transport is None:
             return
         out = b""
+        if self._accepted:
+            out = frames.pack(frames.ACCEPT, codec.encode(self._accepted))
+            self._accepted = []
         if self.sids:
             sids, items = self.sids, self.items
             self.sids, self.items = [], []
             try:
-                out = frames.pack(frames.DATA, codec.encode((sids, items)))
+                out += frames.pack(frames.DATA, codec.encode((sids, items)))
             except Exception:  # one item cannot be sent, or all are too much for one frame
-                out = b"".join(self._one_by_one(sids, items))
+                out += b"".join(self._one_by_one(sids, items))
         if self._ended:
             out += frames.pack(frames.END, codec.encode(self._ended))
             self._ended = []
@@ -213,10 +229,16 @@ class PeerConnection(Connection):
         if kind == frames.HELLO:
             if self.id:
                 raise ValueError("HELLO came twice")
-            self.id = _decode_hello(body)
+            name, key = _decode_hello(body)
+            if not hmac.compare_digest(key.encode(), self._listener.key.encode()):
+                raise ValueError("HELLO without the key of this process")
+            self.id = name
             self._listener.hello(self)
         elif not self.id:
             raise ValueError(f"frame of kind {kind} before HELLO")
+        elif kind == frames.REQUEST:
+            subject, request = _decode_request(body)
+            self._listener.on_request(self, subject, request)
         elif kind == frames.CREDIT:
             sid, items = _decode_credit(body)
             if sid in self.outgoing:
@@ -248,13 +270,16 @@ class PeerConnection(Connection):
         self._bodies.clear()
         for outgoing in list(self.outgoing.values()):
             outgoing.cancel()
-        self.sids, self.items, self._ended, self._failed = [], [], [], []
+        self.sids, self.items, self._accepted, self._ended, self._failed = [], [], [], [], []
 
 
 class StreamListener:
-    """Accepts connections, and finds them by the id that a request names."""
+    """Accepts connections from those who know its `key`, and finds them by the id that a request over NATS names.
+    `on_request(connection, subject, request)` gets the other requests; it must not raise."""
 
     def __init__(self) -> None:
+        self.key = secrets.token_hex(16)
+        self.on_request: Callable[[PeerConnection, str, Request], None] = lambda connection, subject, request: None
         self.addresses: dict[str, str] = {}
         self.connections: dict[str, PeerConnection] = {}
         self.accepted: set[PeerConnection] = set()

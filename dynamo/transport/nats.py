@@ -1,4 +1,4 @@
-"""Requests and messages over NATS: the one file that imports nats-py.
+"""Messages and, where it is asked for, requests over NATS: the one file that imports nats-py.
 
 A request is answered by an empty message (accepted) or by a packed Failure. NATS itself says at once when nobody listens
 on a subject, which is the cheapest sign that an instance has gone.

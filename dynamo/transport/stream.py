@@ -1,9 +1,9 @@
-"""The stream plane: one persistent connection per pair of processes carries the items of all calls between them.
+"""The stream plane: one persistent connection per pair of processes carries the calls between them, and their items.
 
-The caller connects to the callee's listener (a unix socket on one host, TCP between hosts), names the connection with
-HELLO, and numbers its streams. Items wait in an outbox until the event loop has run what is ready, then leave as one
-frame: an engine step that produces a token for 64 streams costs one encode, one write and one wake-up on the other
-side. Measured: a frame a step is 5 to 10 times cheaper than a message a token.
+The caller connects to the callee's listener (a unix socket on one host, TCP between hosts), shows with HELLO the key that
+discovery told it, and numbers its requests, each of which opens a stream. Items wait in an outbox until the event loop
+has run what is ready, then leave as one frame: an engine step that produces a token for 64 streams costs one encode, one
+write and one wake-up on the other side. Measured: a frame a step is 5 to 10 times cheaper than a message a token.
 
 Here is what both ends share; the callee's end is in `listener`, the caller's in `caller`.
 """

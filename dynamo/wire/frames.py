@@ -1,6 +1,9 @@
 """Frames of the stream plane: 4 bytes length (big-endian, of what follows), 1 byte kind, msgpack body.
 
-HELLO   str                      first, and once: the id of this connection, which requests name
+HELLO   [str, str]               first, and once: an id for this connection, and the callee's key, which discovery tells
+REQUEST [subject, Request]       a request that does not go over NATS
+ACCEPT  [sid ...]                these requests were accepted: the method runs
+REFUSE  [sid, Failure]           this one was not, and may be tried elsewhere
 DATA    [[sid ...], [item ...]]  the items of one engine step for all streams of this peer, in columns
 END     [sid ...]                these streams are complete
 ERROR   [sid, Failure]           this stream failed; its earlier items count
@@ -17,7 +20,7 @@ from collections.abc import Callable
 
 MAX_FRAME_BYTES = 1 << 28
 
-HELLO, DATA, END, ERROR, CANCEL, CREDIT, BODY, BYE = range(8)
+HELLO, DATA, END, ERROR, CANCEL, CREDIT, BODY, BYE, REQUEST, ACCEPT, REFUSE = range(11)
 
 _HEAD = struct.Struct("!IB")
 HEAD_BYTES = _HEAD.size

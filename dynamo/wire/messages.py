@@ -10,7 +10,7 @@ InstanceId = NewType("InstanceId", int)  # the etcd lease of the process: unique
 
 
 class Request(msgspec.Struct, array_like=True):
-    """What goes over NATS to an instance's subject."""
+    """What goes to an instance: over its stream connection, with its subject, or over NATS, to its subject."""
 
     id: str
     connection: str
@@ -32,7 +32,7 @@ class Instance(msgspec.Struct):
     endpoint: str
     instance_id: int
     transport: dict[str, str]
-    """`nats_tcp`: the NATS subject of requests"""
+    """`nats_tcp`: the NATS subject of requests; `stream`: the key that opens a stream connection to this process"""
     streams: dict[str, str] = {}
     """addresses of the stream plane: `unix` path, `tcp` host:port; and `pulse` host:port, where the process shows that it
     runs"""
@@ -46,6 +46,10 @@ class Instance(msgspec.Struct):
     @property
     def subject(self) -> str:
         return self.transport["nats_tcp"]
+
+    @property
+    def key(self) -> str:
+        return self.transport.get("stream", "")
 
 
 def instances_prefix(namespace: str, component: str, endpoint: str) -> str:

@@ -35,6 +35,13 @@ async def soon(condition: Callable[[], Any], seconds: float = 2.0) -> None:
             await asyncio.sleep(0.002)
 
 
+@pytest.fixture(params=["tcp", "nats"])
+def plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How requests travel in this test, once each way."""
+    monkeypatch.setenv("DYN_REQUEST_PLANE", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def namespace() -> str:
     return f"t{uuid.uuid4().hex[:12]}"

@@ -1,4 +1,4 @@
-"""Calls between runtimes over real NATS and etcd."""
+"""Calls between runtimes over real NATS and etcd, with both ways for requests."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from dynamo.runtime import Client, DistributedRuntime
 from dynamo.transport import listener as listeners
 from dynamo.wire import scope
 from dynamo.wire.stream import Channel, Stream
-from tests.contract.runtime_steps import Make, call, collect, make, namespace, soon
+from tests.contract.runtime_steps import Make, call, collect, make, namespace, plane, soon
 
-__all__ = ["make", "namespace"]  # fixtures
+__all__ = ["make", "namespace", "plane"]  # fixtures
+pytestmark = pytest.mark.usefixtures("plane")
 
 
 async def count(n: int) -> AsyncIterator[int]:

@@ -15,19 +15,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from dynamo.errors import NoInstancesError, TransportError, UnavailableError, WorkerLostError
+from dynamo.errors import ConfigError, NoInstancesError, TransportError, UnavailableError, WorkerLostError
 from dynamo.runtime import Client, DistributedRuntime
 from dynamo.runtime import client as clients
+from dynamo.runtime.client import REQUEST_PLANE
 from dynamo.serve.infra import Infra
 from dynamo.transport import listener as listeners
+from dynamo.transport.caller import CallerConnection, connect
 from dynamo.transport.etcd import Etcd
 from dynamo.transport.listener import PeerConnection
 from dynamo.wire import codec
 from dynamo.wire.messages import Request
 from dynamo.wire.stream import Channel, Stream
-from tests.contract.runtime_steps import Make, call, collect, make, namespace, soon
+from tests.contract.runtime_steps import Make, call, collect, decode_any, make, namespace, plane, soon
 
-__all__ = ["make", "namespace"]  # fixtures
+__all__ = ["make", "namespace", "plane"]  # fixtures
 
 
 async def count(n: int) -> AsyncIterator[int]:
@@ -111,7 +113,7 @@ async def test_kill_9_of_one_of_two_workers(workers: Workers, make: Make, namesp
     assert await anext(call(client, 0.005)) == 0
 
 
-async def test_killed_while_a_call_is_being_opened(workers: Workers, make: Make, namespace: str) -> None:
+async def test_killed_while_a_call_is_being_opened(workers: Workers, make: Make, namespace: str, plane: str) -> None:
     """SIGSTOP: it takes requests and does not answer; then it dies, and its callers move on at once."""
     first, second = await asyncio.gather(workers.start(), workers.start())
     caller = await make()
@@ -128,7 +130,7 @@ async def test_killed_while_a_call_is_being_opened(workers: Workers, make: Make,
 
 
 async def test_a_stopped_worker_is_passed_over(
-    workers: Workers, make: Make, namespace: str, monkeypatch: pytest.MonkeyPatch
+    workers: Workers, make: Make, namespace: str, plane: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clients, "ACK_TIMEOUT_S", 0.1)
     first, second = await asyncio.gather(workers.start(), workers.start())
@@ -156,7 +158,7 @@ async def test_connection_lost_between_acceptance_and_first_item(make: Make, nam
 
 
 async def test_connection_lost_before_acceptance_is_tried_again(
-    make: Make, namespace: str, monkeypatch: pytest.MonkeyPatch
+    make: Make, namespace: str, plane: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, client = await one_endpoint(make, namespace, count)
     open_stream, lost = PeerConnection.open, 0
@@ -178,6 +180,7 @@ async def test_request_of_an_earlier_connection_does_not_answer_on_the_next(
     make: Make, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listeners, "HELLO_TIMEOUT_S", 0.3)
+    monkeypatch.setenv(REQUEST_PLANE, "nats")
     ran: list[int] = []
 
     async def run(n: int) -> AsyncIterator[int]:
@@ -203,6 +206,7 @@ async def test_lost_acceptance_never_mixes_two_attempts(
     make: Make, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The items come over the stream plane though NATS lost the answer: the call must not run elsewhere too."""
+    monkeypatch.setenv(REQUEST_PLANE, "nats")
     monkeypatch.setattr(clients, "ACK_TIMEOUT_S", 0.1)
     ran = 0
 
@@ -232,6 +236,45 @@ async def test_leaving_while_calls_run_and_open(make: Make, namespace: str) -> N
     await soon(lambda: not server.listener.accepted)
 
 
+# -- who may send requests over the stream plane
+
+
+async def raw_connection(server: DistributedRuntime, key: str) -> CallerConnection:
+    return await connect(server.listener.addresses, key, same_host=True, on_lost=lambda _: None, on_bye=lambda: None)
+
+
+async def test_only_who_knows_the_key_may_call(make: Make, namespace: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Discovery tells it; whoever merely reaches the port gets nothing run."""
+    ran: list[Any] = []
+    server, client = await one_endpoint(make, namespace, ran.append)
+    stranger = await raw_connection(server, "0" * 32)
+    incoming = stranger.receive(decode_any, Channel())
+    request = Request("", stranger.id, incoming.sid, None, msgspec.Raw(codec.encode(1)))
+    with pytest.raises(TransportError, match="lost"):
+        await stranger.request(incoming, next(iter(server.server.endpoints)), request, 5)
+    assert not ran
+    assert "HELLO without the key of this process" in caplog.text
+    assert client.instance_ids() == [server.instance_id]  # the connections of others stay
+
+
+async def test_a_request_for_what_is_not_served_is_refused(make: Make, namespace: str) -> None:
+    server, _ = await one_endpoint(make, namespace, count)
+    connection = await raw_connection(server, server.listener.key)
+    incoming = connection.receive(decode_any, Channel())
+    request = Request("", connection.id, incoming.sid, None, msgspec.Raw(codec.encode(1)))
+    with pytest.raises(UnavailableError, match=r"a\.b-c is not served here"):
+        await connection.request(incoming, "a.b-c", request, 5)
+    assert not connection.incoming
+    connection.abort()
+
+
+def test_an_unknown_request_plane_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REQUEST_PLANE, "udp")
+    with pytest.raises(ConfigError, match="DYN_REQUEST_PLANE=udp") as caught:
+        DistributedRuntime()
+    assert "nats" in caught.value.hint
+
+
 # -- NATS and etcd
 
 
@@ -250,7 +293,9 @@ async def own(private_infra: Infra, tmp_path: Path) -> AsyncIterator[Any]:
     await asyncio.gather(*(runtime.close() for runtime in made))
 
 
-async def test_nats_away_and_back(private_infra: Infra, own: list[DistributedRuntime], namespace: str) -> None:
+async def test_nats_away_and_back(
+    private_infra: Infra, plane: str, own: list[DistributedRuntime], namespace: str
+) -> None:
     server, caller = own
     go = asyncio.Event()
 
@@ -271,6 +316,9 @@ async def test_nats_away_and_back(private_infra: Infra, own: list[DistributedRun
     assert await anext(in_flight) == 1
     await private_infra.embedded["nats"].stop()
     for attempt in range(2):
+        if plane == "tcp":
+            assert await collect(call(client, 3)) == [0, 1, 2]
+            continue
         started = time.monotonic()
         with pytest.raises((TransportError, UnavailableError)) as caught:
             await call(client, 3)
@@ -284,7 +332,9 @@ async def test_nats_away_and_back(private_infra: Infra, own: list[DistributedRun
     assert await collect(call(client, 3, server.instance_id)) == [0, 1, 2]
 
 
-async def test_nats_restarts_under_load(private_infra: Infra, own: list[DistributedRuntime], namespace: str) -> None:
+async def test_nats_restarts_under_load(
+    private_infra: Infra, plane: str, own: list[DistributedRuntime], namespace: str
+) -> None:
     server, caller = own
     await server.serve(namespace, "Worker", "run", count)
     client = await caller.client(namespace, "Worker", "run")
@@ -310,7 +360,7 @@ async def test_nats_restarts_under_load(private_infra: Infra, own: list[Distribu
         before = len(outcomes)
         await asyncio.sleep(0.3)
         stop.set()
-    assert set(outcomes[before:]) == {200}
+    assert set(outcomes[0 if plane == "tcp" else before :]) == {200}
     assert server.server.active == 0
 
 

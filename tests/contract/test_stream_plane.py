@@ -40,6 +40,7 @@ class Ends:
 @pytest.fixture(params=["unix", "tcp"])
 async def ends(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Ends]:
     listener = StreamListener()
+    listener.key = KEY
     if request.param == "unix":
         await listener.listen(unix=tmp_path / "s")
     else:
@@ -49,7 +50,7 @@ async def ends(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     def bye() -> None:
         found[0].byes += 1
 
-    caller = await connect(listener.addresses, same_host=True, on_lost=lambda _: None, on_bye=bye)
+    caller = await connect(listener.addresses, KEY, same_host=True, on_lost=lambda _: None, on_bye=bye)
     callee = await listener.connection(caller.id)
     assert callee is not None
     found.append(Ends(listener, caller, callee))
@@ -307,7 +308,7 @@ async def test_bye_reaches_present_and_later_callers(ends: Ends) -> None:
     await soon(lambda: ends.byes == 1)
     later: list[int] = []
     connection = await connect(
-        ends.listener.addresses, same_host=True, on_lost=lambda _: None, on_bye=lambda: later.append(1)
+        ends.listener.addresses, KEY, same_host=True, on_lost=lambda _: None, on_bye=lambda: later.append(1)
     )
     await soon(lambda: later == [1])
     connection.close()
@@ -370,6 +371,9 @@ async def test_a_caller_that_never_reads_is_dropped(ends: Ends, monkeypatch: pyt
     stream.cancel()
 
 
+KEY = "0123456789abcdef"
+
+
 def raw_frame(kind: int, body: Any) -> bytes:
     return frames.pack(kind, msgspec.msgpack.encode(body))
 
@@ -381,9 +385,13 @@ def raw_frame(kind: int, body: Any) -> bytes:
         struct.pack("!IB", 0, 1),
         raw_frame(frames.CANCEL, 1),
         raw_frame(frames.HELLO, 5),
-        raw_frame(frames.HELLO, "a") + raw_frame(frames.HELLO, "b"),
-        raw_frame(frames.HELLO, "a") + frames.pack(frames.CREDIT, b"\xc1"),
-        raw_frame(frames.HELLO, "a") + frames.pack(frames.CREDIT, b"\x91" * 100_000),
+        raw_frame(frames.HELLO, "a"),
+        raw_frame(frames.HELLO, ("a", "")),
+        raw_frame(frames.HELLO, ("a", KEY[:-1])),
+        raw_frame(frames.HELLO, ("a", KEY)) + raw_frame(frames.HELLO, ("b", KEY)),
+        raw_frame(frames.HELLO, ("a", KEY)) + frames.pack(frames.CREDIT, b"\xc1"),
+        raw_frame(frames.HELLO, ("a", KEY)) + frames.pack(frames.CREDIT, b"\x91" * 100_000),
+        raw_frame(frames.HELLO, ("a", KEY)) + raw_frame(frames.REQUEST, ("a.b", [])),
     ],
 )
 async def test_bad_frames_drop_their_connection_only(ends: Ends, data: bytes) -> None:
@@ -429,7 +437,7 @@ async def test_waits_for_a_hello_on_its_way(tmp_path: Path, monkeypatch: pytest.
     early = [asyncio.create_task(listener.connection(name)) for name in ("mine", "mine", "nobody")]
     await asyncio.sleep(0.05)
     _, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
-    writer.write(raw_frame(frames.HELLO, "mine"))
+    writer.write(raw_frame(frames.HELLO, ("mine", listener.key)))
     first, second, nobody = await asyncio.gather(*early)
     assert first is second
     assert first is not None
@@ -442,7 +450,7 @@ async def test_connect_falls_back_to_tcp_and_says_what_failed(tmp_path: Path) ->
     listener = StreamListener()
     await listener.listen(tcp=("127.0.0.1", 0))
     addresses = {"unix": str(tmp_path / "gone"), **listener.addresses}
-    connection = await connect(addresses, same_host=True, on_lost=lambda _: None, on_bye=lambda: None)
+    connection = await connect(addresses, listener.key, same_host=True, on_lost=lambda _: None, on_bye=lambda: None)
     assert connection.transport is not None
     option = connection.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert option == 1
@@ -450,4 +458,4 @@ async def test_connect_falls_back_to_tcp_and_says_what_failed(tmp_path: Path) ->
     await listener.close()
     await asyncio.sleep(0.01)
     with pytest.raises(TransportError, match=r"unix:.*gone.*tcp:127.0.0.1"):
-        await connect(addresses, same_host=True, on_lost=lambda _: None, on_bye=lambda: None)
+        await connect(addresses, listener.key, same_host=True, on_lost=lambda _: None, on_bye=lambda: None)

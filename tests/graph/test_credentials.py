@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 from pathlib import Path
@@ -30,7 +31,7 @@ class Joined(Served):
         self.port, self.log, self.started, self._seen = free_ports(1)[0], log, 0.0, set()
         arguments = ["serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "-p", str(self.port)]
         env = {variable: secret(url) for variable, url in infra.env.items()}
-        env |= {"DYN_LOG": "debug", "DYN_METRICS_PORT": "0", "TMPDIR": str(log.parent)}
+        env |= {"DYN_REQUEST_PLANE": "nats", "DYN_LOG": "debug", "DYN_METRICS_PORT": "0", "TMPDIR": str(log.parent)}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*COMMAND, *arguments], cwd=ROOT, env=environment(**env), stdout=output, stderr=output
@@ -52,6 +53,9 @@ async def test_a_graph_tells_nobody(private_infra: Infra, tmp_path: Path) -> Non
             answer = await client.post("/v1/chat/completions", json=body)
             assert answer.status_code == 503, answer.text
             told.append(answer.text)
+            while (health := await client.get("/health")).status_code == 200:
+                await asyncio.sleep(0.1)
+            assert "the NATS server has been away for" in health.json()["reason"]
             private_infra.processes["etcd"].kill()
             served.wait_for("etcd does not answer at http://127.0.0.1:", 20)
             for path in ("/health", "/v1/models", "/metrics", "/"):

@@ -29,11 +29,6 @@ def chat(served: Served, text: str = "hello", **options: object) -> str:
     return str(answer.choices[0].message.content)
 
 
-def status_of_a_chat(served: Served) -> int:
-    body = {"model": "dynamo-tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
-    return httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30).status_code
-
-
 def test_each_service_reports_and_the_first_request_succeeds(serve_graph: Start) -> None:
     served = serve_graph(*MOCK).ready()
     assert chat(served)  # at once after "ready", no retries in the client
@@ -150,13 +145,9 @@ def test_killed_nats_and_etcd_come_back(serve_graph: Start) -> None:
         (pid,) = served.pids(f"/{server}")
         os.kill(pid, signal.SIGKILL)
         served.wait_for(f"{server} died; restarting it", 5, after=before)
-        deadline = time.monotonic() + 10
-        statuses = [status_of_a_chat(served)]
-        while statuses[-1] != 200:
-            assert time.monotonic() < deadline, statuses
-            statuses.append(status_of_a_chat(served))
-        assert set(statuses) <= {200, 503}
-        assert chat(served) == expected
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            assert chat(served) == expected
     served.stop()
 
 
