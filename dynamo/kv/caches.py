@@ -193,8 +193,7 @@ class Caches:
     def place(self, cache: Cache, request_id: str, new_blocks: int, blocks: int, now_s: float) -> None:
         """A request was sent there: it counts until the worker reports it."""
         cache.pending[request_id] = (new_blocks, blocks, now_s + PENDING_S)
-        loads, slot = self.loads, cache.slot
-        loads.set(slot, loads.prefill[slot] + new_blocks, loads.decode[slot] + blocks)
+        self.loads.add(cache.slot, new_blocks, blocks)
         if new_blocks:
             if not cache.silent_requests:
                 cache.silent_since_s = now_s

@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from heapq import heappop, heappush
+from heapq import heappush, heapreplace
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -46,24 +46,32 @@ class Loads:
         self.prefill: list[float] = []
         self.decode: list[float] = []
         self.weighed: list[float] = []
-        self._heap: list[tuple[float, int]] = []  # of `weighed` and slots; some are not true any more
+        self._heap: list[tuple[float, int]] = []  # of `weighed` and slots; for each slot one that is not more than true
 
     def set(self, slot: int, prefill: float, decode: float) -> None:
         weighed = self.scale * prefill + decode
         if slot >= len(self.weighed):
             for column in (self.prefill, self.decode, self.weighed):
                 column += [math.inf] * (slot + 1 - len(column))
+        fell = weighed < self.weighed[slot]
         self.prefill[slot], self.decode[slot], self.weighed[slot] = prefill, decode, weighed
-        if len(self._heap) < STALE * len(self.weighed):
+        if fell and len(self._heap) < STALE * len(self.weighed):
             heappush(self._heap, (weighed, slot))
-        else:
+        elif fell:
             self._heap = sorted((load, slot) for slot, load in enumerate(self.weighed))
+
+    def add(self, slot: int, prefill: float, decode: float) -> None:
+        self.prefill[slot] += prefill
+        self.decode[slot] += decode
+        self.weighed[slot] += self.scale * prefill + decode
 
     def lowest(self) -> tuple[float, int]:
         """The least of `weighed`, and a slot that has it."""
         heap, weighed = self._heap, self.weighed
-        while weighed[heap[0][1]] != heap[0][0]:
-            heappop(heap)
+        load, slot = heap[0]
+        while load != weighed[slot]:
+            heapreplace(heap, (weighed[slot], slot))
+            load, slot = heap[0]
         return heap[0]
 
     def is_tied(self, load: float) -> bool:

@@ -9,7 +9,7 @@ design too; this one needs no threads.)
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from dynamo.kv.hashing import BlockHash
 
@@ -42,7 +42,7 @@ class PrefixIndex:
         """What a cache holds."""
         return self._blocks.get(slot, set())
 
-    def add(self, slot: int, hashes: Iterable[BlockHash]) -> None:
+    def add(self, slot: int, hashes: Collection[BlockHash]) -> None:
         bit, holders = self._bits.setdefault(slot, 1 << slot), self.holders
         get = holders.get
         for hash in hashes:
@@ -89,15 +89,14 @@ class PrefixIndex:
         first = get(prompt[0], 0) & caches
         if not first:
             return found
-        spans = [(0, length, first)]  # these caches hold the block `low`, none of them the block `high`
+        low, high, group = 0, length, first  # these caches hold the block `low`, none of them the block `high`
         split = self._split  # most prompts leave what is common to all where the last one did
         if 1 < split < length and get(prompt[split - 1], 0) & caches == first:
-            further = get(prompt[split], 0) & first
-            if further != first:
-                found.append((split, first ^ further))
-            spans = [(split, length, further)] if further else []
-        while spans:
-            low, high, group = spans.pop()
+            low, group = split, get(prompt[split], 0) & first
+            if group != first:
+                found.append((split, first ^ group))
+        others: list[tuple[int, int, int]] = []
+        while group:
             # where the last of them ends: bisection in C, from the end, since it wants False first
             slot = group.bit_length() - 1
             held = (guessed if guessed is not None and blind >> slot & 1 else self)._blocks[slot].__contains__
@@ -106,11 +105,12 @@ class PrefixIndex:
                 reached = get(prompt[end - 1], 0) & group
                 further = get(prompt[end], 0) & reached if end < high else 0
                 if reached != group:
-                    spans.append((low, end - 1, group ^ reached))
+                    others.append((low, end - 1, group ^ reached))
                 if further:
-                    spans.append((end, high, further))
+                    others.append((end, high, further))
                 group = reached ^ further
             found.append((end, group))
+            low, high, group = others.pop() if others else (0, 0, 0)
         if len(found) > 1:
             found.sort()
             self._split = found[0][0]

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from dynamo import log
-from dynamo.errors import ConfigError, DynamoError, NoInstancesError, TransportError, UnavailableError
+from dynamo.errors import ConfigError, DynamoError, NoInstancesError, RequestError, TransportError, UnavailableError
 from dynamo.runtime.choice import lighter_of_two, lightest
 from dynamo.runtime.peers import Peer, Peers
 from dynamo.transport.caller import CallerConnection, Incoming
@@ -222,8 +222,10 @@ class Client:
             if not incoming.accepted:  # with items here, only the acceptance was lost: a retry would repeat them
                 connection.forget(incoming)
                 raise
-        except BaseException:
+        except BaseException as error:
             connection.forget(incoming)
+            if isinstance(error, ValueError):
+                raise RequestError(f"{self.name}: {error}", hint="a request may have 256 MiB") from None
             raise
         incoming.accepted = True
         channel.on_cancel = partial(connection.forget, incoming)

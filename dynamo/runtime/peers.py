@@ -144,12 +144,14 @@ class Peer:
             watch.close()
 
     def _on_silent(self) -> None:
-        if self.connection is not None and self.connection.alive:
+        if self.connection is None:
+            return
+        if self.connection.alive:
             log.warning(
                 "%s %x shows no sign of life for %g s: what it was answering is lost",
                 self.instance.component, self.id, self._silence_s,
             )  # fmt: skip
-            self.connection.abort()
+        self.connection.abort()  # a closing one too, which waits for what was written to be taken
 
     def _on_lost(self, connection: CallerConnection) -> None:
         self._lost.set()  # if it is lost before `connect` returned it, `_keep` sees that then

@@ -52,7 +52,7 @@ class Endpoint:
 
     def failed(self, error: BaseException) -> None:
         self.errors += 1
-        self.last_error = str(error)
+        self.last_error = pack(error).message
 
 
 class Call:
@@ -261,7 +261,11 @@ class Server:
             return
         call = self._begin(endpoint, request, connection)
         connection.accept(request.sid)
-        call.run(argument)
+        try:
+            call.run(argument)
+        except Exception as error:  # what others have on this connection must not suffer
+            log.exception("%s failed", endpoint.where)
+            call.outgoing.end(error, endpoint.where)
 
     def _begin(self, endpoint: Endpoint, request: Request, connection: PeerConnection) -> Call:
         call = Call(self, endpoint, request, connection.open(request.sid))

@@ -17,8 +17,6 @@ from dynamo.wire.messages import Instance, InstanceId
 
 ASK_EVERY_S = 0.5
 ASK_TIMEOUT_S = 1.0
-FORGET_AFTER = 3
-"""Questions without an answer after which the instance counts as gone."""
 
 _decode = msgspec.json.Decoder(Instance).decode
 
@@ -53,22 +51,15 @@ class StaticDiscovery:
 
     async def run(self) -> None:
         """Until cancelled."""
-        silent = 0
         while True:
             try:
                 found = _decode(await self._nats.request(self._subject, b"", ASK_TIMEOUT_S))
-                silent = 0
+            except (TransportError, UnavailableError, msgspec.MsgspecError):
+                pass  # nobody is there yet, NATS is away, or the instance has gone: its connection tells that
+            else:
                 if found.id != self._known:
-                    self._forget()
+                    if self._known is not None:
+                        self._on_leave(self._known)
                     self._known = found.id
                     self._on_join(found)
-            except (TransportError, UnavailableError, msgspec.MsgspecError):
-                silent += 1
-                if silent >= FORGET_AFTER:
-                    self._forget()
             await asyncio.sleep(ASK_EVERY_S)
-
-    def _forget(self) -> None:
-        if self._known is not None:
-            self._on_leave(self._known)
-            self._known = None

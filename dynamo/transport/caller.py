@@ -28,12 +28,13 @@ _decode_failed = msgspec.msgpack.Decoder(tuple[int, Failure]).decode
 class Incoming:
     """One stream. Until it is `accepted` (the callee said so, or an item came) it may be tried elsewhere."""
 
-    __slots__ = ("accepted", "channel", "decode", "reply", "sid", "timer")
+    __slots__ = ("accepted", "channel", "decode", "patience", "reply", "sid", "timer")
 
     def __init__(self, sid: int, channel: Channel[Any], decode: codec.Decode, reply: asyncio.Future[bytes]) -> None:
         self.sid, self.channel, self.decode, self.reply = sid, channel, decode, reply
         self.accepted = False
         self.timer: asyncio.TimerHandle | None = None
+        self.patience: asyncio.TimerHandle | None = None
 
     def end(self, error: BaseException | None = None) -> None:
         """Must have been taken out of the connection's `incoming`."""
@@ -84,18 +85,35 @@ class CallerConnection(Connection):
 
         Raises what it refused with; TransportError when it says nothing in time or the connection is lost.
         """
-        if self.transport is None or self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+        if self.transport is None or self._unsent > MAX_UNREAD_BYTES:
             raise TransportError("the instance takes nothing")
         self.control(frames.REQUEST, (subject, request))
-        timer = asyncio.get_running_loop().call_later(timeout_s, self._unanswered, incoming, timeout_s)
+        self._wait_for_reply(incoming, timeout_s, None if request.timeout_s is None else request.timeout_s - timeout_s)
         try:
             await incoming.reply
         finally:
-            timer.cancel()
+            if incoming.patience is not None:
+                incoming.patience.cancel()
 
-    def _unanswered(self, incoming: Incoming, timeout_s: float) -> None:
-        if not incoming.reply.done():
-            incoming.reply.set_exception(TransportError(f"the instance did not answer within {timeout_s:.1f} s"))
+    def _wait_for_reply(self, incoming: Incoming, wait_s: float, left_s: float | None) -> None:
+        """`wait_s` from now it is late, unless something moves meanwhile: more may be on its way before it."""
+        reads, unsent = self.reads, self._unsent
+
+        def late() -> None:
+            if incoming.reply.done():
+                return
+            moved = self.reads != reads or self._unsent < unsent
+            if moved and (left_s is None or left_s > 0):
+                again_s = wait_s if left_s is None else min(wait_s, left_s)
+                self._wait_for_reply(incoming, again_s, None if left_s is None else left_s - again_s)
+            else:
+                incoming.reply.set_exception(TransportError(f"the instance did not answer within {wait_s:.1f} s"))
+
+        incoming.patience = asyncio.get_running_loop().call_later(wait_s, late)
+
+    @property
+    def _unsent(self) -> int:
+        return 0 if self.transport is None else self.transport.get_write_buffer_size()
 
     def forget(self, incoming: Incoming) -> None:
         """Nobody wants this stream any more: its items are dropped, the callee stops."""
@@ -179,10 +197,14 @@ class CallerConnection(Connection):
         incoming, self.incoming = self.incoming, {}
         self._on_lost(self)
         for found in incoming.values():
-            if found.accepted:
+            if found.accepted or _is_acceptance(found.reply):  # who awaits the reply may not have seen it yet
                 found.end(WorkerLostError("the connection to the instance was lost while it was answering"))
             elif not found.reply.done():
                 found.reply.set_exception(TransportError("the connection to the instance was lost"))
+
+
+def _is_acceptance(reply: asyncio.Future[bytes]) -> bool:
+    return reply.done() and not reply.cancelled() and reply.exception() is None and not reply.result()
 
 
 async def connect(

@@ -23,6 +23,7 @@ PAUSE_BYTES = 1 << 20  # written and not yet taken by the caller's process: gene
 MAX_UNREAD_BYTES = frames.MAX_FRAME_BYTES  # a caller that is this far behind is not reading
 EARLY_CANCELS = 1024
 HELLO_TIMEOUT_S = 2.0
+MAX_HELLO_BYTES = 256
 BODY_TIMEOUT_S = 60.0
 
 _decode_sid = msgspec.msgpack.Decoder(int).decode
@@ -106,6 +107,7 @@ class PeerConnection(Connection):
         self.sids: list[int] = []
         self.items: list[Any] = []
         self.scheduled = self.paused = False
+        self._reader.limit_bytes = MAX_HELLO_BYTES
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._accepted: list[int] = []
@@ -119,6 +121,11 @@ class PeerConnection(Connection):
         assert self.transport is not None
         self.transport.set_write_buffer_limits(PAUSE_BYTES)
         self._listener.accepted.add(self)
+        self._loop.call_later(HELLO_TIMEOUT_S, self._strange)
+
+    def _strange(self) -> None:
+        if not self.id:  # whoever it is
+            self.abort()
 
     def open(self, sid: int) -> Outgoing:
         """A stream to that caller; closed already if it does not want it any more."""
@@ -232,7 +239,7 @@ class PeerConnection(Connection):
             name, key = _decode_hello(body)
             if not hmac.compare_digest(key.encode(), self._listener.key.encode()):
                 raise ValueError("HELLO without the key of this process")
-            self.id = name
+            self.id, self._reader.limit_bytes = name, frames.MAX_FRAME_BYTES
             self._listener.hello(self)
         elif not self.id:
             raise ValueError(f"frame of kind {kind} before HELLO")

@@ -40,6 +40,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
+        self.reads = 0
         self._reader = frames.FrameReader(self._dispatch)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -49,6 +50,7 @@ class Connection(asyncio.Protocol):
             keep_alive(opened)
 
     def data_received(self, data: bytes) -> None:
+        self.reads += 1
         try:
             self._reader.feed(data)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:

@@ -36,14 +36,14 @@ def pack(kind: int, body: bytes) -> bytes:
 class FrameReader:
     """Cuts received bytes into frames: `on_frame(kind, body)` for each complete one, in order.
 
-    `feed` raises ValueError for a length above `MAX_FRAME_BYTES` or of zero: the peer does not speak this protocol.
+    `feed` raises ValueError for a length above `limit_bytes` or of zero: the peer does not speak this protocol.
     """
 
-    __slots__ = ("_on_frame", "_rest")
+    __slots__ = ("_on_frame", "_rest", "limit_bytes")
 
-    def __init__(self, on_frame: Callable[[int, bytes | bytearray], None]) -> None:
+    def __init__(self, on_frame: Callable[[int, bytes | bytearray], None], limit_bytes: int = MAX_FRAME_BYTES) -> None:
         self._rest = bytearray()
-        self._on_frame = on_frame
+        self._on_frame, self.limit_bytes = on_frame, limit_bytes
 
     def feed(self, data: bytes | bytearray) -> None:
         if self._rest:
@@ -52,7 +52,7 @@ class FrameReader:
         start, size = 0, len(data)
         while size - start >= HEAD_BYTES:
             length, kind = _HEAD.unpack_from(data, start)
-            if not 0 < length <= MAX_FRAME_BYTES:
+            if not 0 < length <= self.limit_bytes:
                 raise ValueError(f"frame of {length} bytes")
             end = start + 4 + length
             if size < end:

@@ -25,7 +25,7 @@ from dynamo.errors import (
 )
 from dynamo.runtime import Client, DistributedRuntime
 from dynamo.transport import listener as listeners
-from dynamo.wire import scope
+from dynamo.wire import frames, scope
 from dynamo.wire.stream import Channel, Stream
 from tests.contract.runtime_steps import Make, call, collect, make, namespace, plane, soon
 
@@ -146,6 +146,33 @@ async def test_unary_errors_and_odd_returns(serve: Serve) -> None:
         await call(client, "stop", streaming=False)
     with pytest.raises(UnavailableError, match="cancelled"):
         await call(client, "cancel", streaming=False)
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def unspeakable(n: int) -> Any:
+    raise Unspeakable
+
+
+async def unspeakable_later(n: int) -> Any:
+    raise Unspeakable
+
+
+@pytest.mark.parametrize("fail", [unspeakable, unspeakable_later])
+async def test_an_error_that_cannot_be_told_is_an_error_of_its_call_only(
+    serve: Serve, fail: Any, pair: tuple[DistributedRuntime, DistributedRuntime], namespace: str
+) -> None:
+    client, other = await serve(fail), await serve(count, endpoint="other")
+    running = call(other, 20)
+    assert await anext(running) == 0
+    async with asyncio.timeout(2):
+        with pytest.raises(Unspeakable):
+            await call(client, 1, streaming=False)
+        assert await collect(running) == list(range(1, 20))
+    assert pair[0].server.active == 0
 
 
 async def test_plain_value_instead_of_an_awaitable(serve: Serve) -> None:
@@ -334,6 +361,14 @@ async def test_bodies_over_the_limit_of_nats(serve: Serve) -> None:
     assert await asyncio.gather(*(asyncio.ensure_future(one._result()) for one in many)) == [
         limit + i for i in range(8)
     ]
+
+
+async def test_a_request_that_is_too_large_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = await serve(add_one)
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 9 << 20)  # more than NATS takes
+    with pytest.raises(RequestError, match="too many for one message"):
+        await call(client, bytes(10 << 20), streaming=False)
+    assert await call(client, 1, streaming=False) == 2
 
 
 async def test_an_unsendable_item_fails_its_own_stream(serve: Serve) -> None:

@@ -332,6 +332,26 @@ async def test_nats_away_and_back(
     assert await collect(call(client, 3, server.instance_id)) == [0, 1, 2]
 
 
+async def test_a_static_endpoint_needs_nats_to_be_found_only(private_infra: Infra, namespace: str) -> None:
+    server, caller = (DistributedRuntime(is_static=True, nats_url=private_infra.nats_url) for _ in range(2))
+    try:
+        await server.serve(namespace, "Worker", "run", count)
+        client = await caller.client(namespace, "Worker", "run")
+        await client.wait_for_instances(timeout_s=5)
+        await private_infra.embedded["nats"].stop()
+        for _ in range(5):
+            assert await collect(call(client, 3)) == [0, 1, 2]
+            await asyncio.sleep(0.5)
+        await private_infra.restart_nats()
+        await server.close()
+        await soon(lambda: not client.instance_ids())
+        server = DistributedRuntime(is_static=True, nats_url=private_infra.nats_url)
+        await server.serve(namespace, "Worker", "run", count)
+        assert await client.wait_for_instances(timeout_s=5) == [server.instance_id]
+    finally:
+        await asyncio.gather(server.close(), caller.close())
+
+
 async def test_nats_restarts_under_load(
     private_infra: Infra, plane: str, own: list[DistributedRuntime], namespace: str
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from dynamo.transport import listener as listeners
 from dynamo.transport.caller import CallerConnection, Incoming, connect
 from dynamo.transport.listener import Outgoing, PeerConnection, StreamListener
 from dynamo.wire import codec, frames
+from dynamo.wire.messages import Request
 from dynamo.wire.stream import Channel, Stream
 
 decode_any = codec.decoder(Any)
@@ -386,6 +389,7 @@ def raw_frame(kind: int, body: Any) -> bytes:
         raw_frame(frames.CANCEL, 1),
         raw_frame(frames.HELLO, 5),
         raw_frame(frames.HELLO, "a"),
+        struct.pack("!IB", 1 << 20, frames.HELLO),
         raw_frame(frames.HELLO, ("a", "")),
         raw_frame(frames.HELLO, ("a", KEY[:-1])),
         raw_frame(frames.HELLO, ("a", KEY)) + raw_frame(frames.HELLO, ("b", KEY)),
@@ -428,6 +432,69 @@ async def test_frames_of_a_later_version_are_passed_over(ends: Ends) -> None:
     ends.caller.control(99, "?")
     outgoing.send(1)
     assert await anext(stream) == 1
+
+
+def asked(ends: Ends, *, wait_s: float, deadline_s: float | None = None) -> tuple[Incoming, asyncio.Task[None]]:
+    incoming = ends.caller.receive(decode_any, Channel(), deadline_s)
+    request = Request("", ends.caller.id, incoming.sid, deadline_s, msgspec.Raw(b"\xc0"))
+    return incoming, asyncio.create_task(ends.caller.request(incoming, "a.b", request, wait_s))
+
+
+async def test_a_request_waits_as_long_as_something_moves(ends: Ends) -> None:
+    """Its acceptance may be behind the items of others."""
+    stream, _, outgoing = ends.open()
+    incoming, request = asked(ends, wait_s=0.05)
+    for _ in range(10):
+        outgoing.send("much")
+        await asyncio.sleep(0.02)
+    assert not request.done()
+    ends.callee.accept(incoming.sid)
+    await request
+    stream.cancel()
+
+
+async def test_a_request_that_nobody_answers_is_late(ends: Ends) -> None:
+    _, request = asked(ends, wait_s=0.05)
+    with pytest.raises(TransportError, match=r"did not answer within 0\.1 s"):
+        await request
+
+
+async def test_a_request_waits_no_longer_than_its_deadline(ends: Ends) -> None:
+    stream, _, outgoing = ends.open()
+    _, request = asked(ends, wait_s=0.05, deadline_s=0.12)
+    started = time.monotonic()
+    while not request.done():
+        outgoing.send("much")
+        await asyncio.sleep(0.01)
+        assert time.monotonic() - started < 1
+    assert isinstance(request.exception(), TransportError)
+    stream.cancel()
+
+
+async def test_lost_right_after_an_acceptance_over_nats(ends: Ends) -> None:
+    """The acceptance is there and whoever awaits it has not run yet."""
+    channel: Channel[Any] = Channel()
+    incoming = ends.caller.receive(decode_any, channel)
+    incoming.reply.set_result(b"")
+    ends.caller.abort()
+    async with asyncio.timeout(1):
+        with pytest.raises(WorkerLostError):
+            await collect(Stream(channel))
+
+
+async def test_who_says_nothing_is_dropped(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listeners, "HELLO_TIMEOUT_S", 0.1)
+    addresses = ends.listener.addresses
+    if "unix" in addresses:
+        reader, writer = await asyncio.open_unix_connection(addresses["unix"])
+    else:
+        host, _, port = addresses["tcp"].rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+    async with asyncio.timeout(2):
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+    writer.close()
+    assert ends.callee.alive
 
 
 async def test_waits_for_a_hello_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
