@@ -28,7 +28,7 @@ from dynamo.llm.tiny.lessons import Lessons, Message
 SEED = 7
 VOCABULARY = 2048
 CONTEXT = 8192
-STEPS = 1000
+STEPS = 1200
 COPY_STEPS = 130  # of STEPS: the copying lesson
 TOKENS_PER_STEP = 4096
 SCHEDULE = ((0.35, (256, 256, 512)), (0.6, (256, 512, 1024)), (1.0, (256, 2048, 512, 2048, 1024, 4096)))
