@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import time
@@ -35,6 +36,8 @@ TRIES = 3
 """prefill workers that may take a prompt and die before it is computed here"""
 LOOK_S = 0.1
 """how often a task that waits is checked for having anybody to wait for"""
+LOOKS_AT_QUEUE = 10
+"""such checks from one question to the queue, whether it is there at all, to the next"""
 COMPLAIN_S = 30.0
 
 _decode_offer = codec.decoder(PrefillOffer)
@@ -132,10 +135,14 @@ class RemotePrefill:
         self._wanted[task.id] = offered
         try:
             await self._tasks.put(task)
-            while not offered.done():
+            for look in itertools.count(1):
                 await asyncio.wait((offered,), timeout=LOOK_S)
-                if not offered.done() and not self._workers():
+                if offered.done():
+                    break
+                if not self._workers():
                     raise NoInstancesError("no prefill worker is left")
+                if look % LOOKS_AT_QUEUE == 0:
+                    await self._tasks.waiting()  # raises when NATS is away: no offer would come
             return offered.result()
         finally:
             del self._wanted[task.id]

@@ -57,7 +57,7 @@ class Pool:
         self.tasks: list[PrefillTask] = []
         self.asked: list[PrefillRequest] = []
         self.declined: list[str] = []
-        self.queue = 0
+        self.queue, self.lost = 0, False
         self.timeout_s = 10.0
         self.answer: Callable[[PrefillRequest], Awaitable[dict[str, Any]]] = self.compute
         self.generated: list[GenerateRequest] = []
@@ -79,6 +79,8 @@ class Pool:
         self.behaviour.pop(0)(task) if self.behaviour else self.offer(task)
 
     async def waiting(self) -> int:
+        if self.lost:
+            raise TransportError("NATS is away")
         return self.queue
 
     def offer(self, task: PrefillTask) -> None:
@@ -166,6 +168,17 @@ def refuse(error: Exception) -> Callable[[PrefillTask], None]:
         raise error
 
     return behave
+
+
+async def test_nobody_waits_for_a_queue_that_is_lost() -> None:
+    pool = Pool(nothing)
+    running = asyncio.create_task(pool.run(ask()))
+    while not pool.tasks:
+        await asyncio.sleep(0)
+    pool.lost = True  # with the task in it
+    async with asyncio.timeout(5):
+        assert (await running).kv_transfer is None
+    assert pool.counted("local_prefills_total", reason="failed") == 1
 
 
 @pytest.mark.parametrize("error", [OverloadedError("full"), TransportError("NATS is away")])
