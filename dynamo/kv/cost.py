@@ -29,6 +29,9 @@ STALE = 8
 """Entries of the heap of loads for each cache, before it is made anew."""
 
 
+_NONE = ((math.inf, 0), (math.inf, 0))  # so that a heap has three entries
+
+
 class Weights(NamedTuple):
     """`temperature` 0 takes the cheapest worker, more spreads: softmax over costs scaled to 0..1."""
 
@@ -46,7 +49,7 @@ class Loads:
         self.prefill: list[float] = []
         self.decode: list[float] = []
         self.weighed: list[float] = []
-        self._heap: list[tuple[float, int]] = []  # of `weighed` and slots; for each slot one that is not more than true
+        self._heap = list(_NONE)  # of `weighed` and slots; for each slot one that is not more than true
 
     def set(self, slot: int, prefill: float, decode: float) -> None:
         weighed = self.scale * prefill + decode
@@ -58,7 +61,7 @@ class Loads:
         if fell and len(self._heap) < STALE * len(self.weighed):
             heappush(self._heap, (weighed, slot))
         elif fell:
-            self._heap = sorted((load, slot) for slot, load in enumerate(self.weighed))
+            self._heap = [*sorted((load, slot) for slot, load in enumerate(self.weighed)), *_NONE]
 
     def add(self, slot: int, prefill: float, decode: float) -> None:
         self.prefill[slot] += prefill
@@ -68,16 +71,16 @@ class Loads:
     def lowest(self) -> tuple[float, int]:
         """The least of `weighed`, and a slot that has it."""
         heap, weighed = self._heap, self.weighed
-        load, slot = heap[0]
-        while load != weighed[slot]:
+        while True:
+            load, slot = lowest = heap[0]
+            if load == weighed[slot]:
+                return lowest
             heapreplace(heap, (weighed[slot], slot))
-            load, slot = heap[0]
-        return heap[0]
 
     def is_tied(self, load: float) -> bool:
         """Whether several slots may have the lowest load."""
         heap = self._heap
-        return (len(heap) > 2 and (heap[1][0] == load or heap[2][0] == load)) or (len(heap) == 2 and heap[1][0] == load)
+        return heap[1][0] == load or heap[2][0] == load
 
 
 def overlaps(matches: Sequence[Match]) -> dict[int, int]:
@@ -99,7 +102,7 @@ def cheapest(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, w
     """The slot to take among `caches`, not 0; equal ones share by lot.
 
     Caches of one match differ by their load only, so each match is asked for its least loaded cache. That holds while
-    the overlap's credit cannot exceed the prompt. `matches`: shortest first.
+    the overlap's credit cannot exceed the prompt. `matches`: shortest first, of these caches, none twice.
     """
     scale, credit, temperature = weights
     if temperature > 0 or credit > 1 or scale != loads.scale:
@@ -107,16 +110,14 @@ def cheapest(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, w
     left, lowest, group, load = caches, math.inf, 0, 0.0
     idlest, idlest_slot = loads.lowest()
     for blocks, holders in reversed(matches):
-        holders &= left
-        if holders:
-            left ^= holders
-            worth = scale * credit * blocks
-            if idlest - worth > lowest:
-                continue  # none of them can be cheaper
-            least = idlest if holders >> idlest_slot & 1 else _least(loads, holders)
-            cost = least - worth
-            if cost < lowest or (cost == lowest and random.random() < 0.5):
-                lowest, group, load = cost, holders, least
+        left ^= holders
+        worth = scale * credit * blocks
+        if idlest - worth > lowest:
+            continue  # none of them can be cheaper
+        least = idlest if holders >> idlest_slot & 1 else _least(loads, holders)
+        cost = least - worth
+        if cost < lowest or (cost == lowest and random.random() < 0.5):
+            lowest, group, load = cost, holders, least
     if left and idlest <= lowest:
         least = idlest if left >> idlest_slot & 1 else _least(loads, left)
         if least < lowest or (least == lowest and random.random() < 0.5):

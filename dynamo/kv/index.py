@@ -99,7 +99,7 @@ class PrefixIndex:
         while group:
             # where the last of them ends: bisection in C, from the end, since it wants False first
             slot = group.bit_length() - 1
-            held = (guessed if guessed is not None and blind >> slot & 1 else self)._blocks[slot].__contains__
+            held = (guessed if blind >> slot & 1 and guessed is not None else self)._blocks[slot].__contains__
             end = length - bisect_left(prompt[::-1], True, length - high, length - low - 1, key=held)
             if group & (group - 1):
                 reached = get(prompt[end - 1], 0) & group

@@ -15,7 +15,6 @@ from dynamo.kv.route import Candidate, KvMode, Route, RouteRequest, Score
 EXPECTED_S = 30.0
 """How long a placed prompt is taken for cached before events confirm it; it may wait for a place in the batch."""
 DEFAULT_KV_BLOCKS = 16384
-_NOT_AT_ALL: Match = (0, 0)
 
 
 class KvRouter:
@@ -52,9 +51,9 @@ class KvRouter:
                 candidates &= ~(1 << cache.slot)
         if not candidates:
             raise NoInstancesError("the router knows no worker", hint="it is starting, restarting or was not deployed")
-        now_s, mode = self._clock(), request.mode or self.mode
-        blocks = max(request.prompt_tokens // request.block_size, 1)
-        prompt = view(request.hashes if caches.block_size in (0, request.block_size) else b"")
+        now_s, mode, block_size = self._clock(), request.mode or self.mode, caches.block_size
+        blocks = request.prompt_tokens // request.block_size or 1
+        prompt = view(request.hashes if block_size == request.block_size or not block_size else b"")
         matches = self._matches(prompt, candidates, now_s, mode)
         slot = self._choose(request, blocks, matches, candidates, mode)
         overlap = 0
@@ -65,23 +64,29 @@ class KvRouter:
         caches.place(cache, request.request_id, blocks - overlap, blocks, now_s)
         if prompt and mode != "kv-load":
             self._expect(cache, prompt, overlap, now_s, mode)
-        return Route(cache.worker, cache.rank, caches.ranks(cache.worker), overlap, caches.block_size)
+        return Route(cache.worker, cache.rank, caches.ranks(cache.worker), overlap, block_size)
 
     def _matches(self, prompt: Sequence[BlockHash], candidates: int, now_s: float, mode: KvMode) -> list[Match]:
         caches = self.caches
         blind = candidates if mode == "approx-kv" else caches.blind
         matches = caches.index.matches(prompt, candidates, blind & candidates, caches.routed.index)
         expected, end = self._expected, len(prompt)
-        if not prompt or not expected:
+        if not end or not expected:
             return matches
-        found: dict[int, int] = {}
-        for blocks, _ in (_NOT_AT_ALL, *matches):
-            # to be computed next, by whoever holds so many
-            if blocks < end and (placements := expected.get(prompt[blocks])):
-                for slot, (placed, until_s) in placements.items():
-                    if until_s > now_s and candidates >> slot & 1:
-                        found[slot] = common(prompt, placed)
-        return _raised(matches, found) if found else matches
+        # what is to be computed next, by whoever holds that many blocks
+        following = [prompt[0]]
+        for blocks, _ in matches:
+            if blocks < end:
+                following.append(prompt[blocks])
+        if expected.keys().isdisjoint(following):
+            return matches
+        found = {
+            slot: common(prompt, placed)
+            for hash in following
+            for slot, (placed, until_s) in expected.get(hash, {}).items()
+            if until_s > now_s and candidates >> slot & 1
+        }
+        return _raised(matches, found)
 
     def _choose(self, request: RouteRequest, blocks: int, matches: list[Match], candidates: int, mode: KvMode) -> int:
         if self.score is not None:

@@ -155,7 +155,7 @@ def test_the_cheapest_cache_costs_least(
     caches = (2 ** len(loads) - 1) & ~left_out or 1
     found: dict[int, int] = {}
     for slot in range(len(loads)):
-        if depth[slot] and depth[slot] <= prompt:
+        if caches >> slot & 1 and depth[slot] and depth[slot] <= prompt:
             found[depth[slot]] = found.get(depth[slot], 0) | 1 << slot
     matches = sorted(found.items())
     weights = Weights(scale, credit)
