@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import pytest_asyncio
 
 from dynamo.serve.infra import Infra, ensure
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine makes nothing wrong
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

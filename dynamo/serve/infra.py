@@ -293,11 +293,11 @@ async def answers(host: str, port: int) -> bool:
     return True
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of `PORTS` that nothing listens on now."""
+def free_ports(count: int, among: range = PORTS) -> list[int]:
+    """Ports that nothing listens on now."""
     with ExitStack() as held:
         ports: list[int] = []
-        for port in random.sample(PORTS, 500):
+        for port in random.sample(among, 500):
             probe = held.enter_context(socket.socket())
             try:
                 probe.bind(("127.0.0.1", port))
@@ -306,7 +306,7 @@ def free_ports(count: int) -> list[int]:
             ports.append(port)
             if len(ports) == count:
                 return ports
-    raise StartError(f"no free port between {PORTS[0]} and {PORTS[-1]}", hint="end what listens there")
+    raise StartError(f"no free port between {among[0]} and {among[-1]}", hint="end what listens there")
 
 
 def find_binary(kind: Kind) -> str:

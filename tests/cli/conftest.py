@@ -38,7 +38,7 @@ def nothing_runs() -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def graph() -> Iterator[Graph]:
     directory = Path(tempfile.mkdtemp(prefix="dt-"))  # short: unix sockets go below it
-    port = free_ports(1)[0]
+    port = free_ports(1, range(10000, 20000))[0]  # not one that the graph may take for something else
     arguments = ("serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--infra", "embedded")
     output = directory / "output"
     with output.open("wb") as file:

@@ -24,7 +24,7 @@ class Served:
     """`dynamo serve` with its output in a file. Its processes are known by the run directory in their environment."""
 
     def __init__(self, log: Path, *arguments: str, graph: str = "graphs.agg:Frontend", cwd: Path = ROOT) -> None:
-        self.port = free_ports(1)[0]
+        self.port = free_ports(1, range(10000, 20000))[0]  # not one that the graph may take for something else
         self.log = log
         command = [sys.executable, "-m", "dynamo", "serve", graph, "--infra", "embedded", "--port", str(self.port)]
         self.started = time.monotonic()

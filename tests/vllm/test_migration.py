@@ -30,9 +30,8 @@ def served(serve_graph: Callable[..., Served]) -> Iterator[Served]:
 
 def test_a_worker_killed_in_the_middle_changes_no_word(served: Served) -> None:
     worker = served.pids("--service-name VllmWorker --worker-id 1")[0]
-    begun = threading.Event()
 
-    def ask(question: str, **extra: object) -> tuple[str, int]:
+    def ask(question: str, begun: threading.Event, **extra: object) -> tuple[str, int]:
         chunks = served.client().chat.completions.create(
             model="dynamo-tiny",
             messages=[{"role": "user", "content": question}],
@@ -52,10 +51,13 @@ def test_a_worker_killed_in_the_middle_changes_no_word(served: Served) -> None:
         return text, tokens
 
     with ThreadPoolExecutor(len(FAQ) + 2) as pool:
-        # one on each worker, which is still at it when it is killed, however busy the machine is
-        long = [pool.submit(ask, next(iter(FAQ)), ignore_eos=True) for _ in range(2)]
-        asked = {question: pool.submit(ask, question) for question in FAQ}
-        assert begun.wait(60)
+        # one on each worker, which has begun and is still at it when it is killed, however busy the machine is
+        long = []
+        for _ in range(2):
+            begun = threading.Event()
+            long.append(pool.submit(ask, next(iter(FAQ)), begun, ignore_eos=True))
+            assert begun.wait(60)
+        asked = {question: pool.submit(ask, question, begun) for question in FAQ}
         os.kill(worker, signal.SIGKILL)
         answers = {question: one.result() for question, one in asked.items()}
     assert {question: text for question, (text, _) in answers.items()} == FAQ
