@@ -73,7 +73,7 @@ class _Choice:
 
 
 class _Run:
-    """One request to one worker, for the choices `indexes` of the whole."""
+    """One request to one worker, for the choices `indexes` of the whole; `cause` is the first loss before it."""
 
     __slots__ = ("cause", "indexes", "request", "seam", "stream", "task", "tries")
 
@@ -165,8 +165,7 @@ class _Migration:
         """Send what is left of a run to another worker, or end everything with the error."""
         generated = sum(len(self._choices[index].tokens) for index in left)
         if not self._worth_trying(run, generated, error):
-            hopeless = isinstance(error, (UnavailableError, TransportError)) and run.cause is not None
-            self._fail(run.cause if hopeless else error)
+            self._fail(run, error)
             return
         assert isinstance(error, DynamoError)
         if run.stream is not None and run.stream.source is not None:
@@ -176,7 +175,7 @@ class _Migration:
         context.run(log.info, "goes on elsewhere, after %d tokens: %s", generated, error.message)
         whole = not generated and len(left) == len(run.indexes)
         for indexes in [run.indexes] if whole else [[index] for index in left]:
-            again = _Run(self._rest(indexes, run.tries + 1), indexes, run.tries + 1, error)
+            again = _Run(self._rest(indexes, run.tries + 1), indexes, run.tries + 1, run.cause or error)
             self._runs.add(again)
             again.task = asyncio.get_running_loop().create_task(self._start(again), context=context.copy())
 
@@ -213,7 +212,7 @@ class _Migration:
             stream = await self._send(run.request, self._lost)
         except Exception as error:
             self._runs.discard(run)
-            self._fail(error)
+            self._fail(run, error)
             return
         if self.out.done:
             stream.cancel()
@@ -250,7 +249,9 @@ class _Migration:
             run.stream.cancel()  # the worker does not know of the stop string
             self._ended(run, None)
 
-    def _fail(self, error: BaseException | None) -> None:
+    def _fail(self, run: _Run, error: BaseException) -> None:
+        if isinstance(error, (UnavailableError, TransportError)):  # that nobody took over says less
+            error = run.cause or error
         self._cancel()
         self._runs.clear()
         self.out.end(error)

@@ -68,7 +68,7 @@ class CallerConnection(Connection):
     def receive(self, decode: codec.Decode, channel: Channel[Any], left_s: float | None = None) -> Incoming:
         """Number a stream whose items go to `channel`; `left_s` seconds from now it ends with DeadlineError.
 
-        The request's answer goes to `reply`; losing the connection before that is a TransportError there.
+        The request's answer goes to `reply`; losing the connection before that is a WorkerLostError there.
         """
         self._next_sid += 1
         sid = self._next_sid
@@ -83,7 +83,8 @@ class CallerConnection(Connection):
     async def request(self, incoming: Incoming, subject: str, request: Request, timeout_s: float) -> None:
         """Ask the callee, which must have given its key, for a stream. Returns when it has accepted.
 
-        Raises what it refused with; TransportError when it says nothing in time or the connection is lost.
+        Raises what it refused with; TransportError when it says nothing in time; WorkerLostError when the connection is
+        lost.
         """
         if self.transport is None or self._unsent > MAX_UNREAD_BYTES:
             raise TransportError("the instance takes nothing")
@@ -200,7 +201,7 @@ class CallerConnection(Connection):
             if found.accepted or _is_acceptance(found.reply):  # who awaits the reply may not have seen it yet
                 found.end(WorkerLostError("the connection to the instance was lost while it was answering"))
             elif not found.reply.done():
-                found.reply.set_exception(TransportError("the connection to the instance was lost"))
+                found.reply.set_exception(WorkerLostError("the connection was lost before the instance had accepted"))
 
 
 def _is_acceptance(reply: asyncio.Future[bytes]) -> bool:

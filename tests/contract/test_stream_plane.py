@@ -274,7 +274,7 @@ async def test_lost_before_acceptance_goes_to_the_opener(ends: Ends) -> None:
     channel: Channel[Any] = Channel()
     incoming = ends.caller.receive(decode_any, channel)
     ends.callee.abort()
-    with pytest.raises(TransportError):
+    with pytest.raises(WorkerLostError):
         await asyncio.wait_for(incoming.reply, 1)
     assert not channel.done
 

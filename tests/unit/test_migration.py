@@ -292,9 +292,25 @@ async def test_the_processor_asks_for_another_instance() -> None:
         await read(processor.completion(named))
 
 
-async def test_nobody_left_is_the_first_error() -> None:
+@pytest.mark.parametrize("later", [NoInstancesError("none"), TransportError("no answer"), UnavailableError("stopping")])
+async def test_nobody_left_is_the_first_error(later: Exception) -> None:
+    workers = one_script([(2, LOST), *[(0, later)] * 4])
     with pytest.raises(WorkerLostError):
-        await read(one_script([(2, LOST), (0, NoInstancesError("none"))]).ask(GenerateRequest(PROMPT, Sampling())))
+        await read(workers.ask(GenerateRequest(PROMPT, Sampling())))
+
+
+async def test_a_refusal_instead_of_a_stream_is_the_first_error() -> None:
+    workers = one_script([(2, LOST)])
+    send = workers.send
+
+    async def send_once(request: GenerateRequest, lost: Set[int]) -> Stream[Delta]:
+        if workers.requests:
+            raise TransportError("no answer")
+        return await send(request, lost)
+
+    workers.send = send_once  # type: ignore[method-assign]
+    with pytest.raises(WorkerLostError):
+        await read(workers.ask(GenerateRequest(PROMPT, Sampling())))
 
 
 async def test_structured_output_starts_again_only_before_its_first_token() -> None:
