@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -22,10 +24,13 @@ FAQ = tiny.faq()
 
 
 @pytest.fixture
-def served(serve_graph: Callable[..., Served]) -> Iterator[Served]:
-    found = serve_graph("-f", "configs/agg_tiny.yaml", "--VllmWorker.ServiceArgs.workers=2").ready(150)
-    yield found
-    found.stop()
+def served(serve_graph: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    with tempfile.TemporaryDirectory(prefix="d-") as directory:
+        monkeypatch.setenv("TMPDIR", directory)
+        found = serve_graph("-f", "configs/agg_tiny.yaml", "--VllmWorker.ServiceArgs.workers=2").ready(150)
+        yield found
+        assert found.stop() == 0
+        assert not [path for path in Path(directory).rglob("*") if path.is_socket()]
 
 
 def test_a_worker_killed_in_the_middle_changes_no_word(served: Served) -> None:

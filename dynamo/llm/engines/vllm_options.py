@@ -23,6 +23,7 @@ from dynamo.transport.host import advertised_host, interface_of
 
 USED_GPU_MEMORY = 0.9
 """of a whole GPU, vLLM's default; a worker that shares one takes its share of this"""
+LONGEST_SOCKET_DIR = 70  # 107 bytes is all that a socket's path may have, and vLLM adds 37
 CPU_BLOCK_TOKENS = 32  # vLLM's CPU attention takes multiples of this
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -41,6 +42,9 @@ CPU_ENVIRONMENT = {
 def set_environment() -> None:
     """What vLLM reads while it is imported and started; what is set already stays."""
     cpu = cpu_build()
+    run_dir = os.environ.get("DYNAMO_RUN_DIR", "")
+    if 0 < len(run_dir) <= LONGEST_SOCKET_DIR:  # vLLM leaves its sockets behind; the directory goes with the graph
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", run_dir)
     for name, value in {**ENVIRONMENT, **(CPU_ENVIRONMENT if cpu else {})}.items():
         os.environ.setdefault(name, value)
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
