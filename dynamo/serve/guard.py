@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import NoReturn
 
@@ -33,6 +33,8 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = 1.0  # between SIGTERM and SIGKILL for what the supervisor left behind
 KILL_LIMIT_S = 10.0  # a process in an uninterruptible call (a GPU driver at work) may take long to go: then give up
+
+CLEAR_UP_S = 1.0  # for what clears up behind dead processes, before it is killed too
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # loaded here: not between fork and exec
@@ -82,6 +84,23 @@ def kill(pid: int, sig: int) -> None:
         os.kill(pid, sig)
 
 
+def kill_below(roots: Iterable[int], since_s: float) -> None:
+    """SIGKILL for these processes and all below them, at `since_s` seconds into killing them: call it until none is left.
+
+    Python's resource trackers get time to remove the shared memory of the dead, as they do by themselves.
+    """
+    for root in roots:
+        for pid in (*descendants(root), root):
+            if since_s > CLEAR_UP_S or not _is_tracker(pid):
+                kill(pid, signal.SIGKILL)
+
+
+def _is_tracker(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as command:
+        return b"multiprocessing.resource_tracker" in command.read()
+    return False
+
+
 def kill_tree(grace_s: float = GRACE_S) -> None:
     """End every process below this one and reap it: SIGTERM, at most `grace_s` later SIGKILL until none is left.
 
@@ -94,10 +113,9 @@ def kill_tree(grace_s: float = GRACE_S) -> None:
     term_end = time.monotonic() + grace_s
     while _reap_all() and time.monotonic() < term_end:
         time.sleep(0.01)
-    kill_end = time.monotonic() + KILL_LIMIT_S
-    while _reap_all() and time.monotonic() < kill_end:
-        for pid in descendants(os.getpid()):  # again and again: one may have forked since the last look
-            kill(pid, signal.SIGKILL)
+    started = time.monotonic()
+    while _reap_all() and (since_s := time.monotonic() - started) < KILL_LIMIT_S:
+        kill_below(children(os.getpid()), since_s)  # again and again: one may have forked since the last look
         time.sleep(0.005)
 
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -53,23 +52,18 @@ class Leftovers:
         return found
 
     async def kill(self) -> None:
-        end = time.monotonic() + LEFTOVER_S
+        started = time.monotonic()
         while left := self.find():
-            if time.monotonic() > end:
+            since_s = time.monotonic() - started
+            if since_s > LEFTOVER_S:
                 log.warning("processes %s do not end after SIGKILL", left)
                 return
-            _kill_all(left)
+            guard.kill_below(left, since_s)
             await asyncio.sleep(0.01)
 
     def sweep(self) -> None:
         """The last look, without awaiting: this may run while the task is being cancelled."""
-        end = time.monotonic() + LEFTOVER_S
-        while (left := self.find()) and time.monotonic() < end:
-            _kill_all(left)
+        started = time.monotonic()
+        while (left := self.find()) and (since_s := time.monotonic() - started) < LEFTOVER_S:
+            guard.kill_below(left, since_s)
             time.sleep(0.01)
-
-
-def _kill_all(roots: Sequence[int]) -> None:
-    for root in roots:
-        for pid in (*guard.descendants(root), root):
-            guard.kill(pid, signal.SIGKILL)

@@ -49,6 +49,9 @@ tell("an event of the future")
 if "core" in do:
     subprocess.Popen([sys.executable, "-ISc", os.environ["STUBBORN"], token, "1"])
     time.sleep(0.2)
+if "share" in do:
+    from multiprocessing.shared_memory import SharedMemory
+    shared = SharedMemory(f"{token}-{os.getpid()}", create=True, size=4096)
 if "daemon" in do and os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
@@ -337,6 +340,25 @@ def test_a_dead_worker_is_restarted_without_its_leftovers_and_others_keep_theirs
     serve.until(lambda: len(alive(serve.token)) == len(everything))
     serve.signal(signal.SIGTERM)
     assert serve.wait() == 0
+
+
+@pytest.mark.parametrize("who", ["worker", "supervisor", "guard"])
+def test_shared_memory_goes_with_whoever_is_killed(serve: Serve, who: str) -> None:
+    def shared() -> list[str]:
+        return [path.name for path in Path("/dev/shm").glob(f"{serve.token}-*")]
+
+    serve.start(("VllmWorker", {"share": True, "ready": {"lease": 1}}), FRONT)
+    serve.wait_for(f"ready in .*{URL}")
+    assert serve.process is not None
+    worker = serve.pid("VllmWorker")
+    assert shared() == [f"{serve.token}-{worker}"]
+    os.kill({"worker": worker, "supervisor": serve.supervisor_pid, "guard": serve.process.pid}[who], signal.SIGKILL)
+    if who == "worker":
+        serve.wait_for("VllmWorker ready again")
+        assert shared() == [f"{serve.token}-{serve.pid('VllmWorker')}"]
+        serve.signal(signal.SIGTERM)
+    serve.process.wait(8)
+    serve.until(lambda: not alive(serve.token) and not shared())
 
 
 def test_servers_that_others_started_are_not_leftovers(serve: Serve) -> None:
