@@ -44,7 +44,7 @@ class EngineService(Service):
     ) -> None:
         """`kv_transfer`: the engine gives KV to other engines and takes it from them."""
         self.model, self.engine_name = model, engine
-        if loose := unchecked(engine_args):
+        if engine == "mock" and (loose := unchecked(engine_args)):
             log.warning("vLLM is not installed: nothing says whether it has a flag %s", " or ".join(loose))
         if speedup_ratio is not None and engine == "mock":
             engine_args["speedup-ratio"] = speedup_ratio
