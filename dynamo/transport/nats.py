@@ -1,4 +1,4 @@
-"""Messages and, where it is asked for, requests over NATS: the one file that imports nats-py.
+"""Messages and, where it is asked for, requests over NATS: the one file that uses nats-py.
 
 A request is answered by an empty message (accepted) or by a packed Failure. NATS itself says at once when nobody listens
 on a subject, which is the cheapest sign that an instance has gone.
@@ -13,14 +13,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-import nats
-import nats.errors
-from nats.aio.client import Client as NatsConnection
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
-
 from dynamo.errors import NoInstancesError, TransportError
 from dynamo.transport.host import without_credentials
+from dynamo.transport.nats_py import Msg, NatsConnection, Subscription, errors
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +50,12 @@ class Listening:
 
     async def close(self) -> None:
         """A second time, or after the connection, does nothing."""
-        with suppress(nats.errors.Error):
+        with suppress(errors.Error):
             await self._subscription.unsubscribe()
 
     async def drain(self) -> None:
         """The same, once the handler has had all that was sent until now."""
-        with suppress(nats.errors.Error, TimeoutError):
+        with suppress(errors.Error, TimeoutError):
             await asyncio.wait_for(self._subscription.drain(), FLUSH_TIMEOUT_S)  # type: ignore[no-untyped-call]
         await self.close()
 
@@ -91,7 +86,7 @@ class Nats:
 
         async def failed(error: Exception) -> None:
             last[:] = [str(error) or type(error).__name__]
-            if isinstance(error, nats.errors.SlowConsumerError) and error.sid not in self._slow:
+            if isinstance(error, errors.SlowConsumerError) and error.sid not in self._slow:
                 self._slow.add(error.sid)
                 logger.warning("messages on %s are dropped: what listens to them is too slow", error.subject)
             logger.debug("nats: %s", last[0])
@@ -129,7 +124,7 @@ class Nats:
                 CONNECT_TIMEOUT_S,
             )
             await self._connection.subscribe(f"{self._inbox}.*", cb=self._answered)
-        except (TimeoutError, OSError, nats.errors.Error) as error:
+        except (TimeoutError, OSError, errors.Error) as error:
             self.closing = True
             await self._connection.close()
             reason = last[0] if last else str(error) or type(error).__name__
@@ -180,9 +175,9 @@ class Nats:
         try:
             await self._connection.publish(subject, payload, reply=f"{self._inbox}.{token}")
             return await reply
-        except nats.errors.NoRespondersError:
+        except errors.NoRespondersError:
             raise NoInstancesError(f"nobody listens on {subject}") from None
-        except nats.errors.Error as error:
+        except errors.Error as error:
             raise TransportError(f"NATS request on {subject}: {error}") from None
         finally:
             timer.cancel()
@@ -193,7 +188,7 @@ class Nats:
         if reply is None or reply.done():
             return
         if message.headers and message.headers.get("Status") == NO_RESPONDERS:
-            reply.set_exception(nats.errors.NoRespondersError())
+            reply.set_exception(errors.NoRespondersError())
         else:
             reply.set_result(message.data)
 
@@ -226,7 +221,7 @@ class Nats:
             raise TransportError(f"cannot publish on {subject}: the NATS server takes nothing", hint="publish less")
         try:
             await connection.publish(subject, payload, reply)
-        except nats.errors.Error as error:
+        except errors.Error as error:
             raise TransportError(f"cannot publish on {subject}: {error}") from None
 
     async def listen(self, subject: str, handler: Callable[[bytes], None]) -> Listening:
@@ -255,10 +250,10 @@ class Nats:
             subscription = await self._connection.subscribe(
                 subject, cb=deliver, pending_msgs_limit=LISTENER_MESSAGES, pending_bytes_limit=LISTENER_BYTES
             )
-        except nats.errors.Error as error:
+        except errors.Error as error:
             raise TransportError(f"cannot listen on {subject}: {error}") from None
         if self._connection.is_connected:
-            with suppress(nats.errors.Error):  # lost meanwhile: it subscribes again when it is back
+            with suppress(errors.Error):  # lost meanwhile: it subscribes again when it is back
                 await self._connection.flush(FLUSH_TIMEOUT_S)
         return Listening(subscription)
 
@@ -284,5 +279,5 @@ class Nats:
         self.closing = True
         try:
             await asyncio.wait_for(self._connection.drain(), 2.0)
-        except (TimeoutError, nats.errors.Error):
+        except (TimeoutError, errors.Error):
             await self._connection.close()
