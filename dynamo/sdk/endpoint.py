@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, TypeVar, get_type_hints, overload
 
 from dynamo.errors import GraphError
@@ -33,7 +34,7 @@ class EndpointSpec:
     streaming: bool
     function: Callable[..., Any]
 
-    @property
+    @cached_property
     def parameter(self) -> str | None:
         """What the method calls its request; None if it takes none."""
         names = list(inspect.signature(self.function).parameters)
