@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, Delta, GenerateRequest, Sampling
 from dynamo.llm.tokenizer import Tokenizer
 from dynamo.serve import guard
+from dynamo.serve.plan import RUN_DIR
 from dynamo.wire.stream import Stream
 
 POLL_S = 0.1
@@ -43,6 +45,8 @@ class LocalModel:
         tokenizer = Tokenizer(tokenizer_dir(self._model))
         self._engine = engines.create(self._engine_name, self._model, self._arguments(), self._progress.say)
         self._runner = asyncio.Runner()
+        self._run_dir = tempfile.TemporaryDirectory(prefix="dynamo-")  # vLLM leaves its sockets behind
+        os.environ[RUN_DIR] = self._run_dir.name
         try:
             with _stoppable_loading():
                 info = self._runner.run(self._engine.start())
@@ -65,6 +69,8 @@ class LocalModel:
             self._runner.run(self._engine.stop())
         finally:
             self._runner.close()
+            del os.environ[RUN_DIR]
+            self._run_dir.cleanup()
 
     def _arguments(self) -> dict[str, Any]:
         """For one user who wants to begin soon."""

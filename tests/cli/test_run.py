@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -356,7 +357,9 @@ def _processes_with(text: str) -> list[str]:
 @pytest.mark.timeout(300)
 def test_the_tiny_model_answers_and_can_be_stopped(terminal, tmp_path):
     question, answer = next((q, a) for q, a in faq().items() if len(a) > 120)
-    result = command("run", question, timeout_s=120)
+    with tempfile.TemporaryDirectory(prefix="d-") as directory:
+        result = command("run", question, timeout_s=120, TMPDIR=directory)
+        assert not [path for path in Path(directory).rglob("*") if path.is_socket()]
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"{answer}\n"
     chat = terminal("run")
