@@ -24,7 +24,7 @@ NEIGHBOURS_APART = [{"sdk", "runtime"}]
 ONLY_IN = {
     "grpc": "dynamo/transport/etcd_cluster.py",
     "aetcd": "dynamo/transport/etcd_cluster.py",
-    "nats": "dynamo/transport/nats.py",
+    "nats": "dynamo/transport/nats_py.py",
     "vllm": ("dynamo/llm/engines/vllm", "dynamo/llm/engines/kv_transfer/connector.py"),
     "fastapi": "dynamo/http/",
     "uvicorn": "dynamo/http/",
