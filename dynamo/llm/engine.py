@@ -88,16 +88,13 @@ class Engine(Protocol):
 def create(name: str, model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> Engine:
     """The engine of that name for a model; `arguments` are vLLM's flags by name, such as `max-model-len`.
 
-    Only the chosen engine's packages are imported. Raises StartError when they are missing.
+    Raises StartError when there is none, or what it needs is not installed.
     """
     try:
         module = importlib.import_module(f"dynamo.llm.engines.{name}")
     except ModuleNotFoundError as error:
         if error.name == f"dynamo.llm.engines.{name}":
             raise StartError(f"no engine is named {name!r}", hint="engines: vllm, mock") from None
-        raise StartError(
-            f"engine {name!r} needs the package {error.name!r}, which is not installed",
-            hint='pip install "dynamo[cpu]" or "dynamo[gpu]", or set engine: mock',
-        ) from None
+        raise
     engine: Engine = module.create(model, arguments, progress)
     return engine

@@ -200,7 +200,7 @@ class Client:
         decode: codec.Decode,
         left_s: float | None,
     ) -> None:
-        """Returns when the instance has accepted. Raises what it refused with, or TransportError."""
+        """Returns when the instance has accepted. Raises what it refused with, TransportError or WorkerLostError."""
         incoming = connection.receive(decode, channel, left_s)
         channel.source = instance.id
         envelope = Request(

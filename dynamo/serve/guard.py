@@ -33,7 +33,6 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = 1.0  # between SIGTERM and SIGKILL for what the supervisor left behind
 KILL_LIMIT_S = 10.0  # a process in an uninterruptible call (a GPU driver at work) may take long to go: then give up
-
 CLEAR_UP_S = 1.0  # for what clears up behind dead processes, before it is killed too
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -69,10 +68,10 @@ def children(pid: int) -> list[int]:
     return _process_table().get(pid, [])
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, parents before their children, zombies included. One look: the tree may change."""
+def descendants(*pids: int) -> list[int]:
+    """All processes below these, parents before their children, zombies included. One look: the tree may change."""
     table = _process_table()
-    found = list(table.get(pid, ()))
+    found = [child for pid in pids for child in table.get(pid, ())]
     for child in found:  # grows while it is walked
         found.extend(table.get(child, ()))
     return found
@@ -84,15 +83,14 @@ def kill(pid: int, sig: int) -> None:
         os.kill(pid, sig)
 
 
-def kill_below(roots: Iterable[int], since_s: float) -> None:
-    """SIGKILL for these processes and all below them, at `since_s` seconds into killing them: call it until none is left.
+def kill_all(pids: Iterable[int], since_s: float) -> None:
+    """SIGKILL for these processes, at `since_s` seconds into killing them: call it until none is left.
 
-    Python's resource trackers get time to remove the shared memory of the dead, as they do by themselves.
+    Python's resource trackers get `CLEAR_UP_S` to remove the shared memory of the dead, as they do by themselves.
     """
-    for root in roots:
-        for pid in (*descendants(root), root):
-            if since_s > CLEAR_UP_S or not _is_tracker(pid):
-                kill(pid, signal.SIGKILL)
+    for pid in pids:
+        if since_s > CLEAR_UP_S or not _is_tracker(pid):
+            kill(pid, signal.SIGKILL)
 
 
 def _is_tracker(pid: int) -> bool:
@@ -115,7 +113,7 @@ def kill_tree(grace_s: float = GRACE_S) -> None:
         time.sleep(0.01)
     started = time.monotonic()
     while _reap_all() and (since_s := time.monotonic() - started) < KILL_LIMIT_S:
-        kill_below(children(os.getpid()), since_s)  # again and again: one may have forked since the last look
+        kill_all(descendants(os.getpid()), since_s)  # again and again: one may have forked since the last look
         time.sleep(0.005)
 
 

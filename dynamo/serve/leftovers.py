@@ -58,12 +58,12 @@ class Leftovers:
             if since_s > LEFTOVER_S:
                 log.warning("processes %s do not end after SIGKILL", left)
                 return
-            guard.kill_below(left, since_s)
+            guard.kill_all((*guard.descendants(*left), *left), since_s)
             await asyncio.sleep(0.01)
 
     def sweep(self) -> None:
         """The last look, without awaiting: this may run while the task is being cancelled."""
         started = time.monotonic()
         while (left := self.find()) and (since_s := time.monotonic() - started) < LEFTOVER_S:
-            guard.kill_below(left, since_s)
+            guard.kill_all((*guard.descendants(*left), *left), since_s)
             time.sleep(0.01)

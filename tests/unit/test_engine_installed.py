@@ -35,6 +35,7 @@ def test_one_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch) -
         raise ImportError("libcudart.so.13: cannot open shared object file")
 
     engine = engines.create("vllm", "dynamo-tiny", {}, lambda _: None)
+    monkeypatch.setattr("dynamo.llm.engines.vllm_options.set_environment", lambda: None)
     monkeypatch.setattr("dynamo.llm.engines.vllm.importlib.import_module", broken)
     with pytest.raises(StartError, match=r"vLLM cannot be imported: libcudart\.so\.13"):
         engine.start().send(None)
