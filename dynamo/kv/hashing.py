@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
-from typing import NewType
+from collections.abc import Callable, Sequence
+from typing import NewType, cast
 
 from xxhash import xxh3_64_intdigest
 
@@ -15,6 +15,8 @@ BlockHash = NewType("BlockHash", int)
 ROOT = BlockHash(0)
 """parent of a prompt's first block"""
 
+_digest = cast(Callable[[bytes, int], BlockHash], xxh3_64_intdigest)  # BlockHash(...) is a call in Python, for each block
+
 
 def block_hashes(token_ids: Sequence[int], block_size: int, parent: BlockHash = ROOT) -> list[BlockHash]:
     """One hash for each full block of `block_size` tokens; what is left at the end has none.
@@ -22,11 +24,9 @@ def block_hashes(token_ids: Sequence[int], block_size: int, parent: BlockHash = 
     A block's hash is xxh3 of its tokens (32 bits each, little-endian) seeded with its parent's: equal hashes mean equal
     prefixes. `parent` continues a chain.
     """
-    blocks = len(token_ids) // block_size
-    packed = array("I", token_ids[: blocks * block_size]).tobytes()
-    previous: int = parent
-    split = struct.unpack(f"{4 * block_size}s" * blocks, packed)
-    return [BlockHash(previous := xxh3_64_intdigest(block, previous)) for block in split]
+    packed, previous = array("I", token_ids), parent
+    blocks = struct.unpack_from(f"{4 * block_size}s" * (len(packed) // block_size), packed)
+    return [previous := _digest(block, previous) for block in blocks]
 
 
 def pack(hashes: Sequence[BlockHash]) -> bytes:
