@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dynamo.kv.cost import PREFILL_LOAD_SCALE, Loads
 from dynamo.kv.events import KvEvents, KvSnapshot, WorkerLoad
 from dynamo.kv.hashing import unpack
-from dynamo.kv.index import PrefixIndex
+from dynamo.kv.index import PrefixIndex, slots
 from dynamo.kv.routed import RoutedBlocks
 
 log = logging.getLogger(__name__)
@@ -24,14 +24,16 @@ SILENT_REQUESTS, SILENT_S = 8, 10.0
 
 class Cache:
     """One engine's cache. `sequence` is that of the last events applied, None while a snapshot is awaited; `held` are
-    the messages that came meanwhile; `owed` is the last sequence that the worker said it has sent."""
+    the messages that came meanwhile; `owed` is the last sequence that the worker said it has sent; `ranks` are all of
+    the worker's caches, by rank."""
 
     __slots__ = (
-        "held", "load", "owed", "pending", "rank", "sequence", "silent_requests", "silent_since_s", "slot", "worker",
+        "held", "load", "owed", "pending", "rank", "ranks", "sequence", "silent_requests", "silent_since_s", "slot",
+        "worker",
     )  # fmt: skip
 
-    def __init__(self, worker: int, rank: int, slot: int) -> None:
-        self.worker, self.rank, self.slot = worker, rank, slot
+    def __init__(self, worker: int, rank: int, slot: int, ranks: dict[int, Cache]) -> None:
+        self.worker, self.rank, self.slot, self.ranks = worker, rank, slot, ranks
         self.sequence: int | None = None
         self.held: list[KvEvents] = []
         self.owed = 0
@@ -42,7 +44,8 @@ class Cache:
 
 class Caches:
     """Workers `join` and `leave`. Their messages are handed to `take_...`, which return True when a snapshot of the
-    worker is needed. `alive` and `blind` are bits by slot; blind: not told what it holds.
+    worker is needed. `alive` and `blind` are bits by slot; blind: not told what it holds. A free slot keeps the cache
+    that it had.
     """
 
     def __init__(self, prefill_load_scale: float = PREFILL_LOAD_SCALE) -> None:
@@ -51,23 +54,15 @@ class Caches:
         self.block_size = 0
         self.events = self.resyncs = 0
         self._said: set[str] = set()
-        self._slots: list[Cache | None] = []
+        self.slots: list[Cache] = []
         self._ranks: dict[int, dict[int, Cache]] = {}
 
     @property
     def workers(self) -> list[int]:
         return list(self._ranks)
 
-    def __getitem__(self, slot: int) -> Cache:
-        found = self._slots[slot]
-        assert found is not None
-        return found
-
     def all(self) -> list[Cache]:
-        return [cache for cache in self._slots if cache is not None]
-
-    def ranks(self, worker: int) -> int:
-        return len(self._ranks[worker])
+        return [self.slots[slot] for slot in slots(self.alive)]
 
     def of(self, worker: int) -> list[Cache]:
         return list(self._ranks.get(worker, {}).values())
@@ -82,7 +77,6 @@ class Caches:
         """The slots that are free now."""
         freed = [cache.slot for cache in self._ranks.pop(worker, {}).values()]
         for slot in freed:
-            self._slots[slot] = None
             self.loads.set(slot, math.inf, math.inf)
             self.alive, self.blind = self.alive & ~(1 << slot), self.blind & ~(1 << slot)
             self.index.drop(slot)
@@ -96,9 +90,9 @@ class Caches:
             return None
         found = ranks.get(rank)
         if found is None:
-            slot = self._slots.index(None) if None in self._slots else len(self._slots)
-            found = ranks[rank] = Cache(worker, rank, slot)
-            self._slots[slot : slot + 1] = [found]
+            slot = (~self.alive & (self.alive + 1)).bit_length() - 1  # the first that is free
+            found = ranks[rank] = Cache(worker, rank, slot, ranks)
+            self.slots[slot : slot + 1] = [found]
             self.alive |= 1 << slot
             self.loads.set(slot, 0.0, 0.0)
         return found
@@ -194,7 +188,7 @@ class Caches:
         """A request was sent there: it counts until the worker reports it."""
         cache.pending[request_id] = (new_blocks, blocks, now_s + PENDING_S)
         self.loads.add(cache.slot, new_blocks, blocks)
-        if new_blocks:
+        if new_blocks and not cache.sequence:
             if not cache.silent_requests:
                 cache.silent_since_s = now_s
             cache.silent_requests += 1

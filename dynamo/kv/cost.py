@@ -68,19 +68,44 @@ class Loads:
         self.decode[slot] += decode
         self.weighed[slot] += self.scale * prefill + decode
 
-    def lowest(self) -> tuple[float, int]:
-        """The least of `weighed`, and a slot that has it."""
-        heap, weighed = self._heap, self.weighed
-        while True:
-            load, slot = lowest = heap[0]
-            if load == weighed[slot]:
-                return lowest
-            heapreplace(heap, (weighed[slot], slot))
+    def cheapest(self, matches: Sequence[Match], caches: int, credit: float) -> tuple[int, int]:
+        """The slot among `caches`, not 0, that has the least of `costs`, and its overlap; equal ones share by lot.
 
-    def is_tied(self, load: float) -> bool:
-        """Whether several slots may have the lowest load."""
-        heap = self._heap
-        return heap[1][0] == load or heap[2][0] == load
+        `matches`: shortest first, of these caches, none twice; `credit`: 1 at most, so that an overlap is worth no more
+        than the prompt. Then caches of one match differ by their load only, and each match is asked for its least
+        loaded one.
+        """
+        heap, weighed, worth_of_block = self._heap, self.weighed, self.scale * credit
+        idlest, idlest_slot = heap[0]
+        while idlest != weighed[idlest_slot]:
+            heapreplace(heap, (weighed[idlest_slot], idlest_slot))
+            idlest, idlest_slot = heap[0]
+        lowest, group, load, overlap = math.inf, 0, 0.0, 0
+        for blocks, holders in reversed(matches):
+            worth = worth_of_block * blocks
+            if idlest - worth > lowest:
+                continue  # none of them can be cheaper
+            least = idlest if holders >> idlest_slot & 1 else self._least(holders)
+            cost = least - worth
+            if cost < lowest or (cost == lowest and random.random() < 0.5):
+                lowest, group, load, overlap = cost, holders, least, blocks
+        if idlest <= lowest:  # by one that is in no match, if by any
+            for _, holders in matches:
+                caches ^= holders
+            least = idlest if caches >> idlest_slot & 1 else self._least(caches)
+            if least < lowest or (least == lowest and random.random() < 0.5):
+                group, load, overlap = caches, least, 0
+        if not group & (group - 1):
+            return group.bit_length() - 1, overlap
+        if group >> idlest_slot & 1 and heap[1][0] != load != heap[2][0]:
+            return idlest_slot, overlap
+        members, loads = _members(group), _picker(group)(weighed)
+        return random.choice([slot for slot, one in zip(members, loads, strict=True) if one == load]), overlap
+
+    def _least(self, caches: int) -> float:
+        if caches & (caches - 1):
+            return min(_picker(caches)(self.weighed))
+        return self.weighed[caches.bit_length() - 1] if caches else math.inf
 
 
 def overlaps(matches: Sequence[Match]) -> dict[int, int]:
@@ -96,44 +121,6 @@ def costs(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, weig
         slot: scale * max(prefill[slot] + prompt - credit * overlap.get(slot, 0), 0.0) + decode[slot] + prompt
         for slot in slots(caches)
     }
-
-
-def cheapest(prompt: int, matches: Sequence[Match], loads: Loads, caches: int, weights: Weights) -> int:
-    """The slot to take among `caches`, not 0; equal ones share by lot.
-
-    Caches of one match differ by their load only, so each match is asked for its least loaded cache. That holds while
-    the overlap's credit cannot exceed the prompt. `matches`: shortest first, of these caches, none twice.
-    """
-    scale, credit, temperature = weights
-    if temperature > 0 or credit > 1 or scale != loads.scale:
-        return draw(costs(prompt, matches, loads, caches, weights), temperature)
-    left, lowest, group, load = caches, math.inf, 0, 0.0
-    idlest, idlest_slot = loads.lowest()
-    for blocks, holders in reversed(matches):
-        left ^= holders
-        worth = scale * credit * blocks
-        if idlest - worth > lowest:
-            continue  # none of them can be cheaper
-        least = idlest if holders >> idlest_slot & 1 else _least(loads, holders)
-        cost = least - worth
-        if cost < lowest or (cost == lowest and random.random() < 0.5):
-            lowest, group, load = cost, holders, least
-    if left and idlest <= lowest:
-        least = idlest if left >> idlest_slot & 1 else _least(loads, left)
-        if least < lowest or (least == lowest and random.random() < 0.5):
-            group, load = left, least
-    if not group & (group - 1):
-        return group.bit_length() - 1
-    if group >> idlest_slot & 1 and not loads.is_tied(load):
-        return idlest_slot
-    members, loads_of = _members(group), _picker(group)(loads.weighed)
-    return random.choice([slot for slot, one in zip(members, loads_of, strict=True) if one == load])
-
-
-def _least(loads: Loads, caches: int) -> float:
-    if caches & (caches - 1):
-        return min(_picker(caches)(loads.weighed))
-    return loads.weighed[caches.bit_length() - 1]
 
 
 @lru_cache(4096)

@@ -15,7 +15,8 @@ BlockHash = NewType("BlockHash", int)
 ROOT = BlockHash(0)
 """parent of a prompt's first block"""
 
-_digest = cast(Callable[[bytes, int], BlockHash], xxh3_64_intdigest)  # BlockHash(...) is a call in Python, for each block
+# typed here, since BlockHash(...) in the loop would be a call in Python for each block
+_digest = cast(Callable[[bytes, int], BlockHash], xxh3_64_intdigest)
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, parent: BlockHash = ROOT) -> list[BlockHash]:

@@ -82,25 +82,26 @@ class PrefixIndex:
         ones may be said to follow further than it does.
         """
         found: list[Match] = []
-        if not prompt:
-            return found
         length = len(prompt)
-        get = self.holders.get if guessed is None or not blind else self._told_or(guessed, blind)
-        first = get(prompt[0], 0) & caches
-        if not first:
+        if not length:
             return found
-        low, high, group = 0, length, first  # these caches hold the block `low`, none of them the block `high`
+        get = self._told_or(guessed, blind) if blind and guessed is not None else self.holders.get
+        low, high, group = 0, length, get(prompt[0], 0) & caches
         split = self._split  # most prompts leave what is common to all where the last one did
-        if 1 < split < length and get(prompt[split - 1], 0) & caches == first:
-            low, group = split, get(prompt[split], 0) & first
-            if group != first:
-                found.append((split, first ^ group))
+        if 1 < split < length and get(prompt[split - 1], 0) & caches == group:
+            further = get(prompt[split], 0) & group
+            if further != group:
+                found.append((split, group ^ further))
+            low, group = split, further
         others: list[tuple[int, int, int]] = []
         while group:
-            # where the last of them ends: bisection in C, from the end, since it wants False first
+            # these caches hold the block `low`, none of them the block `high`. Where the last of them ends: bisection
+            # in C, from the end, since it wants False first
             slot = group.bit_length() - 1
-            held = (guessed if blind >> slot & 1 and guessed is not None else self)._blocks[slot].__contains__
-            end = length - bisect_left(prompt[::-1], True, length - high, length - low - 1, key=held)
+            index = guessed if blind and guessed is not None and blind >> slot & 1 else self
+            end = length - bisect_left(
+                prompt[::-1], True, length - high, length - low - 1, key=index._blocks[slot].__contains__
+            )
             if group & (group - 1):
                 reached = get(prompt[end - 1], 0) & group
                 further = get(prompt[end], 0) & reached if end < high else 0
@@ -110,7 +111,9 @@ class PrefixIndex:
                     others.append((end, high, further))
                 group = reached ^ further
             found.append((end, group))
-            low, high, group = others.pop() if others else (0, 0, 0)
+            if not others:
+                break
+            low, high, group = others.pop()
         if len(found) > 1:
             found.sort()
             self._split = found[0][0]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dynamo.errors import NoInstancesError
 from dynamo.kv.caches import Cache, Caches
-from dynamo.kv.cost import Weights, cheapest, draw, overlaps
+from dynamo.kv.cost import Weights, costs, draw, overlaps
 from dynamo.kv.hashing import BlockHash, view
 from dynamo.kv.index import Match, slots
 from dynamo.kv.route import Candidate, KvMode, Route, RouteRequest, Score
@@ -30,6 +30,7 @@ class KvRouter:
         self.mode: KvMode = mode
         self.weights, self.score, self._clock = weights, score, clock
         self.caches = Caches(weights.prefill_load_scale)
+        self._usual = score is None and weights.temperature <= 0 and weights.overlap_credit <= 1
         # by first block to be computed, then by slot: prompts placed there, and until when they count
         self._expected: dict[BlockHash, dict[int, tuple[Sequence[BlockHash], float]]] = {}
 
@@ -54,27 +55,30 @@ class KvRouter:
         now_s, mode, block_size = self._clock(), request.mode or self.mode, caches.block_size
         blocks = request.prompt_tokens // request.block_size or 1
         prompt = view(request.hashes if block_size == request.block_size or not block_size else b"")
-        matches = self._matches(prompt, candidates, now_s, mode)
-        slot = self._choose(request, blocks, matches, candidates, mode)
-        overlap = 0
-        for held, holders in matches:
-            if holders >> slot & 1:
-                overlap = held
-        cache = caches[slot]
+        blind = candidates if mode == "approx-kv" else caches.blind & candidates
+        matches = caches.index.matches(prompt, candidates, blind, caches.routed.index)
+        if self._expected and prompt:
+            matches = self._with_expected(matches, prompt, candidates, now_s)
+        if self._usual and mode != "kv-load" and request.temperature is None and request.overlap_credit is None:
+            slot, overlap = caches.loads.cheapest(matches, candidates, self.weights.overlap_credit)
+        else:
+            slot = self._choose(request, blocks, matches, candidates, mode)
+            overlap = overlaps(matches).get(slot, 0)
+        cache = caches.slots[slot]
         caches.place(cache, request.request_id, blocks - overlap, blocks, now_s)
-        if prompt and mode != "kv-load":
-            self._expect(cache, prompt, overlap, now_s, mode)
-        return Route(cache.worker, cache.rank, caches.ranks(cache.worker), overlap, block_size)
+        if mode != "kv-load":  # the prompt's blocks will be there soon
+            if blind >> slot & 1:
+                caches.routed.add(slot, prompt, now_s, _kv_blocks(cache))
+            elif overlap < len(prompt):
+                self._expected.setdefault(prompt[overlap], {})[slot] = (prompt, now_s + EXPECTED_S)
+        return Route(cache.worker, cache.rank, len(cache.ranks), overlap, block_size)
 
-    def _matches(self, prompt: Sequence[BlockHash], candidates: int, now_s: float, mode: KvMode) -> list[Match]:
-        caches = self.caches
-        blind = candidates if mode == "approx-kv" else caches.blind
-        matches = caches.index.matches(prompt, candidates, blind & candidates, caches.routed.index)
-        expected, end = self._expected, len(prompt)
-        if not end or not expected:
-            return matches
+    def _with_expected(
+        self, matches: list[Match], prompt: Sequence[BlockHash], candidates: int, now_s: float
+    ) -> list[Match]:
+        """The matches with what prompts that were placed will add."""
         # what is to be computed next, by whoever holds that many blocks
-        following = [prompt[0]]
+        expected, end, following = self._expected, len(prompt), [prompt[0]]
         for blocks, _ in matches:
             if blocks < end:
                 following.append(prompt[blocks])
@@ -102,13 +106,13 @@ class KvRouter:
             weights = weights._replace(temperature=request.temperature)
         if request.overlap_credit is not None:
             weights = weights._replace(overlap_credit=request.overlap_credit)
-        return cheapest(blocks, matches, self.caches.loads, candidates, weights)
+        return draw(costs(blocks, matches, self.caches.loads, candidates, weights), weights.temperature)
 
     def _fullness(self, slot: int) -> float:
-        return self.caches.loads.decode[slot] / _kv_blocks(self.caches[slot])
+        return self.caches.loads.decode[slot] / _kv_blocks(self.caches.slots[slot])
 
     def _candidate(self, slot: int, overlap: int) -> Candidate:
-        cache, loads = self.caches[slot], self.caches.loads
+        cache, loads = self.caches.slots[slot], self.caches.loads
         told = cache.load
         running, waiting, usage = (told.running, told.waiting, told.kv_usage) if told is not None else (0, 0, 0.0)
         return Candidate(
@@ -122,13 +126,6 @@ class KvRouter:
             kv_blocks=_kv_blocks(cache),
             kv_usage=usage,
         )
-
-    def _expect(self, cache: Cache, prompt: Sequence[BlockHash], overlap: int, now_s: float, mode: KvMode) -> None:
-        """The prompt's blocks will be there soon."""
-        if mode == "approx-kv" or self.caches.blind >> cache.slot & 1:
-            self.caches.routed.add(cache.slot, prompt, now_s, _kv_blocks(cache))
-        elif overlap < len(prompt):
-            self._expected.setdefault(prompt[overlap], {})[cache.slot] = (prompt, now_s + EXPECTED_S)
 
     def _forget(self, gone: int | None, now_s: float) -> None:
         """Prompts expected in a slot that is free now, those whose time is over, those that events have confirmed."""
