@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from dynamo.kv.cost import PREFILL_LOAD_SCALE, Loads
+from dynamo.kv.cost import Loads
 from dynamo.kv.events import KvEvents, KvSnapshot, WorkerLoad
 from dynamo.kv.hashing import unpack
 from dynamo.kv.index import PrefixIndex, slots
@@ -48,8 +48,8 @@ class Caches:
     that it had.
     """
 
-    def __init__(self, prefill_load_scale: float = PREFILL_LOAD_SCALE) -> None:
-        self.index, self.routed, self.loads = PrefixIndex(), RoutedBlocks(), Loads(prefill_load_scale)
+    def __init__(self, loads: Loads) -> None:
+        self.index, self.routed, self.loads = PrefixIndex(), RoutedBlocks(), loads
         self.alive = self.blind = 0
         self.block_size = 0
         self.events = self.resyncs = 0

@@ -44,8 +44,8 @@ class Loads:
     """Load of every cache by slot, in blocks. `weighed` is `scale * prefill + decode`, what decides where nothing is
     cached."""
 
-    def __init__(self, scale: float = PREFILL_LOAD_SCALE) -> None:
-        self.scale = scale
+    def __init__(self, scale: float = PREFILL_LOAD_SCALE, credit: float = 1.0) -> None:
+        self.scale, self._worth = scale, scale * credit
         self.prefill: list[float] = []
         self.decode: list[float] = []
         self.weighed: list[float] = []
@@ -68,14 +68,13 @@ class Loads:
         self.decode[slot] += decode
         self.weighed[slot] += self.scale * prefill + decode
 
-    def cheapest(self, matches: Sequence[Match], caches: int, credit: float) -> tuple[int, int]:
+    def cheapest(self, matches: Sequence[Match], caches: int) -> tuple[int, int]:
         """The slot among `caches`, not 0, that has the least of `costs`, and its overlap; equal ones share by lot.
 
-        `matches`: shortest first, of these caches, none twice; `credit`: 1 at most, so that an overlap is worth no more
-        than the prompt. Then caches of one match differ by their load only, and each match is asked for its least
-        loaded one.
+        `matches`: shortest first, of these caches, none twice. With a credit of 1 at most an overlap is worth no more
+        than the prompt: caches of one match differ by their load only, and each match is asked for its least loaded one.
         """
-        heap, weighed, worth_of_block = self._heap, self.weighed, self.scale * credit
+        heap, weighed, worth_of_block = self._heap, self.weighed, self._worth
         idlest, idlest_slot = heap[0]
         while idlest != weighed[idlest_slot]:
             heapreplace(heap, (weighed[idlest_slot], idlest_slot))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dynamo.errors import NoInstancesError
 from dynamo.kv.caches import Cache, Caches
-from dynamo.kv.cost import Weights, costs, draw, overlaps
+from dynamo.kv.cost import Loads, Weights, costs, draw, overlaps
 from dynamo.kv.hashing import BlockHash, view
 from dynamo.kv.index import Match, slots
 from dynamo.kv.route import Candidate, KvMode, Route, RouteRequest, Score
@@ -29,7 +29,7 @@ class KvRouter:
     ) -> None:
         self.mode: KvMode = mode
         self.weights, self.score, self._clock = weights, score, clock
-        self.caches = Caches(weights.prefill_load_scale)
+        self.caches = Caches(Loads(weights.prefill_load_scale, weights.overlap_credit))
         self._usual = score is None and weights.temperature <= 0 and weights.overlap_credit <= 1
         # by first block to be computed, then by slot: prompts placed there, and until when they count
         self._expected: dict[BlockHash, dict[int, tuple[Sequence[BlockHash], float]]] = {}
@@ -60,7 +60,7 @@ class KvRouter:
         if self._expected and prompt:
             matches = self._with_expected(matches, prompt, candidates, now_s)
         if self._usual and mode != "kv-load" and request.temperature is None and request.overlap_credit is None:
-            slot, overlap = caches.loads.cheapest(matches, candidates, self.weights.overlap_credit)
+            slot, overlap = caches.loads.cheapest(matches, candidates)
         else:
             slot = self._choose(request, blocks, matches, candidates, mode)
             overlap = overlaps(matches).get(slot, 0)
@@ -77,20 +77,20 @@ class KvRouter:
         self, matches: list[Match], prompt: Sequence[BlockHash], candidates: int, now_s: float
     ) -> list[Match]:
         """The matches with what prompts that were placed will add."""
-        # what is to be computed next, by whoever holds that many blocks
-        expected, end, following = self._expected, len(prompt), [prompt[0]]
-        for blocks, _ in matches:
-            if blocks < end:
-                following.append(prompt[blocks])
-        if expected.keys().isdisjoint(following):
+        expected, end = self._expected, len(prompt)
+        first = [prompt[0]] if prompt[0] in expected else []
+        for blocks, _ in matches:  # whoever holds so many blocks computes the next one first
+            if blocks < end and prompt[blocks] in expected:
+                first.append(prompt[blocks])
+        if not first:
             return matches
-        found = {
+        least = {
             slot: common(prompt, placed)
-            for hash in following
-            for slot, (placed, until_s) in expected.get(hash, {}).items()
+            for hash in first
+            for slot, (placed, until_s) in expected[hash].items()
             if until_s > now_s and candidates >> slot & 1
         }
-        return _raised(matches, found)
+        return _raised(matches, least)
 
     def _choose(self, request: RouteRequest, blocks: int, matches: list[Match], candidates: int, mode: KvMode) -> int:
         if self.score is not None:

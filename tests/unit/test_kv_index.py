@@ -124,7 +124,7 @@ def test_the_lowest_load_is_known_however_loads_change(changes: list[tuple[int, 
     known = Loads(1.0)
     for slot, decode in changes:
         known.set(slot, 0, decode)
-        where, _ = known.cheapest([], 2 ** len(known.weighed) - 1, 1.0)
+        where, _ = known.cheapest([], 2 ** len(known.weighed) - 1)
         assert known.weighed[where] == min(known.weighed)
 
 
@@ -146,7 +146,7 @@ def test_the_cheapest_cache_costs_least(
     left_out: int,
     before: list[int],
 ) -> None:
-    known = Loads(scale)
+    known = Loads(scale, credit)
     for slot, decode in enumerate(before[: len(loads)]):
         known.set(slot, 0, decode)
     for slot, (prefill, decode) in enumerate(loads):
@@ -166,7 +166,7 @@ def test_the_cheapest_cache_costs_least(
         if caches >> slot & 1
     }
     assert costs(prompt, matches, known, caches, weights) == expected
-    slot, overlap = known.cheapest(matches, caches, credit)
+    slot, overlap = known.cheapest(matches, caches)
     assert expected[slot] == min(expected.values())
     assert overlap == overlaps(matches).get(slot, 0)
 
@@ -176,9 +176,9 @@ def test_equal_caches_share_and_temperature_spreads() -> None:
     for slot in range(4):
         known.set(slot, 0, 0)
     random.seed(1)
-    assert {known.cheapest([], 15, 1.0) for _ in range(200)} == {(0, 0), (1, 0), (2, 0), (3, 0)}
+    assert {known.cheapest([], 15) for _ in range(200)} == {(0, 0), (1, 0), (2, 0), (3, 0)}
     known.set(2, 0, 5)
-    assert (2, 0) not in {known.cheapest([], 15, 1.0) for _ in range(200)}
+    assert (2, 0) not in {known.cheapest([], 15) for _ in range(200)}
     drawn = [draw(costs(8, [], known, 15, Weights()), 1.0) for _ in range(2000)]
     assert 0 < drawn.count(2) < drawn.count(0)
 
