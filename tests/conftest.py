@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from dynamo.serve.infra import Infra, ensure
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine makes nothing wrong
 hypothesis.settings.load_profile("untimed")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they start
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
