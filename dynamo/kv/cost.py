@@ -68,6 +68,21 @@ class Loads:
         self.decode[slot] += decode
         self.weighed[slot] += self.scale * prefill + decode
 
+    def _lowest(self) -> tuple[float, int]:
+        """The least of `weighed`, and a slot that has it."""
+        heap, weighed = self._heap, self.weighed
+        load, slot = heap[0]
+        while load != weighed[slot]:
+            heapreplace(heap, (weighed[slot], slot))
+            load, slot = heap[0]
+        return load, slot
+
+    def limit(self, prompt: int, depth: int, caches: int) -> float:
+        """With more of `weighed` a cache is not the cheapest for a prompt of so many blocks, not even if it holds all
+        of it: `caches` hold `depth` blocks of it."""
+        load, slot = self._lowest()
+        return load + self._worth * (prompt - depth if caches >> slot & 1 else prompt)
+
     def cheapest(self, matches: Sequence[Match], caches: int) -> tuple[int, int]:
         """The slot among `caches`, not 0, that has the least of `costs`, and its overlap; equal ones share by lot.
 
@@ -75,10 +90,7 @@ class Loads:
         than the prompt: caches of one match differ by their load only, and each match is asked for its least loaded one.
         """
         heap, weighed, worth_of_block = self._heap, self.weighed, self._worth
-        idlest, idlest_slot = heap[0]
-        while idlest != weighed[idlest_slot]:
-            heapreplace(heap, (weighed[idlest_slot], idlest_slot))
-            idlest, idlest_slot = heap[0]
+        idlest, idlest_slot = self._lowest()
         lowest, group, load, overlap = math.inf, 0, 0.0, 0
         for blocks, holders in reversed(matches):
             worth = worth_of_block * blocks

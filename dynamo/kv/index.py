@@ -8,10 +8,15 @@ design too; this one needs no threads.)
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from dynamo.kv.hashing import BlockHash
+
+if TYPE_CHECKING:
+    from dynamo.kv.cost import Loads
 
 Match = tuple[int, int]
 """`(blocks, caches)`: these caches, as bits, hold the first so many blocks of a prompt and not the next one."""
@@ -74,12 +79,19 @@ class PrefixIndex:
         self.remove(slot, self._blocks.pop(slot, ()))
 
     def matches(
-        self, prompt: Sequence[BlockHash], caches: int, blind: int = 0, guessed: PrefixIndex | None = None
+        self,
+        prompt: Sequence[BlockHash],
+        caches: int,
+        blind: int = 0,
+        guessed: PrefixIndex | None = None,
+        loads: Loads | None = None,
     ) -> list[Match]:
         """How far each of `caches` follows a prompt, shortest first; those that lack its first block are in no match.
 
-        For the caches of `blind`, `guessed` is asked in place of this index. A cache that lost a block and kept later
-        ones may be said to follow further than it does.
+        For the caches of `blind`, `guessed` is asked in place of this index. Where only the cheapest of all caches is
+        wanted, `loads` spares looking where that cannot be: a cache that goes on alone and is too loaded, however much
+        it holds, is said to end where it was seen last. A cache that lost a block and kept later ones may be said to
+        follow further than it does.
         """
         found: list[Match] = []
         length = len(prompt)
@@ -87,21 +99,24 @@ class PrefixIndex:
             return found
         get = self._told_or(guessed, blind) if blind and guessed is not None else self.holders.get
         low, high, group = 0, length, get(prompt[0], 0) & caches
-        split = self._split  # most prompts leave what is common to all where the last one did
+        holders, split = group, self._split  # most prompts leave what is common to all where the last one did
         if 1 < split < length and get(prompt[split - 1], 0) & caches == group:
-            further = get(prompt[split], 0) & group
-            if further != group:
-                found.append((split, group ^ further))
-            low, group = split, further
+            low, group = split, get(prompt[split], 0) & group
+            if group != holders:
+                found.append((split, holders ^ group))
+        limit = loads.limit(length, low, holders) if group and loads is not None else math.inf
         others: list[tuple[int, int, int]] = []
         while group:
-            # these caches hold the block `low`, none of them the block `high`. Where the last of them ends: bisection
-            # in C, from the end, since it wants False first
+            # these caches hold the block `low`, none of them the block `high`
             slot = group.bit_length() - 1
-            index = guessed if blind and guessed is not None and blind >> slot & 1 else self
-            end = length - bisect_left(
-                prompt[::-1], True, length - high, length - low - 1, key=index._blocks[slot].__contains__
-            )
+            if loads is not None and loads.weighed[slot] > limit and not group & (group - 1):
+                end = low + 1
+            else:
+                # where the last of them ends: bisection in C, from the end, since it wants False first
+                index = guessed if blind and guessed is not None and blind >> slot & 1 else self
+                end = length - bisect_left(
+                    prompt[::-1], True, length - high, length - low - 1, key=index._blocks[slot].__contains__
+                )
             if group & (group - 1):
                 reached = get(prompt[end - 1], 0) & group
                 further = get(prompt[end], 0) & reached if end < high else 0
@@ -116,7 +131,8 @@ class PrefixIndex:
             low, high, group = others.pop()
         if len(found) > 1:
             found.sort()
-            self._split = found[0][0]
+            if found[0][0] > 1:  # less may be one that was not followed
+                self._split = found[0][0]
         return found
 
     def _told_or(self, guessed: PrefixIndex, blind: int) -> Callable[[BlockHash, int], int]:

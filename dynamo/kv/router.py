@@ -56,10 +56,12 @@ class KvRouter:
         blocks = request.prompt_tokens // request.block_size or 1
         prompt = view(request.hashes if block_size == request.block_size or not block_size else b"")
         blind = candidates if mode == "approx-kv" else caches.blind & candidates
-        matches = caches.index.matches(prompt, candidates, blind, caches.routed.index)
+        usual = self._usual and mode != "kv-load" and request.temperature is None and request.overlap_credit is None
+        loads = caches.loads if usual and not request.exclude else None
+        matches = caches.index.matches(prompt, candidates, blind, caches.routed.index, loads)
         if self._expected and prompt:
             matches = self._with_expected(matches, prompt, candidates, now_s)
-        if self._usual and mode != "kv-load" and request.temperature is None and request.overlap_credit is None:
+        if usual:
             slot, overlap = caches.loads.cheapest(matches, candidates)
         else:
             slot = self._choose(request, blocks, matches, candidates, mode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dynamo.kv.cost import Loads, Weights, costs, draw, overlaps
@@ -169,6 +169,42 @@ def test_the_cheapest_cache_costs_least(
     slot, overlap = known.cheapest(matches, caches)
     assert expected[slot] == min(expected.values())
     assert overlap == overlaps(matches).get(slot, 0)
+
+
+@given(
+    held=st.lists(st.integers(0, 12), min_size=SLOTS, max_size=SLOTS),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    loads=st.lists(st.integers(0, 26), min_size=SLOTS, max_size=SLOTS),
+    credit=st.sampled_from([0.0, 0.5, 1.0]),
+)
+@example(held=[0, 2, 12, 0, 0], lengths=[12], loads=[0, 20, 22, 26, 26], credit=1.0)  # the idlest holds nothing
+def test_the_cheapest_is_found_without_following_those_that_cannot_be(
+    held: list[int], lengths: list[int], loads: list[int], credit: float
+) -> None:
+    index, known, names, everybody = PrefixIndex(), Loads(2.0, credit), chain(*range(12)), 2**SLOTS - 1
+    for slot, (blocks, load) in enumerate(zip(held, loads, strict=True)):
+        index.add(slot, names[:blocks])
+        known.set(slot, 0, load)
+    for length in lengths:  # each leaves a hint for the next one
+        prompt = names[:length]
+        exact, spared = index.matches(prompt, everybody), index.matches(prompt, everybody, loads=known)
+        assert depths(spared).keys() == depths(exact).keys()
+        true = costs(length, exact, known, everybody, Weights(2.0, credit))
+        slot, overlap = known.cheapest(spared, everybody)
+        assert true[slot] == min(true.values())
+        assert overlap == depths(exact).get(slot, 0)
+
+
+def test_a_cache_too_loaded_to_win_is_not_followed() -> None:
+    index, known, prompt = PrefixIndex(), Loads(1.0), chain(*range(8))
+    for slot, held, load in ((0, 8, 20), (1, 2, 0), (2, 6, 4)):
+        index.add(slot, prompt[:held])
+        known.set(slot, 0, load)
+    for _ in range(2):  # the second time with a hint
+        assert depths(index.matches(prompt, 7)) == {0: 8, 1: 2, 2: 6}
+        assert depths(index.matches(prompt, 7, loads=known)) == {0: 7, 1: 2, 2: 6}
+    known.set(0, 0, 5)
+    assert depths(index.matches(prompt, 7, loads=known)) == {0: 8, 1: 2, 2: 6}
 
 
 def test_equal_caches_share_and_temperature_spreads() -> None:
