@@ -90,8 +90,7 @@ class PrefixIndex:
 
         For the caches of `blind`, `guessed` is asked in place of this index. Where only the cheapest of all caches is
         wanted, `loads` spares looking where that cannot be: a cache that goes on alone and is too loaded, however much
-        it holds, is said to end where it was seen last. A cache that lost a block and kept later ones may be said to
-        follow further than it does.
+        it holds, is left out. A cache that lost a block and kept later ones may be said to follow further than it does.
         """
         found: list[Match] = []
         length = len(prompt)
@@ -109,30 +108,27 @@ class PrefixIndex:
         while group:
             # these caches hold the block `low`, none of them the block `high`
             slot = group.bit_length() - 1
-            if loads is not None and loads.weighed[slot] > limit and not group & (group - 1):
-                end = low + 1
-            else:
+            if loads is None or loads.weighed[slot] <= limit or group & (group - 1):
                 # where the last of them ends: bisection in C, from the end, since it wants False first
                 index = guessed if blind and guessed is not None and blind >> slot & 1 else self
                 end = length - bisect_left(
                     prompt[::-1], True, length - high, length - low - 1, key=index._blocks[slot].__contains__
                 )
-            if group & (group - 1):
-                reached = get(prompt[end - 1], 0) & group
-                further = get(prompt[end], 0) & reached if end < high else 0
-                if reached != group:
-                    others.append((low, end - 1, group ^ reached))
-                if further:
-                    others.append((end, high, further))
-                group = reached ^ further
-            found.append((end, group))
+                if group & (group - 1):
+                    reached = get(prompt[end - 1], 0) & group
+                    further = get(prompt[end], 0) & reached if end < high else 0
+                    if reached != group:
+                        others.append((low, end - 1, group ^ reached))
+                    if further:
+                        others.append((end, high, further))
+                    group = reached ^ further
+                found.append((end, group))
             if not others:
                 break
             low, high, group = others.pop()
         if len(found) > 1:
             found.sort()
-            if found[0][0] > 1:  # less may be one that was not followed
-                self._split = found[0][0]
+            self._split = found[0][0]
         return found
 
     def _told_or(self, guessed: PrefixIndex, blind: int) -> Callable[[BlockHash, int], int]:

@@ -188,7 +188,7 @@ def test_the_cheapest_is_found_without_following_those_that_cannot_be(
     for length in lengths:  # each leaves a hint for the next one
         prompt = names[:length]
         exact, spared = index.matches(prompt, everybody), index.matches(prompt, everybody, loads=known)
-        assert depths(spared).keys() == depths(exact).keys()
+        assert depths(spared).items() <= depths(exact).items()
         true = costs(length, exact, known, everybody, Weights(2.0, credit))
         slot, overlap = known.cheapest(spared, everybody)
         assert true[slot] == min(true.values())
@@ -202,7 +202,7 @@ def test_a_cache_too_loaded_to_win_is_not_followed() -> None:
         known.set(slot, 0, load)
     for _ in range(2):  # the second time with a hint
         assert depths(index.matches(prompt, 7)) == {0: 8, 1: 2, 2: 6}
-        assert depths(index.matches(prompt, 7, loads=known)) == {0: 7, 1: 2, 2: 6}
+        assert depths(index.matches(prompt, 7, loads=known)) == {1: 2, 2: 6}
     known.set(0, 0, 5)
     assert depths(index.matches(prompt, 7, loads=known)) == {0: 8, 1: 2, 2: 6}
 
