@@ -2,8 +2,9 @@
 
 A decision is what the Router's `route` does between decoding the question and encoding the answer; hashing the prompt,
 which the Processor does, is shown apart and in the sum. A quarter of each prompt is common to all, as a system prompt
-is. Beside it, in the same run: a floor, the same index asked block by
-block for each worker as one writes it first, and ai-dynamo's index through its own Python binding.
+is. Loads are drawn at random, and once more equal for all, where each holder of a prefix must be looked into. Beside it,
+in the same run: a floor, the same index asked block by block for each worker as one writes it first, and ai-dynamo's
+index through its own Python binding.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def clock_ns() -> int:
 CLOCK_NS = clock_ns()
 
 
-def load_of(worker: int, draw: random.Random, sequence: int = 0) -> WorkerLoad:
-    prefill, decode = draw.randrange(500), draw.randrange(4000)
-    return WorkerLoad(worker, 0, 8, 0, prefill, decode, 16384, 0.3, 0, 0, [], sequence, 16, True)
+def load_of(worker: int, draw: random.Random | None) -> WorkerLoad:
+    prefill, decode = (250, 2000) if draw is None else (draw.randrange(500), draw.randrange(4000))
+    return WorkerLoad(worker, 0, 8, 0, prefill, decode, 16384, 0.3, 0, 0, [], 0, 16, True)
 
 
 def build(prompts: list[list[BlockHash]], workers: int, block_size: int) -> tuple[KvRouter, dict[str, float]]:
@@ -102,6 +103,22 @@ def report(router: KvRouter, placed: list[tuple[Route, bytes]]) -> None:
         router.tick()
 
 
+def decide(router: KvRouter, questions: list[bytes], workers: int, draw: random.Random | None) -> list[float]:
+    """As in the Router: the questions come over the wire, and workers report between. In µs."""
+    decode, spent = codec.decoder(RouteRequest), []
+    placed: list[tuple[Route, bytes]] = []
+    for number, encoded in enumerate(questions):
+        question = decode(encoded)
+        route, spent_us = timed(router.route, question)
+        spent.append(spent_us)
+        placed.append((route, question.hashes))
+        router.caches.take_load(load_of(1 + number % workers, draw))
+        if number % 100 == 99:
+            report(router, placed)
+            placed.clear()
+    return spent
+
+
 def walk(router: KvRouter, prompt: list[BlockHash]) -> int:
     """The floor: each worker's prefix followed block by block, then the cheapest."""
     caches, best, lowest = router.caches, 0, float("inf")
@@ -124,7 +141,7 @@ def measure(tokens: int, block_size: int, workers: int, blocks: int) -> dict[str
     texts = [system + [draw.randrange(100_000) for _ in range(rest)] for _ in range(blocks * block_size // rest)]
     prompts = [block_hashes(text, block_size) for text in texts]
     router, result = build(prompts, workers, block_size)
-    asked: list[Any] = []
+    asked = []
     for _ in range(DECISIONS):
         text, end = draw.choice(texts), draw.randrange(len(system), tokens + 1)
         asked.append(array("I", text[:end] + [draw.randrange(100_000) for _ in range(tokens - end)]))
@@ -135,26 +152,21 @@ def measure(tokens: int, block_size: int, workers: int, blocks: int) -> dict[str
     some = list(asked[:300])
     # as in the Processor: the tokens are new, they come from the tokenizer
     hashes = cpu_us(lambda text: pack(block_hashes(text, block_size)), map(list, asked))
-    # as in the Router: the question comes over the wire, and workers report between
-    decode, decisions = codec.decoder(RouteRequest), []
-    for number, text in enumerate(asked):
-        question = RouteRequest(str(number), tokens, block_size, pack(block_hashes(text, block_size)))
-        asked[number] = codec.encode(question)
-    placed: list[tuple[Route, bytes]] = []
-    for number, encoded in enumerate(asked):
-        question = decode(encoded)
-        route, spent_us = timed(router.route, question)
-        decisions.append(spent_us)
-        placed.append((route, question.hashes))
-        router.caches.take_load(load_of(1 + number % workers, draw))
-        if number % 100 == 99:
-            report(router, placed)
-            placed.clear()
+    questions = [
+        codec.encode(RouteRequest(str(number), tokens, block_size, pack(block_hashes(text, block_size))))
+        for number, text in enumerate(asked)
+    ]
+    del asked
+    decisions = decide(router, questions, workers, draw)
+    for worker in range(1, workers + 1):
+        router.caches.take_load(load_of(worker, None))
+    equal = decide(router, questions, workers, None)
     floor = cpu_us(lambda text: walk(router, block_hashes(text, block_size)), some)
     both = [one + two for one, two in zip(hashes, decisions, strict=True)]
     return result | {
         "hash_us": median(hashes),
         "decision_us": median(decisions),
+        "equal_us": median(equal),
         "decision_p99_us": quantiles(decisions, n=100)[98],
         "both_us": median(both),
         "floor_us": median(floor),
@@ -185,7 +197,17 @@ def main() -> int:
     ours = measure(options.tokens, options.block_size, options.workers, options.blocks)
     title = f"{options.tokens} tokens, block size {options.block_size}, {options.workers} workers, {ours['blocks']:,} blocks"
     table = Table(title=f"CPU of routing, medians in µs: {title}", title_justify="left")
-    for heading in ("", "hashing", "decision", "p99", "both", "events, µs/block", "blocks/s", "bytes/block"):
+    for heading in (
+        "",
+        "hashing",
+        "decision",
+        "p99",
+        "equal loads",
+        "both",
+        "events, µs/block",
+        "blocks/s",
+        "bytes/block",
+    ):
         table.add_column(heading, justify="right" if heading else "left")
 
     def row(name: str, **cells: float | None) -> None:
@@ -196,13 +218,24 @@ def main() -> int:
         hash=ours["hash_us"],
         decision=ours["decision_us"],
         p99=ours["decision_p99_us"],
+        equal=ours["equal_us"],
         both=ours["both_us"],
         events=ours["events_us_per_block"],
         rate=1e6 / ours["events_us_per_block"],
         size=ours["bytes_per_block"],
     )
     none = None
-    row("block by block", hash=none, decision=none, p99=none, both=ours["floor_us"], events=none, rate=none, size=none)
+    row(
+        "block by block",
+        hash=none,
+        decision=none,
+        p99=none,
+        equal=none,
+        both=ours["floor_us"],
+        events=none,
+        rate=none,
+        size=none,
+    )
     shape = [options.tokens, options.block_size, options.workers, options.blocks * options.block_size // options.tokens]
     for version in ("1.6", "0.3") if options.peers else ():
         found = of_peer(options.peers, version, list(map(str, shape)))
@@ -212,6 +245,7 @@ def main() -> int:
                 hash=found["hash_us"],
                 decision=found["match_us"],
                 p99=none,
+                equal=none,
                 both=found["hash_us"] + found["match_us"],
                 events=found["apply_us_per_block"],
                 rate=1e6 / found["apply_us_per_block"],
