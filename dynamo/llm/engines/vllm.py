@@ -81,7 +81,7 @@ class VllmEngine:
                 return self._stand_by(config, self._nodes)
         if cpu_build() and config.parallel_config.world_size == 1:
             vllm_process.prepare_fork()
-        self._progress("loading the model")
+        self._progress(_loading())
         try:
             self._llm = async_llm.AsyncLLM.from_vllm_config(
                 config, stat_loggers=[self._record.logger], disable_log_stats=no_stats
@@ -99,7 +99,7 @@ class VllmEngine:
 
     def _stand_by(self, config: Any, nodes: Nodes) -> EngineInfo:
         """Run this node's workers, which the leader's engine core drives."""
-        self._progress("loading the model")
+        self._progress(_loading())
         executors = importlib.import_module("vllm.v1.executor.multiproc_executor")
         try:
             self._executor = executors.MultiprocExecutor(config)
@@ -250,6 +250,10 @@ class VllmEngine:
             self._executor.shutdown()
         if self._options.private_events is not None:
             vllm_events.remove(self._options.private_events)
+
+
+def _loading() -> str:
+    return "loading the model" if cpu_build() else "loading the model; a first start on a machine compiles for minutes"
 
 
 def _not_started(error: Exception) -> StartError:
