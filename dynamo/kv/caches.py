@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from dynamo.kv.cost import Loads
 from dynamo.kv.events import KvEvents, KvSnapshot, WorkerLoad
+from dynamo.kv.expected import Expected
 from dynamo.kv.hashing import unpack
 from dynamo.kv.index import PrefixIndex, slots
 from dynamo.kv.routed import RoutedBlocks
@@ -50,6 +51,7 @@ class Caches:
 
     def __init__(self, loads: Loads) -> None:
         self.index, self.routed, self.loads = PrefixIndex(), RoutedBlocks(), loads
+        self.expected = Expected(self.index)
         self.alive = self.blind = 0
         self.block_size = 0
         self.events = self.resyncs = 0
@@ -73,15 +75,14 @@ class Caches:
             self._ranks[worker] = {}
             self._find(worker, 0)
 
-    def leave(self, worker: int) -> list[int]:
-        """The slots that are free now."""
-        freed = [cache.slot for cache in self._ranks.pop(worker, {}).values()]
-        for slot in freed:
+    def leave(self, worker: int) -> None:
+        for cache in self._ranks.pop(worker, {}).values():
+            slot = cache.slot
             self.loads.set(slot, math.inf, math.inf)
             self.alive, self.blind = self.alive & ~(1 << slot), self.blind & ~(1 << slot)
             self.index.drop(slot)
             self.routed.drop(slot)
-        return freed
+            self.expected.drop(slot)
 
     def _find(self, worker: int, rank: int) -> Cache | None:
         """None for a worker that has left, or has not joined yet: its snapshot will tell."""
@@ -118,13 +119,14 @@ class Caches:
         if message.sequence > cache.sequence + 1:
             self._lost(cache, message)
             return True
-        cache.sequence, cache.silent_requests = message.sequence, 0
+        cache.sequence = message.sequence
         self.blind &= ~(1 << cache.slot)
         for change in message.changes:
             hashes = unpack(change.hashes)
             self.events += len(hashes)
             if change.stored:
                 self.index.add(cache.slot, hashes)
+                self.expected.follow(cache.slot)
             else:
                 self.index.remove(cache.slot, hashes)
         return False
@@ -143,6 +145,7 @@ class Caches:
             mine = [part for part in parts if part.rank == rank]
             self._set_block_size(mine[0].block_size)
             self.index.replace(cache.slot, [hash for part in mine for hash in unpack(part.hashes)])
+            self.expected.follow(cache.slot)
             cache.sequence, cache.owed = mine[0].sequence, 0
             held, cache.held = cache.held, []
             for message in held:
@@ -188,7 +191,7 @@ class Caches:
         """A request was sent there: it counts until the worker reports it."""
         cache.pending[request_id] = (new_blocks, blocks, now_s + PENDING_S)
         self.loads.add(cache.slot, new_blocks, blocks)
-        if new_blocks and not cache.sequence:
+        if new_blocks and not cache.sequence:  # told nothing so far
             if not cache.silent_requests:
                 cache.silent_since_s = now_s
             cache.silent_requests += 1
@@ -196,6 +199,7 @@ class Caches:
     def tick(self, now_s: float) -> None:
         """Forget what is over."""
         self.routed.expire(now_s)
+        self.expected.expire(now_s)
         for cache in self.all():
             late = [request for request, (_, _, until_s) in cache.pending.items() if until_s <= now_s]
             for request in late:

@@ -47,6 +47,11 @@ class PrefixIndex:
         """What a cache holds."""
         return self._blocks.get(slot, set())
 
+    def held(self, slot: int, prompt: Sequence[BlockHash]) -> int:
+        """How many blocks of a prompt a cache holds, counted from its beginning."""
+        # in C, and from the end, since bisection wants False first
+        return len(prompt) - bisect_left(prompt[::-1], True, key=self.blocks(slot).__contains__)
+
     def add(self, slot: int, hashes: Collection[BlockHash]) -> None:
         bit, holders = self._bits.setdefault(slot, 1 << slot), self.holders
         get = holders.get

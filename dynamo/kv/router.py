@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from dynamo.errors import NoInstancesError
 from dynamo.kv.caches import Cache, Caches
 from dynamo.kv.cost import Loads, Weights, costs, draw, overlaps
-from dynamo.kv.hashing import BlockHash, view
+from dynamo.kv.expected import EXPECTED_S
+from dynamo.kv.hashing import view
 from dynamo.kv.index import Match, slots
 from dynamo.kv.route import Candidate, KvMode, Route, RouteRequest, Score
 
-EXPECTED_S = 30.0
-"""How long a placed prompt is taken for cached before events confirm it; it may wait for a place in the batch."""
 DEFAULT_KV_BLOCKS = 16384
 
 
@@ -30,18 +29,13 @@ class KvRouter:
         self.mode: KvMode = mode
         self.weights, self.score, self._clock = weights, score, clock
         self.caches = Caches(Loads(weights.prefill_load_scale, weights.overlap_credit))
-        self._usual = score is None and weights.temperature <= 0 and weights.overlap_credit <= 1
-        # by first block to be computed, then by slot: prompts placed there, and until when they count
-        self._expected: dict[BlockHash, dict[int, tuple[Sequence[BlockHash], float]]] = {}
+        self._usual = score is None and weights.temperature <= 0 and 0 <= weights.overlap_credit <= 1
 
     def leave(self, worker: int) -> None:
-        for slot in self.caches.leave(worker):
-            self._forget(slot, self._clock())
+        self.caches.leave(worker)
 
     def tick(self) -> None:
-        now_s = self._clock()
-        self.caches.tick(now_s)
-        self._forget(None, now_s)
+        self.caches.tick(self._clock())
 
     def route(self, request: RouteRequest) -> Route:
         """Raises NoInstancesError when no worker is there that is not excluded."""
@@ -59,8 +53,8 @@ class KvRouter:
         usual = self._usual and mode != "kv-load" and request.temperature is None and request.overlap_credit is None
         loads = caches.loads if usual and not request.exclude else None
         matches = caches.index.matches(prompt, candidates, blind, caches.routed.index, loads)
-        if self._expected and prompt:
-            matches = self._with_expected(matches, prompt, candidates, now_s)
+        if prompt and caches.expected.prompts:
+            matches = caches.expected.added(matches, prompt, candidates, now_s)
         if usual:
             slot, overlap = caches.loads.cheapest(matches, candidates)
         else:
@@ -68,31 +62,12 @@ class KvRouter:
             overlap = overlaps(matches).get(slot, 0)
         cache = caches.slots[slot]
         caches.place(cache, request.request_id, blocks - overlap, blocks, now_s)
-        if mode != "kv-load":  # the prompt's blocks will be there soon
+        if prompt and mode != "kv-load":  # its blocks will be there soon
             if blind >> slot & 1:
                 caches.routed.add(slot, prompt, now_s, _kv_blocks(cache))
             elif overlap < len(prompt):
-                self._expected.setdefault(prompt[overlap], {})[slot] = (prompt, now_s + EXPECTED_S)
+                caches.expected.add(slot, prompt, overlap, now_s + EXPECTED_S)
         return Route(cache.worker, cache.rank, len(cache.ranks), overlap, block_size)
-
-    def _with_expected(
-        self, matches: list[Match], prompt: Sequence[BlockHash], candidates: int, now_s: float
-    ) -> list[Match]:
-        """The matches with what prompts that were placed will add."""
-        expected, end = self._expected, len(prompt)
-        first = [prompt[0]] if prompt[0] in expected else []
-        for blocks, _ in matches:  # whoever holds so many blocks computes the next one first
-            if blocks < end and prompt[blocks] in expected:
-                first.append(prompt[blocks])
-        if not first:
-            return matches
-        least = {
-            slot: common(prompt, placed)
-            for hash in first
-            for slot, (placed, until_s) in expected[hash].items()
-            if until_s > now_s and candidates >> slot & 1
-        }
-        return _raised(matches, least)
 
     def _choose(self, request: RouteRequest, blocks: int, matches: list[Match], candidates: int, mode: KvMode) -> int:
         if self.score is not None:
@@ -128,44 +103,6 @@ class KvRouter:
             kv_blocks=_kv_blocks(cache),
             kv_usage=usage,
         )
-
-    def _forget(self, gone: int | None, now_s: float) -> None:
-        """Prompts expected in a slot that is free now, those whose time is over, those that events have confirmed."""
-        holders = self.caches.index.holders
-        for first, expected in list(self._expected.items()):
-            for slot, (prompt, until_s) in list(expected.items()):
-                if slot == gone or until_s <= now_s or holders.get(prompt[-1], 0) >> slot & 1:
-                    del expected[slot]
-            if not expected:
-                del self._expected[first]
-
-
-def _raised(matches: list[Match], least: dict[int, int]) -> list[Match]:
-    """The same matches with at least so many blocks for some slots, shortest first as before."""
-    found: list[Match] = []
-    for blocks, caches in matches:
-        for slot, expected in list(least.items()):
-            if caches >> slot & 1:
-                if expected > blocks:
-                    caches ^= 1 << slot
-                else:
-                    del least[slot]
-        if caches:
-            found.append((blocks, caches))
-    found += [(blocks, 1 << slot) for slot, blocks in least.items()]
-    return sorted(found)
-
-
-def common(one: Sequence[BlockHash], other: Sequence[BlockHash]) -> int:
-    """Blocks that two prompts have in common; equal hashes mean equal prefixes, so bisection finds the end."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[middle - 1] == other[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _kv_blocks(cache: Cache) -> int:

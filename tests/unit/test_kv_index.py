@@ -197,14 +197,25 @@ def test_the_cheapest_is_found_without_following_those_that_cannot_be(
 
 def test_a_cache_too_loaded_to_win_is_not_followed() -> None:
     index, known, prompt = PrefixIndex(), Loads(1.0), chain(*range(8))
-    for slot, held, load in ((0, 8, 20), (1, 2, 0), (2, 6, 4)):
+    for slot, held in ((0, 8), (1, 2)):
         index.add(slot, prompt[:held])
+        known.set(slot, 0, 0)
+    assert depths(index.matches(prompt, 3)) == {0: 8, 1: 2}  # leaves a hint that they part behind the second block
+    known.set(0, 0, 6)  # 6 of load against 6 blocks more: as good as the other at best
+    assert depths(index.matches(prompt, 3, loads=known)) == {0: 8, 1: 2}
+    known.set(0, 0, 7)
+    assert depths(index.matches(prompt, 3, loads=known)) == {1: 2}
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(0, 2))
+def test_all_equally_cheap_caches_are_drawn(loads: list[int], held: int) -> None:
+    known, everybody = Loads(1.0), 2 ** len(loads) - 1
+    for slot, load in enumerate(loads):
         known.set(slot, 0, load)
-    for _ in range(2):  # the second time with a hint
-        assert depths(index.matches(prompt, 7)) == {0: 8, 1: 2, 2: 6}
-        assert depths(index.matches(prompt, 7, loads=known)) == {1: 2, 2: 6}
-    known.set(0, 0, 5)
-    assert depths(index.matches(prompt, 7, loads=known)) == {0: 8, 1: 2, 2: 6}
+    matches: list[Match] = [(held, 1)] if held else []
+    true = costs(2, matches, known, everybody, Weights(1.0))
+    drawn = {known.cheapest(matches, everybody)[0] for _ in range(100)}
+    assert drawn == {slot for slot, cost in true.items() if cost == min(true.values())}
 
 
 def test_equal_caches_share_and_temperature_spreads() -> None:

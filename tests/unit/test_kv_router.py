@@ -6,17 +6,18 @@ import logging
 from collections import Counter
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dynamo.errors import NoInstancesError
 from dynamo.kv.caches import PENDING_S, SILENT_REQUESTS, SILENT_S
-from dynamo.kv.cost import Weights
+from dynamo.kv.cost import Weights, costs
 from dynamo.kv.events import Change, KvEvents, KvSnapshot, WorkerLoad
+from dynamo.kv.expected import EXPECTED_S, common
 from dynamo.kv.hashing import BlockHash, block_hashes, pack
 from dynamo.kv.route import Candidate, RouteRequest
-from dynamo.kv.router import EXPECTED_S, KvRouter, common
+from dynamo.kv.router import KvRouter
 
 SIZE = 4
 
@@ -217,7 +218,91 @@ def test_a_prompt_on_its_way_counts_as_cached() -> None:
     assert router.route(ask(longer, "c")).overlap_blocks == 0
     clock.now_s += EXPECTED_S
     router.tick()
+    assert not router.caches.expected.prompts
     assert router.route(ask(longer, "d")).overlap_blocks == 0
+
+
+def test_a_prompt_that_is_computed_in_chunks_is_expected_to_the_end() -> None:
+    one, two = Worker(1), Worker(2)
+    router, _ = served(one, two)
+    hashes = block_hashes(PROMPT, SIZE)
+    assert router.route(ask(PROMPT, "a", exclude=[2])).worker == 1
+    for chunk in ({hashes[0], hashes[1]}, {hashes[2]}):
+        router.caches.take_events(one.change(0, chunk, stored=True))
+        assert router.route(ask(PROMPT, "b", exclude=[2])).overlap_blocks == 10
+    router.caches.take_events(one.change(0, set(hashes), stored=True))
+    assert not router.caches.expected.prompts
+    router.caches.take_events(one.change(0, set(hashes[4:]), stored=False))
+    assert router.route(ask(PROMPT, "c", exclude=[2])).overlap_blocks == 4
+
+
+def test_whoever_comes_into_the_place_of_another_has_nothing_of_it() -> None:
+    one, two = Worker(1), Worker(2)
+    router, _ = served(one)
+    router.route(ask(PROMPT, "a"))  # is expected
+    router.caches.take_load(one.load(decode_blocks=50, kv_events=False))  # blind: what was sent counts
+    router.route(ask(PROMPT, "b"))
+    router.leave(1)
+    with pytest.raises(NoInstancesError):
+        router.route(ask(PROMPT, "c"))
+    router.caches.join(2)
+    assert [cache.worker for cache in router.caches.all()] == [2]
+    assert (router.caches.loads.weighed, router.caches.blind) == ([0.0], 0)
+    router.caches.take_snapshot(2, two.snapshot())
+    assert router.route(ask(PROMPT, "d", mode="kv-load")).overlap_blocks == 0
+    router.caches.take_load(two.load(kv_events=False))
+    assert router.route(ask(PROMPT, "e")).overlap_blocks == 0
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_idle_worker_that_is_out_does_not_hide_the_best_of_the_others(gone: bool) -> None:
+    idle, holder, other = Worker(1), Worker(2), Worker(3)
+    holder.held[0] |= set(block_hashes(PROMPT, SIZE))
+    router, _ = served(idle, holder, other)
+    for worker in (holder, other):
+        router.caches.take_load(worker.load(decode_blocks=40))
+    if gone:
+        router.leave(1)
+    route = router.route(ask(PROMPT, exclude=[] if gone else [1]))
+    assert (route.worker, route.overlap_blocks) == (2, 10)
+
+
+@given(
+    held=st.lists(st.integers(0, 10), min_size=1, max_size=4),
+    loads=st.lists(st.integers(0, 15), min_size=4, max_size=4),
+    scale=st.sampled_from([1.0, 0.5, 8.0]),
+    credit=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 3.0]),
+    asked=st.none() | st.sampled_from([0.0, 0.5, 3.0]),
+    out=st.sets(st.integers(1, 4), max_size=2),
+)
+@settings(max_examples=300)
+def test_the_choice_is_the_least_cost(
+    held: list[int], loads: list[int], scale: float, credit: float, asked: float | None, out: set[int]
+) -> None:
+    workers = [Worker(i) for i in range(1, len(held) + 1)]
+    hashes = block_hashes(PROMPT, SIZE)
+    for worker, blocks in zip(workers, held, strict=True):
+        worker.held[0] |= set(hashes[:blocks])
+    router, _ = served(*workers, weights=Weights(scale, credit))
+    for worker, load in zip(workers, loads, strict=False):
+        router.caches.take_load(worker.load(decode_blocks=load))
+    excluded = [worker.id for worker in workers if worker.id in out]
+    if len(excluded) == len(workers):
+        excluded.pop()
+    caches = sum(1 << slot for slot, worker in enumerate(workers) if worker.id not in excluded)
+    weights = Weights(scale, credit if asked is None else asked)
+    true = costs(len(hashes), router.caches.index.matches(hashes, caches), router.caches.loads, caches, weights)
+    route = router.route(ask(PROMPT, exclude=excluded, overlap_credit=asked))
+    assert true[route.worker - 1] == min(true.values())
+    assert route.overlap_blocks == held[route.worker - 1]
+
+
+def test_a_temperature_spreads_over_unequal_workers() -> None:
+    for of_router, of_request in ((5.0, None), (0.0, 5.0)):
+        one, two = Worker(1), Worker(2)
+        router, _ = served(one, two, weights=Weights(1.0, 1.0, of_router))
+        router.caches.take_load(one.load(decode_blocks=500))
+        assert {router.route(ask([i] * 4, str(i), temperature=of_request)).worker for i in range(200)} == {1, 2}
 
 
 def test_a_worker_without_events_is_known_by_what_was_sent_there(caplog: pytest.LogCaptureFixture) -> None:
