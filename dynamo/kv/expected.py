@@ -22,7 +22,7 @@ class Expected:
         self._next: dict[int, set[BlockHash]] = {}  # the keys of `prompts` by slot
 
     def add(self, slot: int, prompt: Sequence[BlockHash], held: int, until_s: float) -> None:
-        """The cache has the first `held` blocks of the prompt, and not all."""
+        """The cache has the first `held` blocks of the prompt, or will have them by what is expected already."""
         next = prompt[held]
         self.prompts.setdefault(next, {})[slot] = (prompt, until_s)
         self._next.setdefault(slot, set()).add(next)
