@@ -90,7 +90,9 @@ class Loads:
         than the prompt: caches of one match differ by their load only, and each match is asked for its least loaded one.
         """
         heap, weighed, worth_of_block = self._heap, self.weighed, self._worth
-        idlest, idlest_slot = self._lowest()
+        idlest, idlest_slot = heap[0]
+        if idlest != weighed[idlest_slot]:
+            idlest, idlest_slot = self._lowest()
         lowest, group, load, overlap = math.inf, 0, 0.0, 0
         for blocks, holders in reversed(matches):
             worth = worth_of_block * blocks

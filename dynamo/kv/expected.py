@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from dynamo.kv.hashing import BlockHash
@@ -19,13 +20,13 @@ class Expected:
         self._index = index
         self.prompts: dict[BlockHash, dict[int, tuple[Sequence[BlockHash], float]]] = {}
         """by the block that is computed next, by slot: the prompt, and until when it is expected"""
-        self._next: dict[int, set[BlockHash]] = {}  # the keys of `prompts` by slot
+        self._next = defaultdict[int, set[BlockHash]](set)  # the keys of `prompts` by slot
 
     def add(self, slot: int, prompt: Sequence[BlockHash], held: int, until_s: float) -> None:
         """The cache has the first `held` blocks of the prompt, or will have them by what is expected already."""
         next = prompt[held]
         self.prompts.setdefault(next, {})[slot] = (prompt, until_s)
-        self._next.setdefault(slot, set()).add(next)
+        self._next[slot].add(next)
 
     def _take(self, slot: int, next: BlockHash) -> tuple[Sequence[BlockHash], float]:
         self._next[slot].remove(next)
