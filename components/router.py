@@ -108,7 +108,7 @@ class Router(Service):
         while True:
             known, live = set(self.kv.caches.workers), set(instance_ids(self.worker))
             for worker in known - live:
-                self.kv.leave(worker)
+                self.kv.caches.leave(worker)
             for worker in live - known:
                 self.kv.caches.join(worker)
                 self._fetch(worker)

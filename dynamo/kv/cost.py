@@ -42,7 +42,7 @@ class Weights(NamedTuple):
 
 class Loads:
     """Load of every cache by slot, in blocks. `weighed` is `scale * prefill + decode`, what decides where nothing is
-    cached."""
+    cached; `scale` and `credit` are the first two of `Weights`."""
 
     def __init__(self, scale: float = PREFILL_LOAD_SCALE, credit: float = 1.0) -> None:
         self.scale, self._worth = scale, scale * credit

@@ -31,9 +31,6 @@ class KvRouter:
         self.caches = Caches(Loads(weights.prefill_load_scale, weights.overlap_credit))
         self._usual = score is None and weights.temperature <= 0 and 0 <= weights.overlap_credit <= 1
 
-    def leave(self, worker: int) -> None:
-        self.caches.leave(worker)
-
     def tick(self) -> None:
         self.caches.tick(self._clock())
 

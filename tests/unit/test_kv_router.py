@@ -81,7 +81,7 @@ class Followed(RuleBasedStateMachine):
         if len(self.workers) > 1:
             gone = data.draw(st.sampled_from(sorted(self.workers)))
             del self.workers[gone]
-            self.router.leave(gone)
+            self.router.caches.leave(gone)
 
     @rule(
         data=st.data(),
@@ -214,7 +214,7 @@ def test_a_prompt_on_its_way_counts_as_cached() -> None:
     longer = [*PROMPT, 7, 7, 7, 7]
     route = router.route(ask(longer, "b", exclude=[3 - first]))
     assert (route.worker, route.overlap_blocks) == (first, 10)
-    router.leave(first)
+    router.caches.leave(first)
     assert router.route(ask(longer, "c")).overlap_blocks == 0
     clock.now_s += EXPECTED_S
     router.tick()
@@ -242,7 +242,7 @@ def test_whoever_comes_into_the_place_of_another_has_nothing_of_it() -> None:
     router.route(ask(PROMPT, "a"))  # is expected
     router.caches.take_load(one.load(decode_blocks=50, kv_events=False))  # blind: what was sent counts
     router.route(ask(PROMPT, "b"))
-    router.leave(1)
+    router.caches.leave(1)
     with pytest.raises(NoInstancesError):
         router.route(ask(PROMPT, "c"))
     router.caches.join(2)
@@ -262,7 +262,7 @@ def test_an_idle_worker_that_is_out_does_not_hide_the_best_of_the_others(gone: b
     for worker in (holder, other):
         router.caches.take_load(worker.load(decode_blocks=40))
     if gone:
-        router.leave(1)
+        router.caches.leave(1)
     route = router.route(ask(PROMPT, exclude=[] if gone else [1]))
     assert (route.worker, route.overlap_blocks) == (2, 10)
 
