@@ -30,7 +30,7 @@ fmt: install ## format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 bench: install ## CPU per token and per request; PEERS=DIR measures ai-dynamo beside it
-	@$(BIN)/python -m tests.bench $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+	@$(BIN)/python -m benchmarks $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

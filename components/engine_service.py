@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dynamo.llm import engine as engines
+from dynamo import engines
+from dynamo.engines.vllm.install import cpu_build, engine_arguments, unchecked
+from dynamo.engines.vllm.multi_node import MultiNode, number
 from dynamo.llm.engine import EngineInfo
-from dynamo.llm.engines.installed import cpu_build, engine_arguments, unchecked
-from dynamo.llm.engines.nodes import Nodes, number
-from dynamo.sdk import Service, dynamo_context, liveness, metrics_registry, on_shutdown
+from dynamo.sdk import Service, liveness, metrics_registry, on_shutdown, service_context
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class EngineService(Service):
         """Of vLLM's flags, those that say how many GPUs and hosts it takes."""
         for size in SIZES:
             number(settings, size, 1, 1, where=where)
-        Nodes.of(settings, where)
+        MultiNode.of(settings, where)
 
     def __init__(
         self, model: str, engine: str, speedup_ratio: float | None, engine_args: dict[str, Any], *, kv_transfer: bool
@@ -53,24 +53,24 @@ class EngineService(Service):
         self.engine = engines.create(engine, model, engine_args, self._progress)
 
     def _progress(self, text: str) -> None:
-        report = dynamo_context.get("progress")
-        if report is not None:
-            report(text)
+        context = service_context()
+        if context is not None:
+            context.progress(text)
 
     async def start_engine(self) -> bool:
         """False where this process runs a part of another one's engine: then it has no endpoints."""
         self.info = await self.engine.start()
-        if self.info.part_of:
-            dynamo_context["headless"] = self.info.part_of
+        context = service_context()
+        if context is not None and self.info.part_of:
+            context.headless = self.info.part_of
         return not self.info.part_of
 
-    def count(self, endpoint: str) -> None:
-        """Put the engine's load on /metrics, under the name of an endpoint."""
+    def count(self, endpoint: str, instance_id: int) -> None:
+        """Export the engine's load on /metrics, labelled with an endpoint's name and this process's instance id."""
         # here, so that a dry run does not import prometheus_client
         from dynamo.llm.engine_metrics import EngineCollector
 
-        worker_id = f"{dynamo_context['runtime'].instance_id:x}"
-        labels = {"component": self.dynamo_address()[1], "endpoint": endpoint, "worker_id": worker_id}
+        labels = {"component": self.dynamo_address()[1], "endpoint": endpoint, "worker_id": f"{instance_id:x}"}
         metrics_registry().register(EngineCollector(self.engine, self.info, **labels))
 
     def stats_data(self) -> dict[str, float]:

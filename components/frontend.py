@@ -20,16 +20,16 @@ from dynamo.sdk import (
     Stream,
     async_on_start,
     depends,
-    dynamo_context,
     instance_ids,
     on_shutdown,
     readiness,
     service,
+    service_context,
 )
+from dynamo.sdk.context import ProcessRuntime
 
 if TYPE_CHECKING:
     from dynamo.http.server import HttpServer
-    from dynamo.runtime import DistributedRuntime
 
 log = logging.getLogger(__name__)
 
@@ -84,29 +84,30 @@ class Frontend(Service):
     @async_on_start
     async def start(self) -> None:
         # here, so that a dry run does not import FastAPI
-        from dynamo.http.app import create_app
         from dynamo.http.server import HttpServer
+        from dynamo.openai.app import create_app
 
-        runtime = dynamo_context.get("runtime")
-        if runtime is not None:
-            self._following = asyncio.get_running_loop().create_task(self._follow_models(runtime))
+        context = service_context()
+        if context is not None:
+            self._following = asyncio.get_running_loop().create_task(self._follow_models(context.runtime))
         app = create_app(
             self,
             timeout_s=self.timeout_s,
             cors_origins=self.cors_origins,
             api_keys=self.api_keys,
-            processes=runtime.metrics if runtime is not None else None,
-            targets=runtime.metrics_targets.addresses if runtime is not None else None,
+            processes=context.runtime.metrics if context is not None else None,
+            targets=context.scrape_targets if context is not None else None,
             fault=self.fault,
         )
-        listen = dynamo_context.get("listen")  # one port for all workers
+        listen = context.listen if context is not None else None  # one port for all workers
         listener = listen(self.host, self.port) if listen is not None else None
         self.server = HttpServer(app, self.host, self.port, listener)
-        if dynamo_context.get("workers", 1) > 1:
+        if context is not None and context.workers > 1:
             self._opening = asyncio.get_running_loop().create_task(self._open(self.server))
         else:
             await self.server.start()
-        dynamo_context["url"] = self.server.url
+        if context is not None:
+            context.serve_at(self.server.url)
 
     async def _open(self, server: HttpServer) -> None:
         """Others answer meanwhile, so this one does once it knows the models. Connections that it is given wait."""
@@ -116,7 +117,7 @@ class Frontend(Service):
                     await asyncio.sleep(KNOWN_EVERY_S)
         await server.start()
 
-    async def _follow_models(self, runtime: DistributedRuntime) -> None:
+    async def _follow_models(self, runtime: ProcessRuntime) -> None:
         try:
             async for cards in runtime.follow(MODELS_PREFIX):
                 self.take_cards(cards)
@@ -155,8 +156,9 @@ class Frontend(Service):
 
     def fault(self) -> str:
         """Why nothing can be answered now; empty while all is well."""
-        runtime = dynamo_context.get("runtime")
-        away_s = runtime.nats_away_s if runtime is not None and runtime.requests_over_nats else 0.0
+        context = service_context()
+        over_nats = context is not None and context.runtime.requests_over_nats
+        away_s = context.runtime.nats_away_s if context is not None and over_nats else 0.0
         return f"the NATS server has been away for {away_s:.0f} s" if away_s > NATS_AWAY_S else ""
 
     @on_shutdown
@@ -172,6 +174,6 @@ class Frontend(Service):
 if (
     __name__ == "__main__"
 ):  # python -m components.frontend -f configs/agg.yaml: this service alone, under a debugger too
-    from dynamo.serve.foreground import alone
+    from dynamo.launcher.foreground import alone
 
     alone(Frontend)

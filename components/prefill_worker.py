@@ -7,11 +7,11 @@ import logging
 from typing import Any, Literal
 
 from components.engine_service import EngineService
+from dynamo import codec
+from dynamo.context import request_id
 from dynamo.errors import DynamoError, TransportError, UnavailableError
 from dynamo.llm.disagg import PrefillOffer, PrefillRequest, PrefillTask
-from dynamo.log import request_id
-from dynamo.sdk import Job, WorkQueue, async_on_start, dynamo_context, endpoint, metrics_registry, on_shutdown, service
-from dynamo.wire import codec
+from dynamo.sdk import Job, WorkQueue, async_on_start, endpoint, metrics_registry, on_shutdown, service, service_context
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +65,14 @@ class PrefillWorker(EngineService):
 
     @async_on_start
     async def start(self) -> None:
-        if not await self.start_engine() or dynamo_context.get("runtime") is None:
-            return  # without a runtime: plain Python, in a test or a debugger
+        context = service_context()
+        if not await self.start_engine() or context is None:
+            return  # without a context: plain Python, in a test or a debugger
         # here, so that a dry run does not import prometheus_client
         from dynamo.llm.disagg_metrics import PrefillMetrics
 
-        self.count("prefill")
+        self.runtime = context.runtime
+        self.count("prefill", self.runtime.instance_id)
         self.metrics = PrefillMetrics(metrics_registry())
         self.metrics.in_hand.set_function(lambda: len(self._offers))
         loop = asyncio.get_running_loop()
@@ -94,7 +96,7 @@ class PrefillWorker(EngineService):
 
     async def _offer(self, job: Job[PrefillTask]) -> None:
         """Keep the task until its decode worker has its answer; then, or when nobody wants it, it is done."""
-        task, runtime = job.task, dynamo_context["runtime"]
+        task, runtime = job.task, self.runtime
         request_id.set(task.request_id)  # this runs in a task of its own
         log.debug("offering to prefill %d tokens, task %s", task.prompt_tokens, task.id)
         offer = self._offers[task.id] = _Offer()
@@ -161,6 +163,6 @@ class PrefillWorker(EngineService):
 
 
 if __name__ == "__main__":  # python -m components.prefill_worker -f configs/disagg.yaml: this service alone
-    from dynamo.serve.foreground import alone
+    from dynamo.launcher.foreground import alone
 
     alone(PrefillWorker)

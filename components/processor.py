@@ -15,10 +15,10 @@ import msgspec
 from components.router import Router
 from components.worker import VllmWorker
 from dynamo.errors import ConfigError, DynamoError, TransportError, UnavailableError
-from dynamo.kv.hashing import block_hashes, pack
-from dynamo.kv.route import KvMode, Route, RouteRequest
+from dynamo.kv_router.hashing import block_hashes, pack
+from dynamo.kv_router.messages import KvMode, Route, RouteRequest
 from dynamo.llm.migration import REASONS, Prepare, migrating
-from dynamo.llm.models import tokenizer_dir
+from dynamo.llm.model_files import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, GenerateRequest, RouterMode, Routing
 from dynamo.llm.tokenizer import Tokenizer
@@ -211,6 +211,6 @@ def _echoed(prompt: Callable[[], str], stream: Stream[Delta]) -> Stream[Delta]:
 if (
     __name__ == "__main__"
 ):  # python -m components.processor -f configs/agg.yaml: this service alone, under a debugger too
-    from dynamo.serve.foreground import alone
+    from dynamo.launcher.foreground import alone
 
     alone(Processor)

@@ -13,24 +13,24 @@ import msgspec
 
 from components.worker import VllmWorker
 from dynamo.errors import ConfigError, DynamoError, RequestError
-from dynamo.kv.cost import PREFILL_LOAD_SCALE, Weights
-from dynamo.kv.events import KvEvents, SnapshotRequest, WorkerLoad
-from dynamo.kv.hashing import block_hashes, pack
-from dynamo.kv.metrics import RouterMetrics
-from dynamo.kv.route import KvMode, Route, RouteRequest, Score
-from dynamo.kv.router import KvRouter
+from dynamo.kv_router.cost import PREFILL_LOAD_SCALE, Weights
+from dynamo.kv_router.events import KvEvents, SnapshotRequest, WorkerLoad
+from dynamo.kv_router.hashing import block_hashes, pack
+from dynamo.kv_router.messages import KvMode, Route, RouteRequest, Score
+from dynamo.kv_router.metrics import RouterMetrics
+from dynamo.kv_router.router import KvRouter
 from dynamo.sdk import (
     Service,
     async_on_start,
     depends,
     direct,
-    dynamo_context,
     endpoint,
     instance_ids,
     metrics_registry,
     on_shutdown,
     readiness,
     service,
+    service_context,
 )
 from dynamo.sdk.graph import load_function
 
@@ -77,7 +77,7 @@ class Router(Service):
             prefill_load_scale: weight of blocks to be computed against blocks held.
             router_temperature: 0: the cheapest worker; more spreads requests over others.
             custom_router: a function `module:function` or `file.py:function` that scores a worker in place of the cost
-                function; it gets the request and a `dynamo.kv.route.Candidate`, the lowest score wins.
+                function; it gets the request and a `dynamo.kv_router.messages.Candidate`, the lowest score wins.
         """
         if custom_router is True:
             raise ConfigError("Router.custom-router: true", hint="name a function: custom-router: my_router.py:score")
@@ -142,8 +142,8 @@ class Router(Service):
     @readiness
     def ready(self) -> bool:
         there = len(self.kv.caches.workers)
-        if there < self.min_workers and (report := dynamo_context.get("progress")) is not None:
-            report(f"waiting for workers: {there} of {self.min_workers}")
+        if there < self.min_workers and (context := service_context()) is not None:
+            context.progress(f"waiting for workers: {there} of {self.min_workers}")
         return there >= self.min_workers
 
     @endpoint
@@ -174,6 +174,6 @@ class Router(Service):
 
 
 if __name__ == "__main__":  # python -m components.router -f configs/agg_router.yaml: this service alone
-    from dynamo.serve.foreground import alone
+    from dynamo.launcher.foreground import alone
 
     alone(Router)

@@ -5,36 +5,34 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from components.engine_service import EngineService
 from components.prefill_worker import PrefillWorker
 from dynamo.errors import ConfigError
-from dynamo.kv.events import EngineEvent, KvEvents, KvSnapshot, SnapshotRequest, WorkerLoad
-from dynamo.llm.activity import Activity
+from dynamo.kv_router.events import EngineEvent, KvEvents, KvSnapshot, SnapshotRequest, WorkerLoad
 from dynamo.llm.disagg import Rules
 from dynamo.llm.protocol import Delta, GenerateRequest, ModelCard, model_key
 from dynamo.llm.remote_prefill import RemotePrefill
+from dynamo.llm.worker_reporter import WorkerReporter
 from dynamo.sdk import (
     Stream,
     Topic,
     async_on_start,
     depends,
     direct,
-    dynamo_context,
     endpoint,
     instance_ids,
     is_linked,
     metrics_registry,
     on_shutdown,
     service,
+    service_context,
 )
-from dynamo.wire.stream import Channel
-
-if TYPE_CHECKING:
-    from dynamo.runtime import DistributedRuntime
+from dynamo.sdk.context import ProcessRuntime
+from dynamo.streams import Channel
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +90,7 @@ class VllmWorker(EngineService):
         self.max_local_prefill_length, self.max_prefill_queue_size = max_local_prefill_length, max_prefill_queue_size
         self.prefill_timeout_s = prefill_timeout_s
         super().__init__(model, engine, speedup_ratio, engine_args, kv_transfer=is_linked(self, "prefill_worker"))
-        self.activity: Activity | None = None  # in a graph only
+        self.activity: WorkerReporter | None = None  # in a graph only
         self.prefills: RemotePrefill | None = None  # with PrefillWorkers only
 
     @property
@@ -110,15 +108,16 @@ class VllmWorker(EngineService):
 
     @async_on_start
     async def start(self) -> None:
-        runtime = dynamo_context.get("runtime")
-        if runtime is None:
+        context = service_context()
+        if context is None:
             self.info = await self.engine.start()
             return  # plain Python: a test, or a debugger
+        runtime = context.runtime
         tells = self.tells_kv_events and self._listen()
         if not await self.start_engine():
             return
         info = self.info
-        self.activity = Activity(
+        self.activity = WorkerReporter(
             runtime.instance_id,
             self.engine,
             info,
@@ -127,7 +126,7 @@ class VllmWorker(EngineService):
             publish_load=self.load.publish,
             generate=self._generate,
         )
-        self.count("generate")
+        self.count("generate", runtime.instance_id)
         if is_linked(self, "prefill_worker"):
             self.prefills = await self._ask_prefill_workers(runtime, self.activity)
         namespace, component = self.dynamo_address()
@@ -141,11 +140,10 @@ class VllmWorker(EngineService):
             engine=self.engine_name,
             created=int(time.time()),
         )
-        await runtime.connect()
         await runtime.publish(model_key(card.name, runtime.instance_id), card)
         self.activity.start()
 
-    async def _ask_prefill_workers(self, runtime: DistributedRuntime, activity: Activity) -> RemotePrefill:
+    async def _ask_prefill_workers(self, runtime: ProcessRuntime, activity: WorkerReporter) -> RemotePrefill:
         from dynamo.llm.disagg_metrics import DecodeMetrics  # here, so that a dry run does not import prometheus_client
 
         prefills = RemotePrefill(
@@ -211,6 +209,6 @@ class VllmWorker(EngineService):
 
 
 if __name__ == "__main__":  # python -m components.worker -f configs/agg.yaml: this service alone, under a debugger too
-    from dynamo.serve.foreground import alone
+    from dynamo.launcher.foreground import alone
 
     alone(VllmWorker)

@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dynamo.serve import announcement
+from dynamo.launcher.run_dir import running
 
 ANSWER_S = 4.0  # less than half of HEALTHCHECK's timeout: starting Python on a busy machine takes the rest
 _UP = re.compile(r'^dynamo_supervisor_process_up\{(?:[^}]*,)?service="([^"]*)"[^}]*\} (\S+)', re.MULTILINE)
@@ -25,7 +25,7 @@ _UP = re.compile(r'^dynamo_supervisor_process_up\{(?:[^}]*,)?service="([^"]*)"[^
 
 def fault(pid: int) -> str | None:
     """What is wrong; None: healthy."""
-    graphs = announcement.running()
+    graphs = running()
     if graphs:
         faults = (_fault_at(f"{g.url}/health") if g.url else _fault_of_services(g.metrics) for g in graphs)
         return next(filter(None, faults), None)

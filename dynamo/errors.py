@@ -18,7 +18,7 @@
     └── RemoteError              a remote endpoint raised a class unknown here         HTTP 500
 
 An error says what failed, to what, and the fact; `hint` says in one imperative what to do. Errors cross process
-boundaries as data (`dynamo.wire.failure`) and come back as the same class.
+boundaries as data (`dynamo.rpc.remote_errors`) and come back as the same class.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Logging for every process of a graph: one `configure()`, text or JSON lines on standard error.
 
-    2026-01-31T12:00:00.123Z  INFO dynamo.http.requests: [Frontend req-4f1c] dynamo-tiny chat_completions: 200 in 0.21 s
+    2026-01-31T12:00:00.123Z  INFO dynamo.http.access_log: [Frontend req-4f1c] dynamo-tiny chat_completions: 200 in 0.21 s
 
-`DYN_LOG` sets levels (`debug`, or `info,dynamo.http.requests=warning`). `DYN_LOGGING_JSONL=true` writes JSON lines, with
+`DYN_LOG` sets levels (`debug`, or `info,dynamo.http.access_log=warning`). `DYN_LOGGING_JSONL=true` writes JSON lines, with
 ai-dynamo's names: time, level, target, message, file, line; and service, request_id, exception, and what the call gave as
 `extra`. `DYN_LOG_USE_LOCAL_TZ=true` shows times with the host's offset instead of UTC.
 
@@ -20,12 +20,11 @@ import os
 import sys
 import threading
 import time
-from contextvars import ContextVar
 from typing import Any
 
 import msgspec
 
-request_id: ContextVar[str] = ContextVar("request_id", default="")
+from dynamo.context import request_id
 
 LEVELS = {
     "trace": logging.DEBUG,
@@ -197,7 +196,7 @@ class _StandardError(logging.Handler):
 
 def handler() -> logging.Handler:
     """A handler as `configure` gave to the root logger of this process or, in one that an engine spawned, of the
-    process above it; levels are set too. `llm/engines/vllm_logging.json` names it for the processes of vLLM."""
+    process above it; levels are set too. `engines/vllm/logging.json` names it for the processes of vLLM."""
     root, named = parse_levels(os.environ.get("DYN_LOG", "info"))
     engine_level = LEVELS.get(os.environ.get("VLLM_LOGGING_LEVEL", "").lower())
     if engine_level is not None:

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import pytest_asyncio
 
-from dynamo.serve.infra import Infra, ensure
+from dynamo.launcher.embedded_servers import Infra, ensure
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine makes nothing wrong
 hypothesis.settings.load_profile("untimed")

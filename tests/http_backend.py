@@ -13,11 +13,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dynamo.http.app import create_app
 from dynamo.http.server import HttpServer
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, ServedModel
 from dynamo.log import request_id
-from dynamo.wire.stream import Channel, Stream
+from dynamo.openai.app import create_app
+from dynamo.streams import Channel, Stream
 
 MODEL = ServedModel("tiny/model", "dynamo-tiny", 4096, 1_700_000_000)
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dynamo.config.layers import Resolved
-from dynamo.config.origin import alike, shown
+from dynamo.config.merge import Resolved
+from dynamo.config.provenance import alike, shown
 from dynamo.config.settings import Declared
 from dynamo.errors import ConfigError
+from dynamo.launcher import gpus
+from dynamo.launcher.plan import describe, plan
 from dynamo.sdk.graph import Graph
-from dynamo.serve import gpus
-from dynamo.serve.plan import describe, plan
 
 DEFAULT = "default"
 

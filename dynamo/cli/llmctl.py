@@ -115,7 +115,7 @@ def _parse(text: str, namespace: str) -> _Address:
 
 
 def _with_etcd(work: Callable[[Etcd], Awaitable[T]]) -> T:
-    from dynamo.cli.live import one_deployment
+    from dynamo.cli.deployments import one_deployment
 
     async def run() -> T:
         async with one_deployment().etcd() as etcd:
@@ -128,7 +128,7 @@ async def _cards(etcd: Etcd) -> list[tuple[str, ModelCard, str]]:
     """Key, card and endpoint of every model."""
     import msgspec
 
-    from dynamo.cli.live import decode_cards
+    from dynamo.cli.deployments import decode_cards
     from dynamo.llm.protocol import MODELS_PREFIX
 
     items, _ = await etcd.get_prefix(MODELS_PREFIX)
@@ -144,7 +144,7 @@ async def _cards(etcd: Etcd) -> list[tuple[str, ModelCard, str]]:
 async def _add(etcd: Etcd, kind: str, name: str, address: _Address) -> bool:
     """Whether anything serves that endpoint now. Raises DynamoError when the name is taken."""
     from dynamo.llm.protocol import model_key
-    from dynamo.wire.messages import instances_prefix
+    from dynamo.rpc.messages import instances_prefix
 
     key = model_key(name, NO_LEASE)
     cards = await _cards(etcd)

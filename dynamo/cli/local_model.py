@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from dynamo import engines
 from dynamo.cli.chat import Message, Piece, Progress, Sampled
-from dynamo.llm import engine as engines
+from dynamo.engines.vllm.install import cpu_build
+from dynamo.launcher import guard
 from dynamo.llm import tiny
-from dynamo.llm.engines.installed import cpu_build
-from dynamo.llm.models import tokenizer_dir
+from dynamo.llm.model_files import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, Delta, GenerateRequest, Sampling
 from dynamo.llm.tokenizer import Tokenizer
-from dynamo.serve import guard
-from dynamo.serve.plan import RUN_DIR
-from dynamo.wire.stream import Stream
+from dynamo.streams import Stream
+from dynamo.worker.environment import RUN_DIR
 
 POLL_S = 0.1
 SETTLE_S = 0.05  # until the engine has heard that its request was given up

@@ -152,7 +152,7 @@ def _opened(
         assert url is not None
         yield RemoteModel(url, model, key)
         return
-    from dynamo.cli.own_graph import own_graph
+    from dynamo.cli.temporary_graph import own_graph
 
     with own_graph([graph, *(["-f", str(config_file)] if config_file else [])], progress) as served:
         yield RemoteModel(served, model, key)

@@ -14,8 +14,8 @@ import click
 from click.core import ParameterSource
 
 from dynamo.cli.errors import warn
-from dynamo.config import document, overrides
-from dynamo.config.layers import Layer, resolve
+from dynamo.config import overrides, yaml_file
+from dynamo.config.merge import Layer, resolve
 from dynamo.config.options import Infra, ServeOptions
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import Declared, check, declared, knows
@@ -222,13 +222,13 @@ def serve(
     check(resolved, services)
     if dry_run:
         from dynamo.cli.explain import explanation
-        from dynamo.serve.metrics_port import check_addresses
+        from dynamo.launcher.metrics_port import check_addresses
 
         check_addresses(options, os.environ.get("NATS_SERVER", ""))
         click.echo(render(resolved.services))
         click.echo(explanation(started, resolved, services, working_dir, as_json=explain == "json"), err=True)
         return 0
-    from dynamo.serve import run
+    from dynamo.launcher import run
 
     return run(started, resolved, options)
 
@@ -237,10 +237,10 @@ def _file_layers(config_file: Path | None) -> list[Layer]:
     """The file, or DYN_DEPLOYMENT_CONFIG in its stead: YAML or JSON in a variable, as deployments of 0.3 had it."""
     deployed = os.environ.get(DEPLOYMENT_CONFIG)
     if not deployed:
-        return [document.load(config_file)] if config_file else []
+        return [yaml_file.load(config_file)] if config_file else []
     if config_file is not None:
         warn(f"{DEPLOYMENT_CONFIG} is set: {config_file} is not read")
-    return [document.parse(deployed, DEPLOYMENT_CONFIG)]
+    return [yaml_file.parse(deployed, DEPLOYMENT_CONFIG)]
 
 
 def _set_system_app(**values: bool | int | str | None) -> None:

@@ -1,6 +1,6 @@
 """`dynamo set`: change settings of a graph that runs.
 
-It writes to etcd, where the processes of the service look (`dynamo.serve.live_settings`), and waits until each has said
+It writes to etcd, where the processes of the service look (`dynamo.worker.live_settings`), and waits until each has said
 what it made of the value. What one of them refuses is taken back: they alone know what their code takes.
 """
 
@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem
 from dynamo.errors import ConfigError, DynamoError, UnavailableError
 
 if TYPE_CHECKING:
-    from dynamo.cli.live import ProcessSettings
+    from dynamo.cli.deployments import ProcessSettings
     from dynamo.transport.etcd import Etcd
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def _parse(text: str, unset: bool) -> _Change:
 
 
 def _with_etcd(work: Callable[[Etcd], Awaitable[T]]) -> T:
-    from dynamo.cli.live import one_deployment
+    from dynamo.cli.deployments import one_deployment
 
     async def run() -> T:
         async with one_deployment().etcd() as etcd:
@@ -120,7 +120,7 @@ def _with_etcd(work: Callable[[Etcd], Awaitable[T]]) -> T:
 
 
 async def _read(etcd: Etcd) -> list[ProcessSettings]:
-    from dynamo.cli.live import read_settings
+    from dynamo.cli.deployments import read_settings
 
     return await read_settings(etcd)
 
@@ -150,8 +150,8 @@ async def _write(etcd: Etcd, key: str, value: bytes | None) -> None:
 
 async def _target(etcd: Etcd, found: Sequence[ProcessSettings], one: _Change, namespace: str | None) -> _Target:
     """Where a change is written. Raises ConfigError for a service or a setting that is not there."""
-    from dynamo.config.origin import alike, suggestion
-    from dynamo.serve.live_settings import setting_prefix
+    from dynamo.config.provenance import alike, suggestion
+    from dynamo.worker.live_settings import setting_prefix
 
     what = f"{one.service}.{one.setting}"
     there = [process for process in found if namespace in (None, process.namespace)]

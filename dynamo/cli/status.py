@@ -15,7 +15,7 @@ import click
 from dynamo.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from dynamo.cli.live import Seen
+    from dynamo.cli.deployments import Seen
 
 EVERY_S = 1.0
 CLEAR = "\x1b[H\x1b[2J\x1b[3J"
@@ -61,7 +61,7 @@ def status(watch: bool, as_json: bool) -> int:
 
 
 def _look() -> list[Seen]:
-    from dynamo.cli.live import deployments, look
+    from dynamo.cli.deployments import deployments, look
 
     async def all_of_them() -> list[Seen]:
         return list(await asyncio.gather(*map(look, deployments())))
@@ -105,7 +105,7 @@ def _sections(seen: Seen) -> Iterator[str]:
 
 
 def _instance_rows(seen: Seen) -> list[tuple[str, ...]]:
-    from dynamo.transport.host import host_id
+    from dynamo.transport.network import host_id
 
     rows = []
     for instance, load in seen.instances:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from dynamo.config.document import scalar
-from dynamo.config.layers import ENVS, Layer
-from dynamo.config.origin import KeyPath, Origin
+from dynamo.config.merge import ENVS, Layer
+from dynamo.config.provenance import KeyPath, Origin
+from dynamo.config.yaml_file import scalar
 from dynamo.errors import ConfigError
 
 _FLAG = re.compile(r"--(?P<path>[^\W\d]\w*(?:\.[^.=\s]+)+)(?:=(?P<value>.*))?", re.DOTALL)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from dynamo.config.layers import SERVICE_ARGS
-from dynamo.config.origin import KeyPath, Origin, shown, suggestion, where
+from dynamo.config.merge import SERVICE_ARGS
+from dynamo.config.provenance import KeyPath, Origin, shown, suggestion, where
 from dynamo.errors import ConfigError
 
 KEYS = ("workers", "resources", "envs", "dynamo", "image")

@@ -7,8 +7,8 @@ import logging
 import os
 from typing import Any, ClassVar
 
-from dynamo.config.layers import COMMON, COMMON_CONFIGS, SERVICE_ARGS
-from dynamo.config.origin import shown
+from dynamo.config.merge import COMMON, COMMON_CONFIGS, SERVICE_ARGS
+from dynamo.config.provenance import shown
 from dynamo.errors import ConfigError
 
 VARIABLE = "DYNAMO_SERVICE_CONFIG"

@@ -20,8 +20,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-from dynamo.config.layers import COMMON_CONFIGS, SERVICE_ARGS, Resolved
-from dynamo.config.origin import KeyPath, Origin, alike, shown, suggestion, where
+from dynamo.config.merge import COMMON_CONFIGS, SERVICE_ARGS, Resolved
+from dynamo.config.provenance import KeyPath, Origin, alike, shown, suggestion, where
 from dynamo.config.service_args import service_args
 from dynamo.errors import ConfigError
 

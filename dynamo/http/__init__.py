@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server."""
+"""HTTP for any service: the embedded server, `@api` routes, error envelope, Prometheus pages."""

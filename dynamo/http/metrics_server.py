@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dynamo.http.exposition import CONTENT_TYPE, Pages
+from dynamo.http.prometheus_text import CONTENT_TYPE, Pages
 from dynamo.http.server import HttpServer
 
 log = logging.getLogger(__name__)

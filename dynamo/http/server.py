@@ -11,7 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from dynamo.errors import StartError
-from dynamo.http import outbox
+from dynamo.http import write_coalescing
 
 KEEP_ALIVE_S = 75
 DRAIN_S = 20
@@ -55,7 +55,7 @@ class HttpServer:
             log_config=None,
             access_log=False,
             loop="none",
-            http=outbox.protocol(),
+            http=write_coalescing.protocol(),
             proxy_headers=False,  # nothing here asks for the client's address
             ws="none",
             lifespan="off",

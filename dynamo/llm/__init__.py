@@ -1,1 +1,1 @@
-"""Language models: the messages of generation, prompts and tokens, and the engines that compute."""
+"""Language models: prompts and tokens, generation messages, the engine protocol, migration, disaggregation."""

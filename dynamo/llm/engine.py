@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from dynamo.errors import StartError
-from dynamo.kv.events import EngineEvent
+from dynamo.kv_router.events import EngineEvent
 from dynamo.llm.protocol import Delta, GenerateRequest
-from dynamo.wire.stream import Stream
+from dynamo.streams import Stream
 
 
 class EngineInfo(NamedTuple):
@@ -83,18 +81,3 @@ class Engine(Protocol):
     def kv_events(self, listener: KvListener) -> bool: ...
     async def check_health(self) -> None: ...
     async def stop(self) -> None: ...
-
-
-def create(name: str, model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> Engine:
-    """The engine of that name for a model; `arguments` are vLLM's flags by name, such as `max-model-len`.
-
-    Raises StartError when there is none, or what it needs is not installed.
-    """
-    try:
-        module = importlib.import_module(f"dynamo.llm.engines.{name}")
-    except ModuleNotFoundError as error:
-        if error.name == f"dynamo.llm.engines.{name}":
-            raise StartError(f"no engine is named {name!r}", hint="engines: vllm, mock") from None
-        raise
-    engine: Engine = module.create(model, arguments, progress)
-    return engine

@@ -26,9 +26,9 @@ from dynamo.errors import (
     UnavailableError,
     WorkerLostError,
 )
+from dynamo.llm.continuation import Continuation
 from dynamo.llm.protocol import Delta, GenerateRequest
-from dynamo.llm.seam import Seam
-from dynamo.wire.stream import Channel, Stream
+from dynamo.streams import Channel, Stream
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class _Run:
 
     def __init__(self, request: GenerateRequest, indexes: Sequence[int], tries: int, cause: Exception | None) -> None:
         self.request, self.indexes, self.tries, self.cause = request, indexes, tries, cause
-        self.seam: Seam | None = None
+        self.seam: Continuation | None = None
         self.stream: Stream[Delta] | None = None
         self.task: asyncio.Task[None] | None = None
 
@@ -222,12 +222,12 @@ class _Migration:
         self.out.on_consumed = stream.consumed if alone else None
         stream.pipe(partial(self._take, run), partial(self._ended, run), counted=not alone)
 
-    def _seam(self, index: int) -> Seam | None:
+    def _seam(self, index: int) -> Continuation | None:
         choice, sampling = self._choices[index], self._request.sampling
         if not choice.tokens:
             return None
         decode = partial(self._decode_as, sampling.skip_special_tokens)
-        return Seam(decode, self._request.token_ids, choice.tokens, "".join(choice.texts), sampling)
+        return Continuation(decode, self._request.token_ids, choice.tokens, "".join(choice.texts), sampling)
 
     def _decode_as(self, skip_special_tokens: bool, tokens: list[int]) -> str:
         return self._decode(tokens, skip_special_tokens)

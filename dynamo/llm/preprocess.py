@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dynamo.context import request_id
 from dynamo.errors import ContextLengthError, RequestError
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, GenerateRequest, Sampling
 from dynamo.llm.tokenizer import Tokenizer
-from dynamo.log import request_id
 
 
 class Preprocessor:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from dynamo import codec
+from dynamo.context import request_id
 from dynamo.errors import DynamoError, NoInstancesError, RequestError, TransportError, UnavailableError
 from dynamo.llm.disagg import (
     Prefiller,
@@ -23,9 +25,7 @@ from dynamo.llm.disagg import (
     local_reason,
 )
 from dynamo.llm.protocol import Delta, GenerateRequest
-from dynamo.log import request_id
-from dynamo.wire import codec
-from dynamo.wire.stream import Stream
+from dynamo.streams import Stream
 
 if TYPE_CHECKING:
     from dynamo.llm.disagg_metrics import DecodeMetrics

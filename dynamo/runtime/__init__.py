@@ -1,6 +1,8 @@
-"""How a call crosses processes: instances in etcd, requests and items over the stream plane."""
+"""The `dynamo.runtime` binding of ai-dynamo 0.x: the runtime by hand, without graphs.
 
-from dynamo.runtime.client import Client
+Kept for code written for 0.1 to 0.3, over `dynamo.rpc`, which services of a graph use.
+"""
+
 from dynamo.runtime.component import Annotated, Component, ComponentClient, ComponentEndpoint, HandlerError, Namespace
 from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.worker import dynamo_endpoint, dynamo_worker
@@ -9,7 +11,6 @@ Endpoint = ComponentEndpoint  # its name in the 0.x binding
 
 __all__ = [
     "Annotated",
-    "Client",
     "Component",
     "ComponentClient",
     "ComponentEndpoint",

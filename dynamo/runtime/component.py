@@ -18,13 +18,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from dynamo import codec
 from dynamo.errors import DynamoError, NoInstancesError, RemoteError, TransportError
-from dynamo.runtime.client import Client
-from dynamo.wire import codec
-from dynamo.wire.stream import Channel, Stream
+from dynamo.rpc.client import Client
+from dynamo.streams import Channel, Stream
 
 if TYPE_CHECKING:
-    from dynamo.runtime.distributed import DistributedRuntime
+    from dynamo.rpc.runtime import Runtime
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class HandlerError(RemoteError, ValueError):
 class Namespace:
     """Keeps the components of one deployment apart from those of another."""
 
-    def __init__(self, runtime: DistributedRuntime, name: str) -> None:
+    def __init__(self, runtime: Runtime, name: str) -> None:
         self.runtime, self.name = runtime, name
 
     def component(self, name: str) -> Component:
@@ -46,7 +46,7 @@ class Namespace:
 class Component:
     """A set of processes that serve the same endpoints."""
 
-    def __init__(self, runtime: DistributedRuntime, namespace: str, name: str) -> None:
+    def __init__(self, runtime: Runtime, namespace: str, name: str) -> None:
         self.runtime, self.namespace, self.name = runtime, namespace, name
 
     async def create_service(self) -> None:
@@ -93,7 +93,7 @@ class ComponentEndpoint:
 class PrimaryLease:
     """The lease of a process, which all that it registers hangs on."""
 
-    def __init__(self, runtime: DistributedRuntime) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
 
     def id(self) -> int:

@@ -10,9 +10,9 @@ import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+from dynamo import codec
 from dynamo.errors import RequestError
 from dynamo.runtime.distributed import DistributedRuntime
-from dynamo.wire import codec
 
 Main = Callable[..., Coroutine[Any, Any, Any]]
 Handler = Callable[..., Any]
@@ -39,7 +39,7 @@ def dynamo_worker(static: bool = False) -> Callable[[Main], Main]:
                 nonlocal told
                 told = True
                 runtime.shutdown()
-                if not runtime.serving:
+                if not runtime.inner.serving:
                     task.cancel()
 
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -54,7 +54,7 @@ def dynamo_worker(static: bool = False) -> Callable[[Main], Main]:
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-                await runtime.drain(DRAIN_S)
+                await runtime.inner.drain(DRAIN_S)
                 await runtime.close()
 
         return run

@@ -1,7 +1,15 @@
 """What a service author imports. Pure declarations: importing this opens no socket and loads no engine."""
 
+from dynamo.sdk.api import DynamoTransport, api
 from dynamo.sdk.channels import Job, Topic, WorkQueue
-from dynamo.sdk.context import dynamo_context
+from dynamo.sdk.compat import (
+    AbstractDynamoService,
+    abstract_dynamo_endpoint,
+    dynamo_api,
+    dynamo_context,
+    dynamo_endpoint,
+)
+from dynamo.sdk.context import ServiceContext, service_context
 from dynamo.sdk.depends import (
     avoiding,
     bind,
@@ -21,15 +29,8 @@ from dynamo.sdk.lib.config import ServiceConfig
 from dynamo.sdk.lib.image import DYNAMO_IMAGE
 from dynamo.sdk.lib.utils import get_capi_library_path
 from dynamo.sdk.metrics import metrics_registry
-from dynamo.sdk.route import DynamoTransport, api
 from dynamo.sdk.service import AbstractService, Service, service
-from dynamo.wire.stream import Reply, Stream
-
-# names of ai-dynamo 0.1 and 0.2
-dynamo_endpoint = endpoint
-dynamo_api = api
-AbstractDynamoService = AbstractService
-abstract_dynamo_endpoint = abstract_endpoint
+from dynamo.streams import Reply, Stream
 
 __all__ = [
     "DYNAMO_IMAGE",
@@ -40,6 +41,7 @@ __all__ = [
     "Reply",
     "Service",
     "ServiceConfig",
+    "ServiceContext",
     "Stream",
     "Topic",
     "WorkQueue",
@@ -69,4 +71,5 @@ __all__ = [
     "readiness",
     "round_robin",
     "service",
+    "service_context",
 ]

@@ -21,64 +21,22 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
+from dynamo import codec
 from dynamo.errors import GraphError, RequestError
+from dynamo.sdk.broker import Broker, Delivery, Limits, Subscription, Tasks
 from dynamo.sdk.endpoint import NAME
-from dynamo.sdk.in_memory import InMemory
-from dynamo.wire import codec
+from dynamo.sdk.in_memory_broker import InMemoryBroker
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 
-_CARRIER = "_dynamo_carrier"
+_BROKER = "_dynamo_broker"
 
 
-class Subscription(Protocol):
-    async def close(self) -> None:
-        """No message comes any more; a second time does nothing."""
-
-
-class Taken(Protocol):
-    """A task as bytes, in the hands of this process."""
-
-    @property
-    def payload(self) -> bytes: ...
-    @property
-    def tries(self) -> int: ...
-    async def done(self) -> None: ...
-    async def fail(self) -> None: ...
-    async def drop(self, reason: str) -> None: ...
-
-
-class Tasks(Protocol):
-    """A work queue of bytes."""
-
-    async def put(self, payload: bytes) -> None: ...
-    async def size(self) -> int: ...
-    async def waiting(self) -> int: ...
-    def take(self, limit: int) -> AsyncGenerator[Taken, None]: ...
-
-
-class Limits(NamedTuple):
-    """Of a work queue; see `WorkQueue`."""
-
-    max_tasks: int
-    max_age_s: float
-    max_tries: int
-    lost_after_s: float
-
-
-class Carrier(Protocol):
-    """How the channels of one service reach others. The runtime implements it; `serve` joins the two."""
-
-    async def publish(self, topic: str, payload: bytes) -> None: ...
-    async def subscribe(self, topic: str, handler: Callable[[bytes], None]) -> Subscription: ...
-    def queue(self, name: str, limits: Limits) -> Tasks: ...
-
-
-class Declared(ABC):
+class ChannelSpec(ABC):
     """What a class body says of a channel: its name, which is the attribute's unless another is given."""
 
     def __init__(self, name: str | None) -> None:
@@ -91,34 +49,34 @@ class Declared(ABC):
         self.attribute, self.name = name, self.name or name
 
     @abstractmethod
-    def open(self, carrier: Carrier) -> Any:
+    def open(self, broker: Broker) -> Any:
         """What stands behind it: an `OpenTopic` or an `OpenQueue`."""
 
     def opened(self, instance: object) -> Any:
         """The one of an object, made at the first use."""
         values, slot = instance.__dict__, f"_dynamo_channel_{self.attribute}"
         if slot not in values:
-            carrier = values.get(_CARRIER)
-            if carrier is None:
-                carrier = values[_CARRIER] = InMemory()
-            values[slot] = self.open(carrier)
+            broker = values.get(_BROKER)
+            if broker is None:
+                broker = values[_BROKER] = InMemoryBroker()
+            values[slot] = self.open(broker)
         return values[slot]
 
 
 class OpenTopic(Generic[M]):
     """A topic of one service, to publish on and to subscribe to."""
 
-    __slots__ = ("_carrier", "_decode", "_name")
+    __slots__ = ("_broker", "_decode", "_name")
 
-    def __init__(self, name: str, carrier: Carrier, decode: codec.Decode) -> None:
-        self._name, self._carrier, self._decode = name, carrier, decode
+    def __init__(self, name: str, broker: Broker, decode: codec.Decode) -> None:
+        self._name, self._broker, self._decode = name, broker, decode
 
     async def publish(self, message: M) -> None:
         """Send to all who listen now. Raises TransportError when NATS is away or takes no message of this size.
 
         Nothing is kept for later: the caller knows whether the message still matters then.
         """
-        await self._carrier.publish(self._name, codec.encode(message))
+        await self._broker.publish(self._name, codec.encode(message))
 
     async def subscribe(self, handler: Callable[[M], None]) -> Subscription:
         """Call `handler` on the event loop for each message from any instance, from the return of this on.
@@ -134,13 +92,13 @@ class OpenTopic(Generic[M]):
             except Exception:
                 logger.exception("a subscriber of topic %s failed", self._name)
 
-        return await self._carrier.subscribe(self._name, deliver)
+        return await self._broker.subscribe(self._name, deliver)
 
     def __repr__(self) -> str:
         return f"<topic {self._name}>"
 
 
-class Topic(Declared, Generic[M]):
+class Topic(ChannelSpec, Generic[M]):
     """Declare a topic of this service with the type of its messages: a msgspec Struct, or what an endpoint may take.
 
     Its subject in NATS is `namespace.<namespace>.component.<service>.<name>`. Each instance publishes on it; a
@@ -161,8 +119,8 @@ class Topic(Declared, Generic[M]):
         opened: OpenTopic[M] = self.opened(instance)
         return opened
 
-    def open(self, carrier: Carrier) -> OpenTopic[M]:
-        return OpenTopic(self.name, carrier, codec.decoder(self.message))
+    def open(self, broker: Broker) -> OpenTopic[M]:
+        return OpenTopic(self.name, broker, codec.decoder(self.message))
 
     def __repr__(self) -> str:
         return f"Topic({getattr(self.message, '__name__', self.message)})"
@@ -177,7 +135,7 @@ class Job(Generic[M]):
 
     __slots__ = ("_taken", "task")
 
-    def __init__(self, task: M, taken: Taken) -> None:
+    def __init__(self, task: M, taken: Delivery) -> None:
         self.task, self._taken = task, taken
 
     @property
@@ -258,7 +216,7 @@ class OpenQueue(Generic[M]):
                 del job
 
 
-class WorkQueue(Declared, Generic[M]):
+class WorkQueue(ChannelSpec, Generic[M]):
     """Declare a queue of tasks that this service works on, with their type: a msgspec Struct, or what an endpoint may take.
 
     It is a stream of JetStream: tasks survive restarts of workers and of NATS. A task is worked on at least once: it
@@ -294,24 +252,24 @@ class WorkQueue(Declared, Generic[M]):
         opened: OpenQueue[M] = self.opened(instance)
         return opened
 
-    def open(self, carrier: Carrier) -> OpenQueue[M]:
-        return OpenQueue(carrier.queue(self.name, self.limits), codec.decoder(self.task))
+    def open(self, broker: Broker) -> OpenQueue[M]:
+        return OpenQueue(broker.queue(self.name, self.limits), codec.decoder(self.task))
 
     def __repr__(self) -> str:
         return f"WorkQueue({getattr(self.task, '__name__', self.task)})"
 
 
-def attach(instance: object, carrier: Carrier) -> None:
-    """Put the channels of one live object, of which none may have been used so far, on `carrier`."""
-    instance.__dict__[_CARRIER] = carrier
+def attach(instance: object, broker: Broker) -> None:
+    """Put the channels of one live object, of which none may have been used so far, on `broker`."""
+    instance.__dict__[_BROKER] = broker
 
 
-def channels(cls: type[Any]) -> dict[str, Declared]:
+def channels(cls: type[Any]) -> dict[str, ChannelSpec]:
     """attribute -> channel of a service class, inherited ones included. Raises GraphError when two have one name."""
-    found: dict[str, Declared] = {}
+    found: dict[str, ChannelSpec] = {}
     for base in reversed(cls.__mro__):
         for attribute, value in vars(base).items():
-            if isinstance(value, Declared):
+            if isinstance(value, ChannelSpec):
                 found[attribute] = value
             else:
                 found.pop(attribute, None)

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast, overload
 
 from dynamo.errors import GraphError
-from dynamo.sdk.channels import Carrier
+from dynamo.sdk.broker import Broker
 from dynamo.sdk.endpoint import EndpointSpec
-from dynamo.sdk.service import ServiceSpec, is_interface, spec_of
-from dynamo.wire.stream import Stream
+from dynamo.sdk.spec import ServiceSpec, is_interface, spec_of
+from dynamo.streams import Stream
 
 T = TypeVar("T")
 
@@ -30,13 +30,13 @@ class Caller(Protocol):
     """How a stub reaches a service. The runtime implements it; `serve` joins the two."""
 
     @property
-    def channels(self) -> Carrier: ...
+    def channels(self) -> Broker: ...
     def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]: ...
     def instance_ids(self) -> list[int]: ...
     def in_flight(self) -> dict[int, int]: ...
 
 
-class Remote:
+class Stub:
     """Stands behind a dependency in a running process: its endpoints are called over the wire, its channels are those
     of all instances, and nothing else exists."""
 
@@ -147,7 +147,7 @@ def is_linked(instance: object, attribute: str) -> bool:
 
 
 def _choose(client: T, choice: Choice) -> T:
-    return cast(T, Remote(client._spec, client._caller, choice)) if isinstance(client, Remote) else client
+    return cast(T, Stub(client._spec, client._caller, choice)) if isinstance(client, Stub) else client
 
 
 def direct(client: T, instance_id: int) -> T:
@@ -177,7 +177,7 @@ def least_loaded(client: T) -> T:
 
 def avoiding(client: T, instances: Collection[int]) -> T:
     """The same client, whose calls go to none of these instances while there are others; not for a pinned client."""
-    if not instances or not isinstance(client, Remote) or isinstance(client._choice, int):
+    if not instances or not isinstance(client, Stub) or isinstance(client._choice, int):
         return client
     choice = client._choice.choice if isinstance(client._choice, Avoiding) else client._choice
     return _choose(client, Avoiding(choice, frozenset(instances)))
@@ -185,9 +185,9 @@ def avoiding(client: T, instances: Collection[int]) -> T:
 
 def instance_ids(client: object) -> list[int]:
     """Ids of the live instances behind a dependency; empty for a plain object in a test."""
-    return client._caller.instance_ids() if isinstance(client, Remote) else []
+    return client._caller.instance_ids() if isinstance(client, Stub) else []
 
 
 def in_flight(client: object) -> dict[int, int]:
     """How many calls of this process run at each live instance behind a dependency; empty for a plain object."""
-    return client._caller.in_flight() if isinstance(client, Remote) else {}
+    return client._caller.in_flight() if isinstance(client, Stub) else {}

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar, get_type_hints, overload
 
+from dynamo.codec import item_type
 from dynamo.errors import GraphError
-from dynamo.sdk.route import mark_route
-from dynamo.wire.codec import item_type
+from dynamo.sdk.api import mark_route
 
 F = TypeVar("F", bound=Callable[..., Any])
 

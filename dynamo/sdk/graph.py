@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from dynamo.errors import GraphError
 from dynamo.sdk.depends import dependencies
-from dynamo.sdk.service import EDGES, Edge, is_interface, is_service, spec_of
+from dynamo.sdk.links import EDGES, Edge
+from dynamo.sdk.spec import is_interface, is_service, spec_of
 
 
 @dataclass(frozen=True)

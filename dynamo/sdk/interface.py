@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo.errors import GraphError
+from dynamo.sdk.api import routes
 from dynamo.sdk.endpoint import endpoints
-from dynamo.sdk.route import routes
 
 __all__ = ["abstract_endpoint", "check_interface"]
 

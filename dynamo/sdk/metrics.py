@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo.sdk.context import dynamo_context
+from dynamo.sdk.context import service_context
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -16,9 +16,9 @@ def metrics_registry() -> CollectorRegistry:
     The Frontend's /metrics shows them with the labels `service` and `worker_id`. In a served process it is one registry;
     in plain Python, as in a test, a new one at each call, so that components can be made again and again.
     """
-    runtime = dynamo_context.get("runtime")
-    if runtime is not None:
-        found: CollectorRegistry = runtime.metrics.registry
+    context = service_context()
+    if context is not None:
+        found: CollectorRegistry = context.runtime.metrics.registry
         return found
     from prometheus_client import CollectorRegistry
 

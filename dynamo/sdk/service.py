@@ -8,87 +8,23 @@ import sys
 import warnings
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from dynamo.errors import GraphError
-from dynamo.sdk.channels import Declared, channels
-from dynamo.sdk.endpoint import NAME, EndpointSpec, endpoints
+from dynamo.sdk.api import routes
+from dynamo.sdk.channels import channels
+from dynamo.sdk.endpoint import NAME, endpoints
 from dynamo.sdk.interface import check_interface
-from dynamo.sdk.route import Route, routes
+from dynamo.sdk.links import link
+from dynamo.sdk.spec import SPEC_MARK, Interface, Resources, ServiceSpec, spec_of
 
 C = TypeVar("C", bound="type[Any]")
 U = TypeVar("U")
 
-_SPEC = "__dynamo_service__"
 DEFAULT_NAMESPACE = "dynamo"
 _IGNORED_IN_0_3 = {"traffic", "resource", "labels", "kubernetes_overrides", "logging", "ssl", "http"}
 _KNOWN = ("dynamo", "resources", "workers", "image", "envs", "app", "system_app")
 HTTP_SETTINGS = ("host", "port")
-
-
-class Resources(NamedTuple):
-    """Per worker process. `gpu` may be a fraction; `cpu` and `memory` are declarations for deployment tools."""
-
-    gpu: float = 0.0
-    cpu: str = "1"
-    memory: str = "500Mi"
-
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> Resources:
-        try:
-            gpu = float(given.get("gpu", 0) or 0)
-        except (TypeError, ValueError):
-            raise GraphError(f"resources.gpu: expected a number, found {given.get('gpu')!r}") from None
-        return cls(gpu, str(given.get("cpu", "1")), str(given.get("memory", "500Mi")))
-
-
-@dataclass(frozen=True)
-class ServiceSpec:
-    """What the decorator learned: plain data, no sockets."""
-
-    name: str
-    namespace: str
-    component_type: str | None
-    resources: Resources
-    workers: int
-    image: str | None
-    envs: Mapping[str, str]
-    app: Any
-    endpoints: Mapping[str, EndpointSpec]  # by method name
-    routes: Sequence[Route] = ()
-    system_app: Any = None
-    channels: Mapping[str, Declared] = field(default_factory=dict)  # by attribute
-
-    @property
-    def address(self) -> tuple[str, str]:
-        return self.namespace, self.name
-
-
-def spec_of(cls: type[Any]) -> ServiceSpec:
-    """The declaration of a service class. Raises GraphError for a class that is not decorated itself."""
-    spec = vars(cls).get(_SPEC) if isinstance(cls, type) else None
-    if not isinstance(spec, ServiceSpec):
-        name = cls.__name__ if isinstance(cls, type) else repr(cls)
-        raise GraphError(f"{name} is not a service", hint=f"decorate class {name} with @service")
-    return spec
-
-
-def is_service(value: object) -> TypeGuard[type[Any]]:
-    return isinstance(value, type) and isinstance(vars(value).get(_SPEC), ServiceSpec)
-
-
-@dataclass(frozen=True)
-class Edge:
-    """`source.link(target)`, said in the module `graph`, which activates the dependency `attribute`."""
-
-    source: type[Any]
-    attribute: str
-    target: type[Any]
-    graph: str
-
-
-EDGES: list[Edge] = []  # append-only; a graph reads the edges of its own module
 
 
 class Service:
@@ -100,28 +36,7 @@ class Service:
 
         Returns `target`, so that links chain. Raises GraphError when none or several dependencies fit.
         """
-        from dynamo.sdk.depends import dependencies  # depends needs this module's spec_of
-
-        spec_of(cls)
-        spec_of(target)
-        known = dependencies(cls)
-        fits = [name for name, dependency in known.items() if issubclass(target, dependency.on)]
-        listed = ", ".join(f"{name} = {dependency!r}" for name, dependency in known.items()) or "none"
-        if not fits:
-            raise GraphError(
-                f"{target.__name__} does not fulfill any dependencies required by {cls.__name__}",
-                hint=f"dependencies of {cls.__name__}: {listed}",
-            )
-        exact = [name for name in fits if known[name].on is target]
-        if len(exact) == 1:
-            fits = exact
-        if len(fits) > 1:
-            raise GraphError(
-                f"{target.__name__} fulfills multiple dependencies required by {cls.__name__}: {', '.join(fits)}",
-                hint="give the dependencies different service classes",
-            )
-        EDGES.append(Edge(cls, fits[0], target, sys._getframe(1).f_globals.get("__name__", "")))
-        return target
+        return link(cls, target, sys._getframe(1).f_globals.get("__name__", ""))
 
     @classmethod
     def dynamo_address(cls) -> tuple[str, str]:
@@ -129,61 +44,20 @@ class Service:
         return spec_of(cls).address
 
 
-class AbstractService(Service, ABC):
+class AbstractService(Service, Interface, ABC):
     """Base of an interface: a class whose methods are `@abstract_endpoint`, named in `depends()` and never served.
 
     A service that implements it derives from it, and is put behind the dependency by `.link()`.
     """
 
 
-def is_interface(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, AbstractService) and not is_service(value)
-
-
-class _OfClass:
-    """An attribute that only the class has; on instances the name stays free for the author."""
-
-    def __init__(self, read: Callable[[type[Any]], Any]) -> None:
-        self._read = read
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: object | None, owner: type[Any]) -> Any:
-        if instance is not None or not is_service(owner):
-            raise AttributeError(f"{owner.__name__!r} object has no attribute {self._name!r}")
-        return self._read(owner)
-
-
-def _active_dependencies(cls: type[Any]) -> dict[str, Any]:
-    from dynamo.sdk.depends import dependencies
-
-    mine = {edge.attribute for edge in EDGES if edge.source is cls}
-    linked = any(cls in (edge.source, edge.target) for edge in EDGES)
-    return {name: found for name, found in dependencies(cls).items() if name in mine or not (linked or found.optional)}
-
-
-def _all_services(cls: type[Any]) -> dict[str, type[Any]]:
-    from dynamo.sdk.graph import build
-
-    return build(cls.__name__, cls, list(EDGES)).services
-
-
-class _ServiceObject:
-    """What graphs and tests of ai-dynamo 0.1 to 0.3 read from the object that stood in a service class's place."""
-
-    inner = _OfClass(lambda cls: cls)
-    name = _OfClass(lambda cls: spec_of(cls).name)
-    config = _OfClass(spec_of)
-    dependencies = _OfClass(_active_dependencies)
-    get_dynamo_endpoints = _OfClass(lambda cls: lambda: {e.name: e for e in spec_of(cls).endpoints.values()})
-    all_services = _OfClass(lambda cls: lambda: _all_services(cls))
+class_attributes: list[type[Any]] = [Service]
+"""classes whose attributes a service class gets where it uses the name for nothing itself"""
 
 
 def _add_attributes(cls: type[Any]) -> None:
-    """`link`, `dynamo_address` and those of `_ServiceObject`, where the class uses the name for nothing itself."""
     used = {name for base in cls.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", ()))}
-    for source in (Service, _ServiceObject):
+    for source in class_attributes:
         for name, value in vars(source).items():
             if not name.startswith("__") and name not in used:
                 setattr(cls, name, value)
@@ -278,7 +152,7 @@ def service(
             system_app=system_app,
             channels=channels(found),
         )
-        setattr(found, _SPEC, spec)
+        setattr(found, SPEC_MARK, spec)
         _add_attributes(found)
         if spec.routes or app is not None:
             _take_http_settings(found)

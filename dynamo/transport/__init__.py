@@ -1,5 +1,4 @@
-"""What crosses the network: `etcd` (who is there), `nats` (requests, events), `stream` (answers) with
-its two ends, `listener` and `caller`.
+"""The brokers: `etcd` (service discovery), `nats` (events, work queues), and `network` (addresses and sockets).
 
 Nothing is imported here: a process pays for grpc only when it imports `dynamo.transport.etcd`.
 """

@@ -23,7 +23,7 @@ import grpc
 import grpc.aio
 
 from dynamo.errors import ConfigError, TransportError
-from dynamo.transport.host import without_credentials
+from dynamo.transport.network import without_credentials
 
 log = logging.getLogger(__name__)
 aio: Any = grpc.aio

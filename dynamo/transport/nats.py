@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from dynamo.errors import NoInstancesError, TransportError
-from dynamo.transport.host import without_credentials
-from dynamo.transport.nats_py import Msg, NatsConnection, Subscription, errors
+from dynamo.transport.nats_import import Msg, NatsConnection, Subscription, errors
+from dynamo.transport.network import without_credentials
 
 logger = logging.getLogger(__name__)
 

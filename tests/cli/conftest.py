@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dynamo.serve.infra import free_ports
+from dynamo.launcher.embedded_servers import free_ports
 from tests.cli.terminal import COMMAND, ROOT, environment
 
 

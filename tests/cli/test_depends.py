@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.serve.infra import free_ports
+from dynamo.launcher.embedded_servers import free_ports
 from tests.cli.conftest import Graph
 from tests.cli.terminal import COMMAND, ROOT, command, environment
 

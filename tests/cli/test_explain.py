@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dynamo.launcher.plan import plan
 from dynamo.sdk.graph import load
-from dynamo.serve.plan import plan
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.llm.engines.mock import MockEngine
-from dynamo.llm.models import tokenizer_dir
+from dynamo.engines.mock import MockEngine
+from dynamo.launcher.embedded_servers import free_ports
+from dynamo.llm.model_files import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, Sampling
 from dynamo.llm.tiny import faq
 from dynamo.llm.tokenizer import Tokenizer
-from dynamo.serve.infra import free_ports
 from tests.cli.conftest import Graph
 from tests.cli.terminal import COMMAND, CTRL_C, CTRL_D, ROOT, Terminal, command, environment
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.serve.infra import free_ports
+from dynamo.launcher.embedded_servers import free_ports
 from tests.cli.terminal import COMMAND, ROOT, command, environment
 from tests.cli.test_depends import planned
 
@@ -181,7 +181,7 @@ def test_supervised_ones_are_restarted(
 ) -> None:
     joined = Joined(tmp_path / "output", nats_server, etcd_server, *arguments)
     joined.wait_for(f"s: joined joined/VllmWorker of the graph at {nats_server}")
-    from dynamo.serve.guard import descendants
+    from dynamo.launcher.guard import descendants
 
     served = [pid for pid in descendants(joined.process.pid) if b"serve.process" in cmdline(pid)]
     assert len(served) == (1 if arguments == ("--supervise",) else 2)

@@ -9,11 +9,11 @@ from typing import Literal
 
 import pytest
 
-from dynamo.runtime import DistributedRuntime
+from dynamo.launcher.embedded_servers import Infra
+from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import service
-from dynamo.serve.infra import Infra
-from dynamo.serve.live_settings import LiveSettings
 from dynamo.transport.etcd import Etcd
+from dynamo.worker.live_settings import LiveSettings
 from tests.cli.terminal import command
 from tests.cli.test_completion import completed
 
@@ -40,11 +40,11 @@ class Running:
     def __init__(self, infra: Infra) -> None:
         self.env = infra.env
         self.voices, self.ear = [Voice(), Voice()], Ear()
-        self._started: list[tuple[DistributedRuntime, LiveSettings]] = []
+        self._started: list[tuple[Runtime, LiveSettings]] = []
 
     async def start(self, instance: object, namespace: str = "a") -> LiveSettings:
         nats_url, etcd_endpoints = self.env["NATS_SERVER"], self.env["ETCD_ENDPOINTS"]
-        runtime = DistributedRuntime(nats_url=nats_url, etcd_endpoints=etcd_endpoints)
+        runtime = Runtime(nats_url=nats_url, etcd_endpoints=etcd_endpoints)
         await runtime.connect()
         live = LiveSettings(instance, namespace)
         await live.start(runtime)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.cli.live import Deployment, Load, Seen, look
+from dynamo.cli.deployments import Deployment, Load, Seen, look
 from dynamo.cli.status import render
-from dynamo.runtime import DistributedRuntime
-from dynamo.serve import announcement
-from dynamo.serve.infra import Infra
-from dynamo.wire.messages import Instance
+from dynamo.launcher.embedded_servers import Infra
+from dynamo.launcher.run_dir import FILE, announce, running
+from dynamo.rpc.messages import Instance
+from dynamo.rpc.runtime import Runtime
 from tests.cli.conftest import Graph
 from tests.cli.terminal import COMMAND, ROOT, command, environment
 
@@ -123,16 +123,16 @@ def test_only_graphs_that_run_are_found(tmp_path: Path):
     with ExitStack() as opened:
         for number, address in enumerate([("0.0.0.0", 8000), ("::1", 8001), None]):
             (tmp_path / f"dynamo-{number}").mkdir()
-            opened.enter_context(announcement.write(tmp_path / f"dynamo-{number}", f"g{number}:F", address, env))
+            opened.enter_context(announce(tmp_path / f"dynamo-{number}", f"g{number}:F", address, env))
         (tmp_path / "dynamo-other").mkdir()
-        (tmp_path / "dynamo-other" / announcement.FILE).write_text("{}")
+        (tmp_path / "dynamo-other" / FILE).write_text("{}")
         (tmp_path / "dynamo-empty").mkdir()
         (tmp_path / "dynamo-older").mkdir()
-        older = opened.enter_context((tmp_path / "dynamo-older" / announcement.FILE).open("w"))
+        older = opened.enter_context((tmp_path / "dynamo-older" / FILE).open("w"))
         fcntl.flock(older, fcntl.LOCK_EX)
         json.dump({"graph": "old:F", "pid": 1, "a field of another version": 1}, older)
         older.flush()
-        old, *found = announcement.running(tmp_path)
+        old, *found = running(tmp_path)
         assert (old.graph, old.url, old.env) == ("old:F", "", {})
         assert [(g.graph, g.url) for g in found] == [
             ("g0:F", "http://127.0.0.1:8000"),
@@ -146,7 +146,7 @@ def test_only_graphs_that_run_are_found(tmp_path: Path):
         assert "g0:F" in result.stdout
         assert "g1:F" in result.stdout
         assert "error: etcd does not answer at http://127.0.0.1:9" in result.stdout
-    assert announcement.running(tmp_path) == []  # the files are there, nobody holds them
+    assert running(tmp_path) == []  # the files are there, nobody holds them
 
 
 def test_several_graphs_come_one_after_the_other(graph: Graph, tmp_path: Path):
@@ -156,7 +156,7 @@ def test_several_graphs_come_one_after_the_other(graph: Graph, tmp_path: Path):
     other = tmp_path / "dynamo-other"
     other.mkdir()
     env = {"NATS_SERVER": "nats://127.0.0.1:1", "ETCD_ENDPOINTS": "http://127.0.0.1:9"}
-    with announcement.write(other, "mine:Entry", None, env):
+    with announce(other, "mine:Entry", None, env):
         result = command("status", TMPDIR=str(tmp_path))
         first, second = result.stdout.split("\n\nmine:Entry")
         assert first.startswith("graphs.agg:Frontend")
@@ -178,7 +178,7 @@ def test_a_bad_flag(arguments, code):
 
 async def test_kv_usage_and_prefix_hits_are_shown(private_infra: Infra):
     servers = {"nats_url": private_infra.nats_url, "etcd_endpoints": private_infra.etcd_endpoints}
-    runtime = DistributedRuntime(**servers)
+    runtime = Runtime(**servers)
     told = {"gpu_cache_usage_perc": 0.254, "gpu_prefix_cache_hit_rate": 1, "kv_total_blocks": 100}
     await runtime.serve("dynamo", "Worker", "generate", str, str, lambda: told)
     await runtime.serve("dynamo", "Worker", "other", str, str, lambda: {"gpu_cache_usage_perc": "much"})

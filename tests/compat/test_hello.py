@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dynamo.runtime import DistributedRuntime
+from dynamo.rpc.runtime import Runtime
 from tests.compat.conftest import Start
 from tests.graph.conftest import ROOT, Served
 
@@ -158,7 +158,7 @@ async def test_a_component_alone(nats_server: str, etcd_server: str) -> None:
     command = [sys.executable, "-m", "components.worker", "-f", "configs/agg_mock.yaml"]
     command += [f"--VllmWorker.ServiceArgs.dynamo.namespace={namespace}"]
     env = {**os.environ, "NATS_SERVER": nats_server, "ETCD_ENDPOINTS": etcd_server}
-    runtime = DistributedRuntime(nats_url=nats_server, etcd_endpoints=etcd_server)
+    runtime = Runtime(nats_url=nats_server, etcd_endpoints=etcd_server)
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=env)
     try:
         client = await runtime.client(namespace, "VllmWorker", "generate")
@@ -194,7 +194,7 @@ def test_system_app_of_a_service_alone(hello_system: tuple[subprocess.Popen[byte
 
 @pytest.fixture
 def hello_system(nats_server: str, etcd_server: str) -> object:
-    from dynamo.serve.infra import free_ports
+    from dynamo.launcher.embedded_servers import free_ports
 
     port, http_port = free_ports(2)
     env = {

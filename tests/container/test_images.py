@@ -21,8 +21,8 @@ from types import ModuleType
 
 import pytest
 
-from dynamo.serve import announcement
-from dynamo.serve.infra import free_ports
+from dynamo.launcher.embedded_servers import free_ports
+from dynamo.launcher.run_dir import announce
 from tests.cli.terminal import COMMAND, environment
 
 ROOT = Path(__file__).parents[2]
@@ -247,7 +247,7 @@ def http(status: int, text: str = "") -> Iterator[int]:
 def test_the_answer_decides(check: ModuleType, tmp_path: Path, status: int, healthy: bool) -> None:
     run_dir = tmp_path / "dynamo-one"
     run_dir.mkdir()
-    with http(status) as port, announcement.write(run_dir, "graphs.agg:Frontend", ("0.0.0.0", port), {}):
+    with http(status) as port, announce(run_dir, "graphs.agg:Frontend", ("0.0.0.0", port), {}):
         fault = check.fault(1)
     assert (fault is None) == healthy, fault
     assert healthy or f"http://127.0.0.1:{port}/health: {status}" in fault
@@ -256,7 +256,7 @@ def test_the_answer_decides(check: ModuleType, tmp_path: Path, status: int, heal
 def test_nothing_that_listens_is_a_fault(check: ModuleType, tmp_path: Path) -> None:
     run_dir = tmp_path / "dynamo-one"
     run_dir.mkdir()
-    with announcement.write(run_dir, "graphs.agg:Frontend", ("127.0.0.1", free_ports(1)[0]), {}):
+    with announce(run_dir, "graphs.agg:Frontend", ("127.0.0.1", free_ports(1)[0]), {}):
         assert "Connection refused" in check.fault(1)
 
 
@@ -283,16 +283,16 @@ def test_of_services_that_joined_each_must_be_up(
     monkeypatch.setattr(check, "ANSWER_S", 1.0)
     with http(200, text) as port:
         url = f"http://{host}:{port}/metrics"
-        with announcement.write(run_dir, "graphs.agg:Frontend", None, {}, url):
+        with announce(run_dir, "graphs.agg:Frontend", None, {}, url):
             assert check.fault(1) == fault
-    with announcement.write(run_dir, "graphs.agg:Frontend", None, {}, url):
+    with announce(run_dir, "graphs.agg:Frontend", None, {}, url):
         assert url in check.fault(1)  # nobody answers
 
 
 def test_a_graph_without_http_is_healthy_while_it_runs(check: ModuleType, tmp_path: Path) -> None:
     run_dir = tmp_path / "dynamo-one"
     run_dir.mkdir()
-    with announcement.write(run_dir, "graphs.agg:VllmWorker", None, {}):
+    with announce(run_dir, "graphs.agg:VllmWorker", None, {}):
         assert check.fault(1) is None
 
 

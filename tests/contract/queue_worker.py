@@ -7,16 +7,16 @@ import sys
 
 import uvloop
 
-from dynamo.runtime import DistributedRuntime
+from dynamo.rpc.runtime import Runtime
 from dynamo.sdk.channels import attach
-from dynamo.serve.channels import ServiceChannels
+from dynamo.worker.broker import ServiceBroker
 from tests.contract.test_work_queue import Worker
 
 
 async def main(nats: str, etcd: str, namespace: str, limit: str) -> None:
     worker = Worker()
-    runtime = DistributedRuntime(nats_url=nats, etcd_endpoints=etcd)
-    attach(worker, ServiceChannels(runtime, namespace, "Worker"))
+    runtime = Runtime(nats_url=nats, etcd_endpoints=etcd)
+    attach(worker, ServiceBroker(runtime, namespace, "Worker"))
     held = []
     async for job in worker.tasks.take(int(limit)):
         held.append(job)

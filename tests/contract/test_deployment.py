@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dynamo.errors import StartError
-from dynamo.serve import deployment
-from dynamo.serve.console import Console
-from dynamo.serve.infra import Infra
+from dynamo.launcher import deployment
+from dynamo.launcher.console import Console
+from dynamo.launcher.embedded_servers import Infra
 
 
 async def test_a_server_that_keeps_dying_ends_the_graph(private_infra: Infra, monkeypatch: pytest.MonkeyPatch) -> None:

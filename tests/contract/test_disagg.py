@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
-from tests.contract.runtime_steps import Make, make, namespace
+from tests.contract.rpc_steps import Make, make, namespace
 from tests.contract.test_work_queue import Task, front_on, worker_on
 
 __all__ = ["make", "namespace"]  # fixtures

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dynamo.errors import ConfigError, TransportError
-from dynamo.serve.infra import Infra, free_ports
+from dynamo.launcher.embedded_servers import Infra, free_ports
 from dynamo.transport.etcd import Delete, Etcd, Event, KeyValue, Put, Snapshot
 from dynamo.transport.etcd_cluster import rpc
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.serve import guard
+from dynamo.launcher import guard
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process supervision is for Linux")
 
@@ -40,7 +40,7 @@ time.sleep(60)
 
 DRIVER = """
 import os, signal, subprocess, sys, time
-from dynamo.serve.guard import guarded
+from dynamo.launcher.guard import guarded
 token, what = sys.argv[1:]
 
 def run():

@@ -22,14 +22,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from dynamo.config.options import ServeOptions
 from dynamo.errors import ConfigError
 from dynamo.http import metrics_server
-from dynamo.http.exposition import Pages, family
-from dynamo.serve import host_metrics, metrics_port, metrics_socket, ports
-from dynamo.serve.child import ProcessSpec
-from dynamo.serve.host_metrics import HostMetrics, serve, serve_alone
-from dynamo.serve.infra import free_ports
-from dynamo.serve.metrics_port import MetricsPort, check, check_addresses, claim
-from dynamo.serve.metrics_socket import METRICS, TARGETS, MetricsSocket, ask, ask_process, path_of
-from dynamo.serve.supervisor import ProcessState
+from dynamo.http.prometheus_text import Pages, family
+from dynamo.launcher import host_metrics, metrics_port, ports
+from dynamo.launcher.embedded_servers import free_ports
+from dynamo.launcher.host_metrics import HostMetrics, ask_process, serve, serve_alone
+from dynamo.launcher.managed_process import ProcessSpec
+from dynamo.launcher.metrics_port import MetricsPort, check, check_addresses, claim
+from dynamo.launcher.supervisor import ProcessState
+from dynamo.worker import metrics_socket
+from dynamo.worker.metrics_socket import METRICS, TARGETS, MetricsSocket, ask, path_of
 
 NATS = "nats://127.0.0.1:4222"
 

@@ -600,12 +600,12 @@ async def test_unknown_fields_are_accepted_with_one_log_line(
 
 
 async def test_deadline() -> None:
-    from dynamo.wire import scope
+    from dynamo import context
 
     left: list[float | None] = []
 
     def look(call: Call) -> None:
-        left.append(scope.time_left_s())
+        left.append(context.time_left_s())
         hello(call)
 
     async with site(look, timeout_s=30) as limited, httpx.AsyncClient(trust_env=False, verify=False) as http:

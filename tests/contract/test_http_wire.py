@@ -13,10 +13,10 @@ import pytest
 import uvloop
 
 from dynamo.errors import StartError
-from dynamo.http import sse
-from dynamo.http.app import create_app
 from dynamo.http.server import HttpServer
 from dynamo.llm.protocol import Delta
+from dynamo.openai import streaming
+from dynamo.openai.app import create_app
 from tests.http_backend import Call, FakeBackend, Site, chat, events, post, site, without_direct
 
 PATH = "/v1/chat/completions"
@@ -182,7 +182,7 @@ async def test_expect_100_continue(direct: Site) -> None:
 
 
 async def test_headers_and_comments_during_a_long_prefill(served: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "SILENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "SILENCE_S", 0.05)
     reader, writer = await connect(served)
     writer.write(post(PATH, chat(stream=True)))
     call = await served.backend.next_call()
@@ -199,7 +199,7 @@ async def test_headers_and_comments_during_a_long_prefill(served: Site, monkeypa
 
 async def test_a_text_completion_keeps_silent_correctly(direct: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no opening chunk, and an empty one would end the answer."""
-    monkeypatch.setattr(sse, "SILENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "SILENCE_S", 0.05)
     reader, writer = await connect(direct)
     writer.write(post("/v1/completions", {"prompt": "x", "stream": True}))
     call = await direct.backend.next_call()
@@ -305,7 +305,7 @@ async def test_a_slow_client_loses_nothing_and_holds_up_nobody(served: Site) -> 
         if i % 1000 == 0:
             await asyncio.sleep(0)
             most = max(most, _waiting_deltas())
-    assert sse.MERGE_ABOVE < most <= 60_000 / 8
+    assert streaming.MERGE_ABOVE < most <= 60_000 / 8
     # others are served meanwhile
     reader, writer = await connect(served)
     writer.write(post(PATH, chat()))
@@ -338,7 +338,7 @@ def _waiting_deltas() -> int:
         coroutine = task.get_coro()
         while coroutine is not None and getattr(coroutine, "cr_frame", None) is not None:
             found = coroutine.cr_frame.f_locals.get("self")
-            if isinstance(found, sse.Events):
+            if isinstance(found, streaming.Events):
                 kept = max(kept, len(found._waiting))
             coroutine = coroutine.cr_await
     return kept

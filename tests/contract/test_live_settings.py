@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from dynamo.runtime import DistributedRuntime
+from dynamo.launcher.embedded_servers import Infra
+from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import service
-from dynamo.serve.infra import Infra
-from dynamo.serve.live_settings import LiveSettings
 from dynamo.transport.etcd import Etcd
-from tests.contract.runtime_steps import soon
+from dynamo.worker.live_settings import LiveSettings
+from tests.contract.rpc_steps import soon
 
 
 @service
@@ -32,7 +32,7 @@ class Fixed:
         self.mode = mode
 
 
-Start = Callable[[Any], Awaitable[DistributedRuntime]]
+Start = Callable[[Any], Awaitable[Runtime]]
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ async def etcd(private_infra: Infra) -> AsyncIterator[Etcd]:
 @pytest.fixture
 async def start(private_infra: Infra, namespace: str) -> AsyncIterator[Start]:
     """Starts the live settings of an object in a runtime of its own, as a process of it would."""
-    started: list[tuple[DistributedRuntime, LiveSettings]] = []
+    started: list[tuple[Runtime, LiveSettings]] = []
 
-    async def start(instance: Any) -> DistributedRuntime:
-        runtime = DistributedRuntime(nats_url=private_infra.nats_url, etcd_endpoints=private_infra.etcd_endpoints)
+    async def start(instance: Any) -> Runtime:
+        runtime = Runtime(nats_url=private_infra.nats_url, etcd_endpoints=private_infra.etcd_endpoints)
         await runtime.connect()
         live = LiveSettings(instance, namespace)
         started.append((runtime, live))

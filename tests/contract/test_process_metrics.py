@@ -14,17 +14,18 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from dynamo.http.app import create_app
-from dynamo.runtime import DistributedRuntime
-from dynamo.runtime import metrics as process_metrics
-from dynamo.runtime.metrics import ProcessMetrics
-from dynamo.serve.infra import Infra
-from tests.contract.runtime_steps import namespace, soon
+from dynamo.http.scrape_targets import ScrapeTargets
+from dynamo.launcher.embedded_servers import Infra
+from dynamo.openai.app import create_app
+from dynamo.rpc import metrics as process_metrics
+from dynamo.rpc.metrics import ProcessMetrics
+from dynamo.rpc.runtime import Runtime
+from tests.contract.rpc_steps import namespace, soon
 from tests.http_backend import FakeBackend
 
 __all__ = ["namespace"]  # a fixture
 
-Join = Callable[..., Awaitable[DistributedRuntime]]
+Join = Callable[..., Awaitable[Runtime]]
 SERVICES = ("Frontend", "Processor", "Worker")
 WAIT_S = 1.5
 
@@ -48,10 +49,10 @@ class Broken(Collector):
 
 @asynccontextmanager
 async def joining(nats_url: str, etcd_endpoints: str, namespace: str) -> AsyncIterator[Join]:
-    made: list[DistributedRuntime] = []
+    made: list[Runtime] = []
 
-    async def join(service: str, namespace: str = namespace, graph: tuple[str, ...] = SERVICES) -> DistributedRuntime:
-        runtime = DistributedRuntime(nats_url=nats_url, etcd_endpoints=etcd_endpoints, name=service)
+    async def join(service: str, namespace: str = namespace, graph: tuple[str, ...] = SERVICES) -> Runtime:
+        runtime = Runtime(nats_url=nats_url, etcd_endpoints=etcd_endpoints, name=service)
         runtime.metrics.belong(namespace, service, [(namespace, name) for name in graph])
         made.append(runtime)
         await runtime.connect()
@@ -78,7 +79,7 @@ def who(texts: list[bytes]) -> list[str]:
     return found
 
 
-def ids(*runtimes: DistributedRuntime) -> set[str]:
+def ids(*runtimes: Runtime) -> set[str]:
     return {runtime.metrics.worker_id for runtime in runtimes}
 
 
@@ -178,7 +179,7 @@ async def test_every_process_tells_its_hosts_metrics_port(
             else:
                 monkeypatch.delenv("DYNAMO_METRICS_ADDRESS")
             runtime = await join("Worker")
-            targets.append(runtime.metrics_targets)
+            targets.append(ScrapeTargets(runtime))
             await targets[-1].publish()
         every = ["10.0.0.1:9091", "10.0.0.2:9092"]
         assert [await each.addresses() for each in targets] == [every] * 4

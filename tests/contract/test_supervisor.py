@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from dynamo.serve import guard
-from dynamo.serve.console import Console, seconds
+from dynamo.launcher import guard
+from dynamo.launcher.console import Console, seconds
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process supervision is for Linux")
 
@@ -99,14 +99,14 @@ time.sleep(60)
 
 DRIVER = """
 import json, os, sys
-from dynamo.serve.guard import guarded
+from dynamo.launcher.guard import guarded
 
 def run():
     import asyncio, subprocess
     from pathlib import Path
     from dynamo.errors import TransportError
-    from dynamo.serve.console import Console
-    from dynamo.serve.supervisor import ProcessSpec, RestartPolicy, Supervisor
+    from dynamo.launcher.console import Console
+    from dynamo.launcher.supervisor import ProcessSpec, RestartPolicy, Supervisor
     plan = json.loads(sys.argv[2])
     def journal(text):
         with open(os.environ["JOURNAL"], "a") as file:

@@ -11,16 +11,16 @@ import pytest
 import uvloop
 
 from dynamo.errors import TransportError
-from dynamo.runtime import DistributedRuntime
+from dynamo.launcher.embedded_servers import Infra
+from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import Service, Topic, bind, depends, endpoint, service
 from dynamo.sdk.channels import OpenTopic, attach
-from dynamo.sdk.depends import Remote
-from dynamo.sdk.service import spec_of
-from dynamo.serve.channels import ServiceChannels
-from dynamo.serve.infra import Infra
-from dynamo.serve.process import ServiceCaller
+from dynamo.sdk.depends import Stub
+from dynamo.sdk.spec import spec_of
 from dynamo.transport import nats as transport
-from tests.contract.runtime_steps import Make, make, namespace, soon
+from dynamo.worker.broker import ServiceBroker
+from dynamo.worker.process import ServiceCaller
+from tests.contract.rpc_steps import Make, make, namespace, soon
 
 __all__ = ["make", "namespace"]  # fixtures
 
@@ -45,11 +45,11 @@ class Router(Service):
     worker = depends(Worker)
 
 
-def joined(worker_side: DistributedRuntime, router_side: DistributedRuntime, namespace: str) -> tuple[Worker, Router]:
+def joined(worker_side: Runtime, router_side: Runtime, namespace: str) -> tuple[Worker, Router]:
     """Bound as the processes of a graph bind them."""
     worker, router = Worker(), Router()
-    attach(worker, ServiceChannels(worker_side, namespace, "Worker"))
-    bind(router, worker=Remote(spec_of(Worker), ServiceCaller(router_side, Worker, namespace)))
+    attach(worker, ServiceBroker(worker_side, namespace, "Worker"))
+    bind(router, worker=Stub(spec_of(Worker), ServiceCaller(router_side, Worker, namespace)))
     return worker, router
 
 
@@ -107,7 +107,7 @@ async def test_handlers_that_fail_and_messages_that_do_not_fit(
 
 async def test_it_connects_when_asked(nats_server: str, etcd_server: str, namespace: str) -> None:
     """A start hook may subscribe and publish before its process has joined the graph."""
-    runtimes = [DistributedRuntime(nats_url=nats_server, etcd_endpoints=etcd_server) for _ in range(2)]
+    runtimes = [Runtime(nats_url=nats_server, etcd_endpoints=etcd_server) for _ in range(2)]
     worker, router = joined(*runtimes, namespace)
     assert isinstance(router.worker.events, OpenTopic)
     assert not any(hasattr(runtime, "nats") for runtime in runtimes)
@@ -136,7 +136,7 @@ async def test_a_message_that_is_too_large(make: Make, namespace: str) -> None:
 
 async def test_nats_away_and_back(private_infra: Infra, namespace: str) -> None:
     infra = private_infra
-    runtimes = [DistributedRuntime(nats_url=infra.nats_url, etcd_endpoints=infra.etcd_endpoints) for _ in range(2)]
+    runtimes = [Runtime(nats_url=infra.nats_url, etcd_endpoints=infra.etcd_endpoints) for _ in range(2)]
     worker, router = joined(*runtimes, namespace)
     seen: list[int] = []
     await router.worker.events.subscribe(lambda event: seen.append(event.number))
@@ -170,7 +170,7 @@ def test_a_server_that_hangs_is_not_buffered_for_without_bound(private_infra: In
     """On uvloop, as services run: asyncio's own loop had no bound in Python 3.12.0 to 3.12.8 and 3.13.0 to 3.13.1."""
 
     async def run() -> None:
-        runtime = DistributedRuntime(nats_url=private_infra.nats_url, etcd_endpoints=private_infra.etcd_endpoints)
+        runtime = Runtime(nats_url=private_infra.nats_url, etcd_endpoints=private_infra.etcd_endpoints)
         worker, _ = joined(runtime, runtime, namespace)
         await worker.events.publish(Event(1))
         process = private_infra.processes["nats"]

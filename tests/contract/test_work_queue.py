@@ -14,18 +14,18 @@ import msgspec
 import pytest
 
 from dynamo.errors import OverloadedError, TransportError
-from dynamo.runtime import DistributedRuntime
+from dynamo.launcher import embedded_servers as infra_module
+from dynamo.launcher.embedded_servers import Infra, find_binary
+from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import Job, Service, WorkQueue, bind, depends, endpoint, service
 from dynamo.sdk.channels import attach
-from dynamo.sdk.depends import Remote
-from dynamo.sdk.service import spec_of
-from dynamo.serve import infra as infra_module
-from dynamo.serve.channels import ServiceChannels, delete_queues, streams
-from dynamo.serve.infra import Infra, find_binary
-from dynamo.serve.process import ServiceCaller
-from dynamo.transport import queue
+from dynamo.sdk.depends import Stub
+from dynamo.sdk.spec import spec_of
+from dynamo.transport import work_queue
 from dynamo.transport.nats import Nats
-from tests.contract.runtime_steps import Make, make, namespace, soon
+from dynamo.worker.broker import ServiceBroker, delete_queues, streams
+from dynamo.worker.process import ServiceCaller
+from tests.contract.rpc_steps import Make, make, namespace, soon
 
 __all__ = ["make", "namespace"]  # fixtures
 
@@ -52,15 +52,15 @@ class Front(Service):
     worker = depends(Worker)
 
 
-def worker_on(runtime: DistributedRuntime, namespace: str) -> Worker:
+def worker_on(runtime: Runtime, namespace: str) -> Worker:
     worker = Worker()
-    attach(worker, ServiceChannels(runtime, namespace, "Worker"))
+    attach(worker, ServiceBroker(runtime, namespace, "Worker"))
     return worker
 
 
-def front_on(runtime: DistributedRuntime, namespace: str) -> Front:
+def front_on(runtime: Runtime, namespace: str) -> Front:
     front = Front()
-    bind(front, worker=Remote(spec_of(Worker), ServiceCaller(runtime, Worker, namespace)))
+    bind(front, worker=Stub(spec_of(Worker), ServiceCaller(runtime, Worker, namespace)))
     return front
 
 
@@ -239,7 +239,7 @@ async def test_a_worker_that_hung_may_still_be_done(
 
     async def keep(_: object) -> None: ...
 
-    monkeypatch.setattr(queue._Taker, "keep", keep)
+    monkeypatch.setattr(work_queue._Taker, "keep", keep)
     a, b = await make(), await make()
     hung, other = worker_on(a, namespace), worker_on(b, namespace)
     await hung.tasks.put(Task(1))
@@ -284,7 +284,7 @@ async def test_other_limits_in_a_new_version(make: Make, namespace: str) -> None
         few = WorkQueue(Task, max_tasks=1)
 
     new = New()
-    attach(new, ServiceChannels(b, namespace, "Worker"))
+    attach(new, ServiceBroker(b, namespace, "Worker"))
     with pytest.raises(OverloadedError):
         await new.few.put(Task(2))
 
@@ -309,8 +309,8 @@ async def test_nats_is_killed_and_comes_back(
 ) -> None:
     infra = private_infra
     if wipe:
-        monkeypatch.setattr(queue, "DONE_TIMEOUT_S", 3.0)  # it is in vain
-    runtimes = [DistributedRuntime(nats_url=infra.nats_url, etcd_endpoints=infra.etcd_endpoints) for _ in range(2)]
+        monkeypatch.setattr(work_queue, "DONE_TIMEOUT_S", 3.0)  # it is in vain
+    runtimes = [Runtime(nats_url=infra.nats_url, etcd_endpoints=infra.etcd_endpoints) for _ in range(2)]
     front, worker = front_on(runtimes[0], namespace), worker_on(runtimes[1], namespace)
     for number in range(20):
         await front.worker.tasks.put(Task(number))
@@ -359,7 +359,7 @@ async def test_a_server_without_jetstream(tmp_path: Any, namespace: str, etcd_se
     try:
         while b"Server is ready" not in await process.stderr.readline():
             pass
-        runtime = DistributedRuntime(nats_url=f"nats://127.0.0.1:{port}", etcd_endpoints=etcd_server)
+        runtime = Runtime(nats_url=f"nats://127.0.0.1:{port}", etcd_endpoints=etcd_server)
         worker = worker_on(runtime, namespace)
         for use in (worker.tasks.put(Task(1)), worker.tasks.size(), first(worker)):
             with pytest.raises(TransportError, match=r"has no JetStream(.|\n)*hint: start it as `nats-server -js`"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dynamo.serve.infra import free_ports
+from dynamo.launcher.embedded_servers import free_ports
 from tests.graph.conftest import Served, serve_graph
 from tests.graph.test_disagg import ask, prompt
 from tests.graph.test_migration import streams

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dynamo.serve.infra import free_ports
+from dynamo.launcher.embedded_servers import free_ports
 from dynamo.transport.etcd import Etcd
 from tests.deploy.conftest import BusyGraph
 from tests.deploy.container import DEPLOY, METRICS, compose, here, running

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import nats
 
-from dynamo.serve.infra import ETCD, NATS, find_binary, free_ports
+from dynamo.launcher.embedded_servers import ETCD, NATS, find_binary, free_ports
 from dynamo.transport.etcd import Etcd
 from tests.deploy.container import SERVERS, compose, running
 

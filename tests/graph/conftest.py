@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from dynamo.serve.infra import free_ports
+from dynamo.launcher.embedded_servers import free_ports
 
 ROOT = Path(__file__).parents[2]
 READY = re.compile(r"^ready in .*: (http://\S+)$", re.MULTILINE)

@@ -1,6 +1,6 @@
 """A score of an author's own, for `Router.custom-router`."""
 
-from dynamo.kv.route import Candidate, RouteRequest
+from dynamo.kv_router.messages import Candidate, RouteRequest
 
 
 def score(request: RouteRequest, candidate: Candidate) -> float:

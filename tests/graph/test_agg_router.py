@@ -15,9 +15,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from components.worker import VllmWorker
-from dynamo.kv.events import KvSnapshot, SnapshotRequest
-from dynamo.runtime import DistributedRuntime
-from dynamo.wire import codec
+from dynamo import codec
+from dynamo.kv_router.events import KvSnapshot, SnapshotRequest
+from dynamo.rpc.runtime import Runtime
 from tests.cli.terminal import command
 from tests.graph.conftest import Served
 
@@ -71,7 +71,7 @@ def environment(served: Served) -> dict[str, str]:
 async def held(served: Served, workers: int = 3) -> dict[str, int]:
     """Blocks in each worker's cache, as the workers say."""
     env = environment(served)
-    runtime = DistributedRuntime(nats_url=env["NATS_SERVER"], etcd_endpoints=env["ETCD_ENDPOINTS"])
+    runtime = Runtime(nats_url=env["NATS_SERVER"], etcd_endpoints=env["ETCD_ENDPOINTS"])
     try:
         client = await runtime.client(*VllmWorker.dynamo_address(), "kv_snapshot")
         found = {}

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from dynamo.errors import ConfigError, TransportError
-from dynamo.serve.infra import Infra, free_ports
+from dynamo.launcher.embedded_servers import Infra, free_ports
 from dynamo.transport.etcd import Etcd
 from dynamo.transport.nats import Nats
 from tests.cli.terminal import COMMAND, ROOT, command, environment

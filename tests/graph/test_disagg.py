@@ -12,7 +12,7 @@ from itertools import count
 import httpx
 import pytest
 
-from dynamo.llm.engines.mock import MockEngine
+from dynamo.engines.mock import MockEngine
 from dynamo.llm.protocol import GenerateRequest, Sampling
 from tests.cli.terminal import command
 from tests.graph.conftest import Served

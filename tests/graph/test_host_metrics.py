@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo.serve.infra import free_ports
+from dynamo.launcher.embedded_servers import free_ports
 from tests.graph.conftest import ROOT, Served
 
 SERVICES = [("Frontend", "1"), ("Processor", "1"), ("VllmWorker", "1"), ("VllmWorker", "2")]

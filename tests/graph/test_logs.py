@@ -77,7 +77,7 @@ def test_every_line_is_json_and_the_id_is_in_every_process(serve_graph: Start) -
     served.wait_for("ready again", 30)
     assert served.stop() == 0
     (one,) = [
-        line for line in lines(served) if line["target"] == "dynamo.http.requests" and line["request_id"] == "one"
+        line for line in lines(served) if line["target"] == "dynamo.http.access_log" and line["request_id"] == "one"
     ]
     expected = {
         "level": "INFO", "service": "Frontend", "endpoint": "completions", "model": "dynamo-tiny", "stream": False,
@@ -159,7 +159,7 @@ def test_text_has_a_line_for_each_request_and_none_is_forged(serve_graph: Start)
     told = [line for line in served.output[start:].splitlines() if not line.startswith("stop")]
     found = [re.fullmatch(r"\S{24} +(\w+) (\S+): \[(\w+) (\S+)\] (.*)", line) for line in told if line[:4] != "    "]
     assert all(found), told
-    shown = [(line[1], line[3], line[4], line[5]) for line in found if line and line[2] == "dynamo.http.requests"]
+    shown = [(line[1], line[3], line[4], line[5]) for line in found if line and line[2] == "dynamo.http.access_log"]
     level, service, name, text = shown[0]
     assert (level, service, name) == ("WARNING", "Frontend", "fails")
     assert re.match(r"completions dynamo-tiny: 500 in [\d.]+ s, .* \(raised in VllmWorker generate\)$", text), text

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from dynamo.serve import guard
+from dynamo.launcher import guard
 from tests.graph.conftest import Served
 
 Start = Callable[..., Served]

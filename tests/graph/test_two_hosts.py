@@ -244,7 +244,7 @@ def test_the_same_network_with_other_files_is_reached_over_tcp(
     hosts: Hosts, frontend: Command, workers: Command
 ) -> None:
     """As systemd's PrivateTmp has it, or a container on the host's network: no socket file in common."""
-    script = "from dynamo.transport.host import host_id; print(host_id())"
+    script = "from dynamo.transport.network import host_id; print(host_id())"
     apart = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$TMPDIR"; exec "$0" "$@"')
     ids = []
     for before in ((), apart):

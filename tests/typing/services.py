@@ -32,7 +32,8 @@ from dynamo.sdk import (
     round_robin,
     service,
 )
-from dynamo.sdk.channels import OpenQueue, OpenTopic, Subscription
+from dynamo.sdk.broker import Subscription
+from dynamo.sdk.channels import OpenQueue, OpenTopic
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo.config.layers import merge, walk
+from dynamo.config.merge import merge, walk
 from dynamo.config.overrides import OverrideError, override, parse_value, split
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import pytest
 
-from dynamo.config.document import parse
-from dynamo.config.layers import resolve
+from dynamo.config.merge import resolve
 from dynamo.config.overrides import override
 from dynamo.config.service_args import ServiceArgs, service_args
 from dynamo.config.settings import check, constructor_arguments, declared, expectation, knows
+from dynamo.config.yaml_file import parse
 from dynamo.errors import ConfigError
 
 if TYPE_CHECKING:

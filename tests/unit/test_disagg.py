@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from components.prefill_worker import PrefillWorker
 from components.processor import Processor
 from components.worker import VllmWorker
+from dynamo import codec
 from dynamo.errors import ConfigError, EngineError, OverloadedError, TransportError, WorkerLostError
 from dynamo.llm.disagg import PrefillOffer, PrefillRequest, PrefillTask, Rules, local_reason
 from dynamo.llm.disagg_metrics import DecodeMetrics
@@ -21,9 +22,8 @@ from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
 from dynamo.llm.remote_prefill import RemotePrefill
 from dynamo.sdk import Service, Stream, bind, depends, is_linked, service
 from dynamo.sdk.graph import build
-from dynamo.sdk.service import EDGES
-from dynamo.wire import codec
-from dynamo.wire.stream import Channel
+from dynamo.sdk.links import EDGES
+from dynamo.streams import Channel
 
 COUNTS = st.integers(0, 5000)
 RULES = st.builds(Rules, st.booleans(), st.booleans(), COUNTS, st.integers(0, 10))

@@ -11,13 +11,13 @@ import pytest
 from components.frontend import Frontend
 from components.processor import Processor
 from components.worker import VllmWorker
+from dynamo.engines.mock import MockEngine
 from dynamo.errors import ConfigError, ContextLengthError, RequestError
-from dynamo.llm.engines.mock import MockEngine
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, GenerateRequest, ModelCard, Sampling
 from dynamo.sdk import Stream, bind
-from dynamo.sdk.depends import Choice, Remote
+from dynamo.sdk.depends import Choice, Stub
 from dynamo.sdk.endpoint import EndpointSpec
-from dynamo.sdk.service import spec_of
+from dynamo.sdk.spec import spec_of
 
 
 class Caller:
@@ -50,7 +50,7 @@ def worker(engine: MockEngine) -> Caller:
 @pytest.fixture
 async def processor(worker: Caller) -> Processor:
     found = Processor(model="dynamo-tiny", max_model_len=200)
-    bind(found, worker=Remote(spec_of(VllmWorker), worker))
+    bind(found, worker=Stub(spec_of(VllmWorker), worker))
     await found.load()
     return found
 
@@ -133,7 +133,7 @@ def processors() -> Caller:
 @pytest.fixture
 def frontend(processors: Caller) -> Frontend:
     found = Frontend()
-    bind(found, processor=Remote(spec_of(Processor), processors))
+    bind(found, processor=Stub(spec_of(Processor), processors))
     return found
 
 
@@ -161,7 +161,7 @@ def test_cards_of_another_version_are_left_out(frontend: Frontend, caplog: pytes
 @pytest.mark.parametrize("names", ["alias", ["alias", "second"]])
 def test_served_names(names: Any, processors: Caller) -> None:
     found = Frontend(served_model_name=names)
-    bind(found, processor=Remote(spec_of(Processor), processors))
+    bind(found, processor=Stub(spec_of(Processor), processors))
     found.take_cards({"models/tiny/1": card()})
     assert [m.name for m in found.models()] == (["alias"] if names == "alias" else ["alias", "second"])
     assert found.models()[0].root == "s"

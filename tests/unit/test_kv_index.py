@@ -7,10 +7,10 @@ import random
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dynamo.kv.cost import Loads, Weights, costs, draw, overlaps
-from dynamo.kv.hashing import ROOT, BlockHash, block_hashes, pack, unpack
-from dynamo.kv.index import Match, PrefixIndex, slots
-from dynamo.kv.routed import RoutedBlocks
+from dynamo.kv_router.approximate_index import ApproximateIndex
+from dynamo.kv_router.cost import Loads, Weights, costs, draw, overlaps
+from dynamo.kv_router.hashing import ROOT, BlockHash, block_hashes, pack, unpack
+from dynamo.kv_router.index import Match, PrefixIndex, slots
 
 SLOTS = 5
 
@@ -231,7 +231,7 @@ def test_equal_caches_share_and_temperature_spreads() -> None:
 
 
 def test_routed_blocks_are_forgotten_in_time_and_when_the_cache_is_full() -> None:
-    routed, one, two = RoutedBlocks(ttl_s=10), chain(1, 2, 3), chain(1, 5)
+    routed, one, two = ApproximateIndex(ttl_s=10), chain(1, 2, 3), chain(1, 5)
     routed.add(0, one, now_s=0, capacity=4)
     routed.add(0, two, now_s=5, capacity=4)
     assert set(routed.index.holders) == {*one, *two}

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dynamo.errors import NoInstancesError
-from dynamo.kv.caches import PENDING_S, SILENT_REQUESTS, SILENT_S
-from dynamo.kv.cost import Weights, costs
-from dynamo.kv.events import Change, KvEvents, KvSnapshot, WorkerLoad
-from dynamo.kv.expected import EXPECTED_S, common
-from dynamo.kv.hashing import BlockHash, block_hashes, pack
-from dynamo.kv.route import Candidate, RouteRequest
-from dynamo.kv.router import KvRouter
+from dynamo.kv_router.cost import Weights, costs
+from dynamo.kv_router.events import Change, KvEvents, KvSnapshot, WorkerLoad
+from dynamo.kv_router.hashing import BlockHash, block_hashes, pack
+from dynamo.kv_router.messages import Candidate, RouteRequest
+from dynamo.kv_router.pending_prefixes import EXPECTED_S, common
+from dynamo.kv_router.router import KvRouter
+from dynamo.kv_router.worker_state import PENDING_S, SILENT_REQUESTS, SILENT_S
 
 SIZE = 4
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dynamo.errors import ConfigError, GraphError
 from dynamo.sdk import service
-from dynamo.serve.live_settings import LiveSettings, live_settings, setting_prefix
+from dynamo.worker.live_settings import LiveSettings, live_settings, setting_prefix
 
 
 @service

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dynamo import log
 from dynamo.errors import EngineError, RequestError, UnavailableError
-from dynamo.http import requests
+from dynamo.http import access_log
 
 
 class Spiteful:
@@ -103,8 +103,8 @@ def test_local_time_has_its_offset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_levels() -> None:
-    root, named = log.parse_levels("warn, dynamo.http.requests=off,nats=debug")
-    assert (root, named["dynamo.http.requests"] > logging.CRITICAL, named["nats"]) == (30, True, 10)
+    root, named = log.parse_levels("warn, dynamo.http.access_log=off,nats=debug")
+    assert (root, named["dynamo.http.access_log"] > logging.CRITICAL, named["nats"]) == (30, True, 10)
     with pytest.raises(ValueError, match="unknown level 'loud'"):
         log.parse_levels("dynamo=loud")
 
@@ -120,7 +120,7 @@ def child():
     logging.getLogger("vllm.core").warning("from the engine")
 
 import json
-json_config = json.load(open("dynamo/llm/engines/vllm_logging.json"))
+json_config = json.load(open("dynamo/engines/vllm/logging.json"))
 if __name__ == "__main__":
     log.configure("W:1")
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
@@ -169,11 +169,11 @@ def test_a_wrong_level_is_an_error_with_a_hint(tmp_path: Path) -> None:
 # -- the line of a request
 
 
-def ended(error: Exception | None = None, **given: Any) -> requests.Ended:
+def ended(error: Exception | None = None, **given: Any) -> access_log.CompletedRequest:
     outcome = "success" if error is None else "error"
     whole = {"endpoint": "chat_completions", "model": "m", "stream": False, "outcome": outcome, "error": error,
              "duration_s": 0.5, "ttft_s": None, "prompt_tokens": 9, "cached_tokens": 4, "output_tokens": 2}  # fmt: skip
-    return requests.Ended(**{**whole, **given})  # type: ignore[arg-type]
+    return access_log.CompletedRequest(**{**whole, **given})  # type: ignore[arg-type]
 
 
 TOKENS = "tokens 9 in (4 cached), 2 out"
@@ -198,10 +198,10 @@ TOKENS = "tokens 9 in (4 cached), 2 out"
     ],
 )
 def test_each_outcome_has_its_line(
-    request_: requests.Ended, level: str, status: int | None, text: str, caplog: pytest.LogCaptureFixture
+    request_: access_log.CompletedRequest, level: str, status: int | None, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "dynamo.http.requests"):
-        requests.tell_end(request_)
+    with caplog.at_level(logging.INFO, "dynamo.http.access_log"):
+        access_log.log_completed(request_)
     (made,) = caplog.records
     assert (made.levelname, made.getMessage(), made.status) == (level, f"chat_completions m{text}", status)  # type: ignore[attr-defined]
     assert bool(made.exc_info) == (level == "ERROR")  # a bug keeps its traceback
@@ -216,17 +216,17 @@ def test_each_outcome_has_its_line(
 
 
 def test_what_went_well_can_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "dynamo.http.requests"):
-        requests.tell_end(ended())
-        requests.tell_refused("completions", RequestError("no"))
-        requests.tell_left("completions", 0.1)
-        requests.tell_end(ended(UnavailableError("nobody")))
+    with caplog.at_level(logging.WARNING, "dynamo.http.access_log"):
+        access_log.log_completed(ended())
+        access_log.log_rejected("completions", RequestError("no"))
+        access_log.log_disconnected("completions", 0.1)
+        access_log.log_completed(ended(UnavailableError("nobody")))
     assert [made.levelname for made in caplog.records] == ["WARNING"]
 
 
 def test_a_refused_request_quotes_little_of_what_the_client_sent(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "dynamo.http.requests"):
-        requests.tell_refused("GET /" + "p" * 9999, RequestError("e" * 9999), status=405)
+    with caplog.at_level(logging.INFO, "dynamo.http.access_log"):
+        access_log.log_rejected("GET /" + "p" * 9999, RequestError("e" * 9999), status=405)
     (made,) = caplog.records
-    assert len(made.getMessage()) < 3 * requests.ERROR_CHARS
+    assert len(made.getMessage()) < 3 * access_log.ERROR_CHARS
     assert made.status == 405  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dynamo.engines.mock.engine import MockEngine
 from dynamo.errors import (
     ContextLengthError,
     DeadlineError,
@@ -25,17 +26,16 @@ from dynamo.errors import (
     NoInstancesError,
     OverloadedError,
 )
-from dynamo.http.exposition import family, http_sd, load, merge
-from dynamo.http.metrics import error_type
-from dynamo.kv.metrics import RouterMetrics
-from dynamo.kv.route import RouteRequest
-from dynamo.kv.router import KvRouter
+from dynamo.http.prometheus_text import family, http_sd, load, merge
+from dynamo.kv_router.messages import RouteRequest
+from dynamo.kv_router.metrics import RouterMetrics
+from dynamo.kv_router.router import KvRouter
 from dynamo.llm.engine import EngineInfo, EngineStats, KvTransfers
 from dynamo.llm.engine_metrics import EngineCollector, load_metrics
-from dynamo.llm.engines.mock.engine import MockEngine
 from dynamo.llm.protocol import GenerateRequest, Sampling
-from dynamo.runtime.metrics import ProcessMetrics, label
-from dynamo.sdk import dynamo_context, metrics_registry
+from dynamo.openai.metrics import error_type
+from dynamo.rpc.metrics import ProcessMetrics, label
+from dynamo.sdk import ServiceContext, metrics_registry
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -172,7 +172,7 @@ def test_a_component_counts_with_and_without_a_graph(monkeypatch: pytest.MonkeyP
     class Runtime:
         metrics = process(1)
 
-    monkeypatch.setitem(dynamo_context, "runtime", Runtime)
+    monkeypatch.setattr("dynamo.sdk.context._current", ServiceContext("VllmWorker", "dynamo", 1, 1, Runtime, print))
     Greeter().greetings.inc(3)
     assert metrics_registry() is Runtime.metrics.registry
     assert of(Runtime.metrics.text(), "greetings_total", **whose("1")) == 3

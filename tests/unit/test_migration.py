@@ -15,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 
 from components.processor import Processor
 from components.worker import VllmWorker
+from dynamo.engines.mock import MockEngine
 from dynamo.errors import (
     EngineDeadError,
     EngineError,
@@ -24,16 +25,15 @@ from dynamo.errors import (
     UnavailableError,
     WorkerLostError,
 )
-from dynamo.llm.engines.mock import MockEngine
 from dynamo.llm.migration import migrating
-from dynamo.llm.models import tokenizer_dir
+from dynamo.llm.model_files import tokenizer_dir
 from dynamo.llm.protocol import CompletionRequest, Delta, GenerateRequest, Routing, Sampling, TokenLogprob
 from dynamo.llm.tokenizer import Tokenizer
 from dynamo.sdk import bind
-from dynamo.sdk.depends import Avoiding, Choice, Remote
+from dynamo.sdk.depends import Avoiding, Choice, Stub
 from dynamo.sdk.endpoint import EndpointSpec
-from dynamo.sdk.service import spec_of
-from dynamo.wire.stream import Channel, Stream
+from dynamo.sdk.spec import spec_of
+from dynamo.streams import Channel, Stream
 
 TOKENIZER = Tokenizer(tokenizer_dir("dynamo-tiny"))
 FAST = FastTokenizer.from_file(str(tokenizer_dir("dynamo-tiny") / "tokenizer.json"))
@@ -280,7 +280,7 @@ async def test_the_processor_asks_for_another_instance() -> None:
             return engine.generate(request)
 
     processor = Processor(model="dynamo-tiny", router="least-loaded")
-    bind(processor, worker=Remote(spec_of(VllmWorker), Caller()))  # type: ignore[arg-type]
+    bind(processor, worker=Stub(spec_of(VllmWorker), Caller()))  # type: ignore[arg-type]
     await processor.load()
     request = CompletionRequest("m", "Once", Sampling(max_tokens=3, ignore_eos=True), echo=True)
     deltas = await read(processor.completion(request))

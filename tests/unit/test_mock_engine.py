@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from components.worker import VllmWorker
 from dynamo.config.settings import declared
+from dynamo.engines.mock import MockEngine, faults
+from dynamo.engines.mock import engine as mock_engine
+from dynamo.engines.mock.settings import MockSettings, mock_settings
+from dynamo.engines.mock.timing import decode_ms, prefill_ms
 from dynamo.errors import ContextLengthError, EngineError, RequestError, StartError
-from dynamo.kv.events import BlocksRemoved, BlocksStored, EngineEvent
-from dynamo.kv.hashing import block_hashes
-from dynamo.llm.engines.mock import MockEngine, faults
-from dynamo.llm.engines.mock import engine as mock_engine
-from dynamo.llm.engines.mock.settings import MockSettings, mock_settings
-from dynamo.llm.engines.mock.timing import decode_ms, prefill_ms
-from dynamo.llm.models import tokenizer_dir
+from dynamo.kv_router.events import BlocksRemoved, BlocksStored, EngineEvent
+from dynamo.kv_router.hashing import block_hashes
+from dynamo.llm.model_files import tokenizer_dir
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
 
 
@@ -404,7 +404,7 @@ def test_freezing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_crashing() -> None:
     program = """
 import asyncio
-from dynamo.llm.engines.mock import MockEngine
+from dynamo.engines.mock import MockEngine
 from dynamo.llm.protocol import GenerateRequest, Sampling
 
 async def main():

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dynamo.kv.events import BlocksRemoved, BlocksStored
-from dynamo.kv.hashing import ROOT, BlockHash, block_hashes
-from dynamo.llm.engines.mock.kv_cache import Block, KvCache
-from dynamo.llm.engines.mock.scheduler import Scheduler, Sequence, Step
-from dynamo.llm.engines.mock.timing import decode_ms, prefill_ms, step_ms
+from dynamo.engines.mock.kv_cache import Block, KvCache
+from dynamo.engines.mock.scheduler import Scheduler, Sequence, Step
+from dynamo.engines.mock.timing import decode_ms, prefill_ms, step_ms
+from dynamo.kv_router.events import BlocksRemoved, BlocksStored
+from dynamo.kv_router.hashing import ROOT, BlockHash, block_hashes
 
 SIZE = 4
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dynamo.engines.mock import MockEngine, transfer
+from dynamo.engines.mock.kv_cache import KvCache
+from dynamo.engines.mock.scheduler import Scheduler, Sequence
 from dynamo.errors import EngineError, RequestError
-from dynamo.kv.events import BlocksStored, EngineEvent
-from dynamo.llm.engines.mock import MockEngine, transfer
-from dynamo.llm.engines.mock.kv_cache import KvCache
-from dynamo.llm.engines.mock.scheduler import Scheduler, Sequence
+from dynamo.kv_router.events import BlocksStored, EngineEvent
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
 
 BLOCK = 8
@@ -190,7 +190,7 @@ async def test_bad_use_is_an_error() -> None:
 
 class Fetched(Sequence):
     def __init__(self, prompt: list[int], size: int, outputs: int) -> None:
-        from dynamo.kv.hashing import block_hashes
+        from dynamo.kv_router.hashing import block_hashes
 
         super().__init__(prompt, block_hashes(prompt, size))
         self.left = outputs

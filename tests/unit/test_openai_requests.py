@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo.errors import RequestError
-from dynamo.llm import json_schema
-from dynamo.llm.openai import MAX_PROMPTS, ChatCompletionRequest, TextCompletionRequest, parse
 from dynamo.llm.protocol import ChatRequest, CompletionRequest
+from dynamo.openai import json_schema
+from dynamo.openai.schema import MAX_PROMPTS, ChatCompletionRequest, TextCompletionRequest, parse
 
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 

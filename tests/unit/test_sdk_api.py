@@ -16,12 +16,12 @@ from pydantic import BaseModel
 
 from dynamo.config.settings import constructor_arguments, declared
 from dynamo.errors import ConfigError, GraphError, OverloadedError, StartError
-from dynamo.http.api import Answer, create_api, listen
+from dynamo.http.api_app import Answer, create_api, listen
 from dynamo.sdk import DynamoTransport, Stream, api, endpoint, liveness, readiness, service
-from dynamo.sdk.route import Route, routes
-from dynamo.sdk.service import spec_of
-from dynamo.serve.http_service import DEFAULT_CHECKS, HttpService, claim, http_address
-from dynamo.wire.stream import Channel
+from dynamo.sdk.api import Route, routes
+from dynamo.sdk.spec import spec_of
+from dynamo.streams import Channel
+from dynamo.worker.http_service import DEFAULT_CHECKS, HttpService, claim, http_address
 
 
 class Ask(BaseModel):
@@ -237,7 +237,7 @@ def test_routes_are_inherited_and_can_be_ended() -> None:
         @api(name="/second")
         def two(self) -> None: ...
 
-    class Child(Base):
+    class ManagedProcess(Base):
         def one(self) -> None: ...
 
         two = None  # type: ignore[assignment]
@@ -248,11 +248,11 @@ def test_routes_are_inherited_and_can_be_ended() -> None:
         @endpoint(is_api=True)
         def four(self) -> None: ...
 
-    assert routes(Child) == [
+    assert routes(ManagedProcess) == [
         Route("/one", "POST", "one"), Route("/x/y", "POST", "three"), Route("/four", "POST", "four")
     ]  # fmt: skip
     assert routes(Base)[1] == Route("/second", "POST", "two")
-    assert spec_of(service(Child)).endpoints == {}
+    assert spec_of(service(ManagedProcess)).endpoints == {}
 
 
 def test_what_api_refuses() -> None:

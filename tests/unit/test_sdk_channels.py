@@ -25,9 +25,9 @@ from dynamo.sdk import (
     service,
 )
 from dynamo.sdk.channels import OpenQueue, OpenTopic, channels
-from dynamo.sdk.depends import Remote
-from dynamo.sdk.in_memory import InMemory
-from dynamo.sdk.service import spec_of
+from dynamo.sdk.depends import Stub
+from dynamo.sdk.in_memory_broker import InMemoryBroker
+from dynamo.sdk.spec import spec_of
 
 
 class Event(msgspec.Struct):
@@ -163,9 +163,9 @@ def test_wrong_declarations() -> None:
 
 def test_behind_a_remote_stub() -> None:
     class Caller:
-        channels = InMemory()
+        channels = InMemoryBroker()
 
-    remote: Any = Remote(spec_of(Worker), Caller())  # type: ignore[arg-type]
+    remote: Any = Stub(spec_of(Worker), Caller())  # type: ignore[arg-type]
     assert isinstance(remote.events, OpenTopic)
     assert isinstance(remote.tasks, OpenQueue)
     with pytest.raises(AttributeError, match="Worker has no endpoint 'nothing'; endpoints: run"):

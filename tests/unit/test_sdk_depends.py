@@ -21,10 +21,10 @@ from dynamo.sdk import (
     round_robin,
     service,
 )
-from dynamo.sdk.depends import Choice, Dependency, Remote, dependencies
+from dynamo.sdk.depends import Choice, Dependency, Stub, dependencies
 from dynamo.sdk.endpoint import EndpointSpec
-from dynamo.sdk.service import spec_of
-from dynamo.wire.stream import Channel, Stream
+from dynamo.sdk.spec import spec_of
+from dynamo.streams import Channel, Stream
 
 
 @service
@@ -80,7 +80,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def remote(recorder: Recorder) -> Any:
-    return Remote(spec_of(Worker), recorder)
+    return Stub(spec_of(Worker), recorder)
 
 
 def test_calls_go_to_the_caller(remote: Any, recorder: Recorder) -> None:

@@ -13,7 +13,7 @@ import pytest
 from dynamo.errors import GraphError
 from dynamo.sdk import Service, depends, service
 from dynamo.sdk.graph import build, load
-from dynamo.sdk.service import EDGES, Edge
+from dynamo.sdk.links import EDGES, Edge
 
 numbers = itertools.count()
 

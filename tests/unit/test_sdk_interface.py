@@ -26,7 +26,8 @@ from dynamo.sdk.core.protocol.interface import ComponentType, LinkedServices
 from dynamo.sdk.endpoint import probes
 from dynamo.sdk.graph import build
 from dynamo.sdk.lib.utils import str_to_bool
-from dynamo.sdk.service import EDGES, Edge, spec_of
+from dynamo.sdk.links import EDGES, Edge
+from dynamo.sdk.spec import spec_of
 
 
 class Foo(AbstractService):
@@ -66,12 +67,12 @@ def _forget_links() -> Iterator[None]:
 
 async def test_implementations_and_their_children() -> None:
     @service
-    class Child(Good):
+    class ManagedProcess(Good):
         async def foo(self, x: int) -> int:  # type: ignore[override]
             return x + 2
 
-    assert (await Good().foo(1), await Child().foo(1), Good().baz(1)) == (2, 3, 2)  # type: ignore[misc]
-    assert set(spec_of(Child).endpoints) == {"foo", "bar"}
+    assert (await Good().foo(1), await ManagedProcess().foo(1), Good().baz(1)) == (2, 3, 2)  # type: ignore[misc]
+    assert set(spec_of(ManagedProcess).endpoints) == {"foo", "bar"}
 
 
 def test_each_mistake_is_told_apart() -> None:

@@ -23,7 +23,8 @@ from dynamo.sdk import (
     service,
 )
 from dynamo.sdk.endpoint import hooks
-from dynamo.sdk.service import Resources, is_service, parse_envs, spec_of
+from dynamo.sdk.service import parse_envs
+from dynamo.sdk.spec import Resources, is_service, spec_of
 
 
 @dataclass
@@ -126,7 +127,7 @@ def test_inheritance_of_endpoints_and_hooks() -> None:
         def off(self) -> None: ...
 
     @service
-    class Child(Base):
+    class ManagedProcess(Base):
         async def run(self, n: str) -> AsyncIterator[bytes]:  # type: ignore[override]
             yield b""
 
@@ -139,11 +140,11 @@ def test_inheritance_of_endpoints_and_hooks() -> None:
         @async_on_start
         async def second(self) -> None: ...
 
-    (spec,) = spec_of(Child).endpoints.values()
+    (spec,) = spec_of(ManagedProcess).endpoints.values()
     assert (spec.name, spec.method, spec.streaming, spec.types()) == ("address", "run", True, (str, bytes))
-    assert hooks(Child, "start") == ["first", "second"]
-    assert hooks(Child, "shutdown") == ["last"]
-    assert hooks(Child, "liveness") == []
+    assert hooks(ManagedProcess, "start") == ["first", "second"]
+    assert hooks(ManagedProcess, "shutdown") == ["last"]
+    assert hooks(ManagedProcess, "liveness") == []
 
 
 def test_a_subclass_is_a_service_only_when_decorated() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
-from dynamo.wire.stream import Stream
+from dynamo.streams import Stream
 
 ROOT = Path(__file__).parents[2]
 LINE_BYTES = 1 << 24
@@ -122,8 +122,8 @@ class Engines:
 
 
 async def serve(configuration: Mapping[str, Any]) -> None:
-    from dynamo.llm.engines.vllm import VllmEngine
-    from dynamo.llm.engines.vllm_process import children
+    from dynamo.engines.vllm.engine import VllmEngine
+    from dynamo.engines.vllm.process import children
 
     connection = socket.socket(fileno=configuration["fd"])
     reader, writer = await asyncio.open_connection(sock=connection, limit=LINE_BYTES)
@@ -197,7 +197,7 @@ async def serve(configuration: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    from dynamo.llm.engines.vllm_options import CPU_ENVIRONMENT, ENVIRONMENT
+    from dynamo.engines.vllm.options import CPU_ENVIRONMENT, ENVIRONMENT
 
     configurations = [json.loads(argument) for argument in sys.argv[1:]]
     if len(configurations) > 1:  # on the CPU only: it must not be forked after CUDA is initialized

@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from dynamo.kv.events import BlocksCleared, BlocksRemoved, BlocksStored, EngineEvent
-from dynamo.kv.hashing import block_hashes
-from dynamo.kv.ledger import Ledger
-from dynamo.llm.engines import vllm_events
-from dynamo.llm.engines.vllm import VllmEngine
+from dynamo.engines.vllm import events
+from dynamo.engines.vllm.engine import VllmEngine
+from dynamo.kv_router.block_map import BlockMap
+from dynamo.kv_router.events import BlocksCleared, BlocksRemoved, BlocksStored, EngineEvent
+from dynamo.kv_router.hashing import block_hashes
 from dynamo.llm.protocol import GenerateRequest, Sampling
 
 pytestmark = pytest.mark.vllm
@@ -106,7 +106,7 @@ def test_data_parallel_ranks_are_told_apart() -> None:
 
 async def watch() -> dict[str, Any]:
     engine = VllmEngine("dynamo-tiny", ARGUMENTS, lambda _: None)
-    ledger, seen = Ledger(BLOCK), dict.fromkeys((BlocksStored, BlocksRemoved, BlocksCleared), 0)
+    ledger, seen = BlockMap(BLOCK), dict.fromkeys((BlocksStored, BlocksRemoved, BlocksCleared), 0)
 
     def listen(rank: int, events: Sequence[EngineEvent]) -> None:
         assert rank == 0
@@ -190,7 +190,7 @@ async def watch_ranks() -> dict[str, Any]:
     engine, ledgers = VllmEngine("dynamo-tiny", {**ARGUMENTS, "data-parallel-size": 2}, lambda _: None), []
     assert engine.kv_events(lambda rank, events: ledgers[rank].apply(events))
     info = await engine.start()
-    ledgers += [Ledger(info.kv_block_size) for _ in range(info.ranks)]
+    ledgers += [BlockMap(info.kv_block_size) for _ in range(info.ranks)]
     for rank, token in ((0, 5), (1, 6), (1, 6), (1, 7)):
         request = GenerateRequest([token] * 100, Sampling(max_tokens=2, ignore_eos=True), rank=rank)
         async for _ in engine.generate(request):
@@ -221,29 +221,29 @@ def removed(*hashes: Any, **more: Any) -> dict[str, Any]:
 def test_both_layouts_and_both_kinds_of_names() -> None:
     new = {"ownership": None, "session_id": "s", "kv_cache_spec_kind": "full_attention", "group_idx": 0}
     for event in (stored(7, 8, parent=6), stored(b"\0\7", b"\0\10", parent=b"\0\6", **new)):
-        assert vllm_events.events_of(payload(event, removed(7))) == [
+        assert events.events_of(payload(event, removed(7))) == [
             BlocksStored([7, 8], 6, [0, 1, 2, 3], 2),
             BlocksRemoved([7]),
         ]
-    assert vllm_events.events_of(payload({"type": "AllBlocksCleared"})) == [BlocksCleared()]
+    assert events.events_of(payload({"type": "AllBlocksCleared"})) == [BlocksCleared()]
 
 
 def test_other_groups_and_media_say_nothing() -> None:
     others: list[dict[str, Any]] = [{"group_idx": 1}, {"medium": "CPU"}, {"medium": "STORAGE"}]
     for other in others:
-        assert vllm_events.events_of(payload(stored(1, **other), removed(1, **other))) == []
+        assert events.events_of(payload(stored(1, **other), removed(1, **other))) == []
 
 
 def test_extra_keys_are_salts_block_by_block() -> None:
     keys = [["tenant"], None, [["image", 3]], [["image", 1]]]
-    first, second, third, fourth = vllm_events.events_of(payload(stored(1, 2, 3, 4, parent=9, extra_keys=keys)))
+    first, second, third, fourth = events.events_of(payload(stored(1, 2, 3, 4, parent=9, extra_keys=keys)))
     assert isinstance(first, BlocksStored)
     assert (first.hashes, first.parent, first.token_ids) == ([1], 9, [0, 1])
     assert second == BlocksStored([2], 1, [2, 3], 2)
     assert isinstance(third, BlocksStored)
     assert isinstance(fourth, BlocksStored)
     assert len({first.salt, third.salt, fourth.salt, ""}) == 4
-    (lora,) = vllm_events.events_of(payload(stored(1, 2, lora_name="a", extra_keys=[["a"], ["a"]])))
+    (lora,) = events.events_of(payload(stored(1, 2, lora_name="a", extra_keys=[["a"], ["a"]])))
     assert isinstance(lora, BlocksStored)
     assert lora.salt not in ("", first.salt)
 
@@ -320,7 +320,7 @@ async def listen(tmp_path: Path) -> AsyncIterator[Listen]:
             events.extend(found)
 
         replay = publisher.replay_endpoint if asks else None
-        opened.extend((publisher, vllm_events.KvEventSource(rank, publisher.endpoint, replay, take)))
+        opened.extend((publisher, events.KvEventSource(rank, publisher.endpoint, replay, take)))
         return publisher, events
 
     yield connect

@@ -18,17 +18,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo.llm.engines.kv_transfer import holdings
-from dynamo.llm.engines.kv_transfer import puller as pulling
-from dynamo.llm.engines.kv_transfer import session as sessions
-from dynamo.llm.engines.kv_transfer.holdings import Holdings
-from dynamo.llm.engines.kv_transfer.kv_cache import CpuMover, KvCache, chunks, runs
-from dynamo.llm.engines.kv_transfer.puller import Pull, Puller
-from dynamo.llm.engines.kv_transfer.release import release
-from dynamo.llm.engines.kv_transfer.server import Server
-from dynamo.llm.engines.kv_transfer.session import Offer, difference
-from dynamo.llm.engines.kv_transfer.staging import Staging
-from dynamo.transport.host import host_id
+from dynamo.engines.kv_transfer import kv_leases
+from dynamo.engines.kv_transfer import puller as pulling
+from dynamo.engines.kv_transfer import session as sessions
+from dynamo.engines.kv_transfer.kv_cache import CpuMover, KvCache, chunks, runs
+from dynamo.engines.kv_transfer.kv_leases import KvLeases
+from dynamo.engines.kv_transfer.puller import Pull, Puller
+from dynamo.engines.kv_transfer.release import release
+from dynamo.engines.kv_transfer.server import Server
+from dynamo.engines.kv_transfer.session import Offer, difference
+from dynamo.engines.kv_transfer.staging import Staging
+from dynamo.transport.network import host_id
 
 pytestmark = pytest.mark.vllm
 
@@ -153,7 +153,7 @@ def test_differences_are_named() -> None:
 
 def test_a_lease_ends_but_not_under_a_reader() -> None:
     now = [0.0]
-    held = Holdings(30.0, lambda: now[0])
+    held = KvLeases(30.0, lambda: now[0])
     for name in ("read", "unread", "reading"):
         held.hold(name, [1, 2])
     assert held.open("read") == [1, 2]
@@ -172,7 +172,7 @@ def test_a_lease_ends_but_not_under_a_reader() -> None:
 
 
 def test_a_reader_may_come_early() -> None:
-    held = Holdings(30.0)
+    held = KvLeases(30.0)
     threading.Timer(0.05, held.hold, ("late", [7])).start()
     assert held.open("late", 10) == [7]
     assert held.open("never", 0.01) is None
@@ -183,7 +183,7 @@ def test_a_reader_may_come_early() -> None:
 
 class Holder:
     def __init__(self, cache: KvCache, secret: bytes = SECRET) -> None:
-        self.cache, self.holdings = cache, Holdings(60.0)
+        self.cache, self.holdings = cache, KvLeases(60.0)
         self.server = Server(cache, self.holdings, secret, "127.0.0.1")
 
     def offer(self, name: str, blocks: list[int], way: str = "shared memory") -> Offer:
@@ -279,7 +279,7 @@ def test_a_holder_without_the_secret_is_not_believed(reader: Reader) -> None:
         return True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynamo.llm.engines.kv_transfer.server.greet_as_holder", accept_all)
+        patch.setattr("dynamo.engines.kv_transfer.server.greet_as_holder", accept_all)
         assert reader.pull(impostor.offer("h", [1]), [2]).failed_blocks == {2}
     impostor.server.close()
 
@@ -320,7 +320,7 @@ def test_foreign_bytes_do_no_harm(holder: Holder, reader: Reader, data: bytes) -
 def test_only_what_is_held_can_be_read(
     holder: Holder, reader: Reader, first: int, blocks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holdings, "EARLY_S", 0.1)
+    monkeypatch.setattr(kv_leases, "EARLY_S", 0.1)
     offer = holder.offer("h", [10, 11])
     assert reader.pull(offer, blocks, first).failed_blocks == set(blocks)
     assert reader.pull(msgspec.structs.replace(offer, holding="h2"), [5]).failures == 1

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from dynamo.engines.kv_transfer import configuration
+from dynamo.engines.kv_transfer.session import SECRET
+from dynamo.engines.vllm.engine import VllmEngine
 from dynamo.errors import EngineError, StartError
-from dynamo.llm.engines.kv_transfer import configuration
-from dynamo.llm.engines.kv_transfer.session import SECRET
-from dynamo.llm.engines.vllm import VllmEngine
 from dynamo.llm.protocol import GenerateRequest, Sampling
 from tests.vllm.engine_process import EngineFailureError, EngineProcess, Engines
 

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from dynamo.kv.events import BlocksCleared, BlocksRemoved, EngineEvent
-from dynamo.kv.hashing import ROOT, block_hashes
+from dynamo.engines.mock import MockEngine
+from dynamo.engines.mock.kv_cache import KvCache
+from dynamo.engines.mock.scheduler import Scheduler, Sequence
+from dynamo.kv_router.events import BlocksCleared, BlocksRemoved, EngineEvent
+from dynamo.kv_router.hashing import ROOT, block_hashes
 from dynamo.llm.engine import Engine
-from dynamo.llm.engines.mock import MockEngine
-from dynamo.llm.engines.mock.kv_cache import KvCache
-from dynamo.llm.engines.mock.scheduler import Scheduler, Sequence
 from dynamo.llm.protocol import GenerateRequest, Sampling
 from dynamo.llm.tiny import MODEL_DIR
 
@@ -416,7 +416,7 @@ def script(part: str) -> str:
 
 
 def run_engine() -> None:
-    from dynamo.llm.engines.vllm import VllmEngine
+    from dynamo.engines.vllm.engine import VllmEngine
 
     engine = VllmEngine("dynamo-tiny", ENGINE, lambda _: None)
     print(msgspec.json.encode(asyncio.run(ask(engine, engine_prompts(), first_tokens=20))).decode())

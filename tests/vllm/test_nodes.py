@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dynamo.serve.guard import descendants
-from dynamo.serve.infra import free_ports
+from dynamo.launcher.embedded_servers import free_ports
+from dynamo.launcher.guard import descendants
 from tests.cli.terminal import COMMAND, ROOT, command
 from tests.cli.terminal import environment as clean
 from tests.graph.conftest import Served, serve_graph
@@ -52,7 +52,7 @@ class Follower:
     def worker(self) -> int:
         """pid of its service process."""
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(self.process.pid)}
-        return next(pid for pid, line in commands.items() if b"dynamo.serve.process" in line)
+        return next(pid for pid, line in commands.items() if b"dynamo.worker.process" in line)
 
 
 @pytest.fixture

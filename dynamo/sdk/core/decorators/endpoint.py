@@ -1,8 +1,8 @@
 """`dynamo.sdk.core.decorators.endpoint` of ai-dynamo 0.3."""
 
+from dynamo.sdk.api import api
 from dynamo.sdk.endpoint import endpoint
 from dynamo.sdk.interface import abstract_endpoint
-from dynamo.sdk.route import api
 
 dynamo_endpoint, dynamo_api, abstract_dynamo_endpoint = endpoint, api, abstract_endpoint
 

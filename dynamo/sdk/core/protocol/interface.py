@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from dynamo.sdk.route import DynamoTransport
+from dynamo.sdk.api import DynamoTransport
 from dynamo.sdk.service import AbstractService
 
 __all__ = ["AbstractDynamoService", "AbstractService", "ComponentType", "DynamoTransport", "LinkedServices"]

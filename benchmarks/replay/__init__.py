@@ -1,0 +1,1 @@
+"""Request traces replayed against running graphs and peers: `python -m benchmarks.replay`."""

@@ -1,0 +1,198 @@
+"""A configuration file: YAML, with the line of every key.
+
+Values follow YAML 1.2's core schema rather than PyYAML's 1.1. Only `true` and `false` are booleans: `on`, `off`,
+`yes` and `no` are strings, as keys and as values. `1e-5` is a number, `12:30` and `2026-01-31` are strings, `.inf`
+and `.nan` too, so that every value survives the way through JSON. Keys are always the text that stands in the file.
+Under `ServiceArgs.envs` values keep their text as well, since environment variables are strings: `A: 007` is `"007"`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from dynamo.config.merge import ENVS, Layer
+from dynamo.config.provenance import KeyPath, Origin, shown, where
+from dynamo.errors import ConfigError
+
+MAX_DEPTH = 50
+_TAG = "tag:yaml.org,2002:"
+_PATTERNS = {
+    "null": re.compile(r"(?:~|null|Null|NULL|)\Z"),
+    "bool": re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"),
+    "int": re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"),
+    "float": re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z"),
+}
+_BASES = {"0o": 8, "0x": 16}
+
+# A class made by hand: PyYAML's C loader where it exists, with nothing but our own patterns.
+_Loader: Any = type("_Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {"yaml_implicit_resolvers": {}})
+for _kind, _pattern in _PATTERNS.items():
+    _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)
+
+
+def scalar(text: str) -> Any:
+    """A plain YAML scalar's value; a text that is nothing else, or a number too large to hold, stays a string."""
+    for kind, pattern in _PATTERNS.items():
+        if pattern.match(text):
+            try:
+                return _value(kind, text)
+            except ValueError:
+                return text
+    return text
+
+
+def _value(kind: str, text: str) -> Any:
+    if kind == "str":
+        return text
+    if kind not in _PATTERNS or not _PATTERNS[kind].match(text):
+        raise ValueError(f"{text!r} is no {kind}")
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return int(text, _BASES.get(text[:2], 10))
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large a number")
+    return number
+
+
+def load(path: Path) -> Layer:
+    """Read a file of `Service: {key: value}`. A file without content is an empty layer, a service without keys is `{}`.
+
+    ConfigError, with the line, where it cannot be read, is not YAML, gives a key twice, or is not a mapping.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint="check the path given with -f") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})", hint="save it as UTF-8") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str) -> Layer:
+    """What `load` does, for the text of a file called `name`."""
+    try:
+        _check_depth(text, name)
+        return _Document(name).read(yaml.compose(text, _Loader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        column = f" (column {mark.column + 1})" if mark else ""
+        facts = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(
+            f"{name}{line}: not valid YAML: {facts}{column}", hint="check indentation, colons and quotes near that line"
+        ) from None
+    except yaml.YAMLError as error:
+        facts = " ".join(str(error).split())
+        raise ConfigError(f"{name}: not valid YAML: {facts}", hint="remove the characters that YAML forbids") from None
+
+
+def _check_depth(text: str, name: str) -> None:
+    """libyaml composes by recursion and overruns the stack of the process on a file that is nested deeply."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            raise ConfigError(
+                f"{name}:{line}: nested deeper than {MAX_DEPTH} levels",
+                hint="close the brackets and braces that are open there",
+            )
+
+
+class _Document:
+    """Turns PyYAML's nodes into plain values and remembers the line of every key."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.origin: dict[KeyPath, Origin] = {}
+        self.ancestors: list[yaml.Node] = []
+
+    def read(self, root: yaml.Node | None) -> Layer:
+        if root is None:
+            return Layer({}, {})
+        if not isinstance(root, yaml.MappingNode):
+            found = "a list" if isinstance(root, yaml.SequenceNode) else shown(self.value(root, ()))
+            if found == "null":
+                return Layer({}, {})
+            self.fail(
+                root, (), f"expected a mapping of services, found {found}", "write `Service:` and its keys below it"
+            )
+        values = self.mapping(root, ())
+        return Layer({key: {} if value is None else value for key, value in values.items()}, self.origin)
+
+    def fail(self, node: yaml.Node, path: KeyPath, fact: str, hint: str) -> NoReturn:
+        dotted = f" {'.'.join(path)}" if path else ""
+        raise ConfigError(f"{self.name}:{node.start_mark.line + 1}{dotted}: {fact}", hint=hint)
+
+    def value(self, node: yaml.Node, path: KeyPath) -> Any:
+        if any(node is ancestor for ancestor in self.ancestors):
+            raise ConfigError(
+                f"{where(self.origin, path)}: an alias refers to the mapping it stands in", hint="write the value out"
+            )
+        if node.tag.removeprefix(_TAG) not in (*_PATTERNS, "str", "map", "seq"):
+            self.fail(node, path, f"the tag {node.tag} is not supported", "write a plain value")
+        self.ancestors.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self.mapping(node, path)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.value(item, (*path, str(index))) for index, item in enumerate(node.value)]
+            return self.scalar(node, path)
+        finally:
+            self.ancestors.pop()
+
+    def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
+        text: str = node.value
+        kind = node.tag.removeprefix(_TAG)
+        if path[1:3] == ENVS and len(path) > 3:
+            return text
+        try:
+            return _value(kind, text)
+        except ValueError as error:
+            self.fail(node, path, str(error), "quote it to keep it as text")
+
+    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        inherited: list[yaml.Node] = []
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.fail(key_node, path, "a key must be text, found a mapping or a list", "write `key: value`")
+            key: str = key_node.value
+            if key == "<<" and key_node.style not in ("'", '"'):
+                inherited += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                continue
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                self.fail(key_node, (*path, key), f"already given at line {lines[key]}", "keep one of the two lines")
+            lines[key] = line
+            self.origin[(*path, key)] = Origin(f"{self.name}:{line}")
+            values[key] = self.value(value_node, (*path, key))
+        for source in inherited:
+            self.inherit(values, source, path)
+        return values
+
+    def inherit(self, values: dict[str, Any], source: yaml.Node, path: KeyPath) -> None:
+        """YAML's merge key `<<: *anchor`: adds the keys of `source` that `values` lacks, with their own lines."""
+        if not isinstance(source, yaml.MappingNode):
+            self.fail(source, path, "`<<` takes a mapping", "write `<<: *name` with the name of an anchored mapping")
+        before = dict(self.origin)
+        for key, value in self.value(source, path).items():
+            if key in values:  # the mapping's own key wins, and keeps its line
+                self.origin = {p: o for p, o in self.origin.items() if p[: len(path) + 1] != (*path, key)} | {
+                    p: o for p, o in before.items() if p[: len(path) + 1] == (*path, key)
+                }
+            else:
+                values[key] = value

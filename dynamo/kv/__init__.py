@@ -1,1 +1,0 @@
-"""KV-aware routing without any network: block hashes, events, the index, the cost, the choice."""

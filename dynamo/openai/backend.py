@@ -1,0 +1,17 @@
+"""What the HTTP server needs from whoever answers: the Frontend component, or a fake in a test."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, ServedModel
+from dynamo.streams import Stream
+
+
+class Backend(Protocol):
+    def chat(self, request: ChatRequest) -> Stream[Delta]: ...
+    def completion(self, request: CompletionRequest) -> Stream[Delta]: ...
+    def models(self) -> list[ServedModel]: ...
+    def endpoints(self) -> dict[str, int]:
+        """Name of each endpoint behind the server -> how many instances can be called."""
+        ...

@@ -1,0 +1,1 @@
+"""Calls between processes: discovery, client, connections, server, and what crosses the wire."""

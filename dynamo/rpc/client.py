@@ -1,0 +1,298 @@
+"""Calls to one endpoint, wherever its instances run."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import random
+import time
+import uuid
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from dynamo import codec, context
+from dynamo.errors import ConfigError, DynamoError, NoInstancesError, RequestError, TransportError, UnavailableError
+from dynamo.rpc import frames
+from dynamo.rpc.client_connection import ClientConnection, Incoming
+from dynamo.rpc.connection_pool import ConnectionPool, Peer
+from dynamo.rpc.load_balancer import lighter_of_two, lightest
+from dynamo.rpc.messages import Instance, InstanceId, Request
+from dynamo.rpc.remote_errors import Failure, unpack
+from dynamo.streams import Channel, Reply, Stream
+from dynamo.transport.nats import Nats
+
+logger = logging.getLogger(__name__)
+
+ACK_TIMEOUT_S = 2.0
+"""How long an instance may take to accept a request before another one is tried."""
+ACK_BYTES_PER_S = 10e6
+"""A request's body must arrive before the instance can accept it: what a slow network does at least."""
+PATIENCE_S = 1.0
+"""How long a call waits for an instance, or for NATS where it needs it: it bridges the restart of a quick service."""
+NAMED_PATIENCE_S = 0.2
+"""The same for an instance that the caller named: it can name another one sooner."""
+RETRY_PAUSE_S = 0.05
+TRIES = 4
+"""Instances that are tried though `PATIENCE_S` is over, because each took long to refuse."""
+_NIL = msgspec.Raw(codec.encode(None))
+
+REQUEST_PLANE = "DYN_REQUEST_PLANE"
+
+_decode_failure = msgspec.msgpack.Decoder(Failure).decode
+
+
+def requests_over_nats() -> bool:
+    """Whether `DYN_REQUEST_PLANE` asks for it. Raises ConfigError for an unknown one."""
+    given = os.environ.get(REQUEST_PLANE) or "tcp"
+    if given not in ("tcp", "nats"):
+        raise ConfigError(
+            f"{REQUEST_PLANE}={given}: not a way for requests",
+            hint="tcp: over the connection on which the answer comes (the default); nats: over NATS",
+        )
+    return given == "nats"
+
+
+class Client:
+    """The instances of one endpoint and calls to them; made by `Runtime.client`.
+
+    Requests take the stream connection to their instance, or NATS with `over_nats`.
+    """
+
+    def __init__(
+        self, address: tuple[str, str, str], nats: Nats, peers: ConnectionPool, over_nats: bool = False
+    ) -> None:
+        self.address = address
+        self._nats, self._peers, self._over_nats = nats, peers, over_nats
+        self._instances: dict[InstanceId, tuple[Instance, Peer]] = {}
+        self._ready: list[tuple[Instance, Peer]] = []
+        self._next = random.randrange(1 << 16)
+        self._changed = asyncio.Event()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._closed = False
+        peers.on_change(self._update)
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.address)
+
+    def join(self, instance: Instance) -> None:
+        """Called by discovery; a second time for an instance that registered again."""
+        known = self._instances.get(instance.id)
+        peer = known[1] if known is not None else self._peers.join(instance)
+        self._instances[instance.id] = (instance, peer)
+        self._update()
+
+    def leave(self, instance_id: InstanceId) -> None:
+        """Called by discovery when the instance deregistered or its lease ended; its running streams go on."""
+        if self._instances.pop(instance_id, None) is not None:
+            self._peers.leave(instance_id)
+            self._update()
+
+    def _update(self) -> None:
+        self._ready = [known for known in self._instances.values() if known[1].available]
+        self._changed.set()
+
+    def instance_ids(self) -> list[int]:
+        """Ids of the instances that can be called now."""
+        return [instance.instance_id for instance, _ in self._ready]
+
+    def in_flight(self) -> dict[int, int]:
+        """Of each instance that can be called now: how many calls of this process run there, whatever the endpoint."""
+        return {instance.instance_id: peer.in_flight for instance, peer in self._ready}
+
+    async def wait_for_instances(self, count: int = 1, timeout_s: float | None = None) -> list[int]:
+        """Wait until `count` instances can be called. Raises NoInstancesError after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while len(self._ready) < count:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise NoInstancesError(
+                f"{len(self._ready)} of {count} instances of {self.name} after {timeout_s} s"
+            ) from None
+        return self.instance_ids()
+
+    def call(
+        self,
+        request: Any,
+        choice: str | int,
+        decode: codec.Decode,
+        *,
+        streaming: bool,
+        avoid: Collection[int] = (),
+    ) -> Stream[Any]:
+        """Send a request; the result is a `Stream` of items or, for a unary endpoint, a `Reply`.
+
+        `choice` is "round_robin", "random", "power_of_two" (the one of two random instances where fewer calls of this
+        process run), "least_loaded" or an instance id. An instance that does not accept is replaced by another one, for
+        `PATIENCE_S` and within the request's deadline; an instance that is named is not replaced. Instances to
+        `avoid` are taken when no other is there, as if they had refused. A request may run
+        twice where the first instance's acceptance was lost; the caller gets the items of one run only.
+        """
+        channel: Channel[Any] = Channel()
+        task = asyncio.get_running_loop().create_task(self._open(channel, request, choice, decode, avoid))
+        channel.on_cancel = task.cancel
+        self._opening.add(task)
+
+        def opened(task: asyncio.Task[None]) -> None:
+            self._opening.discard(task)
+            if task.cancelled():  # by `close`; if it was the consumer, nobody hears of this
+                channel.end(self._shut())
+
+        task.add_done_callback(opened)
+        return (Stream if streaming else Reply)(channel, task)
+
+    async def close(self) -> None:
+        """Calls that are being opened, and later ones, fail."""
+        self._closed = True
+        opening = list(self._opening)
+        for task in opening:
+            task.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
+
+    async def _open(
+        self, channel: Channel[Any], request: Any, choice: str | int, decode: codec.Decode, avoid: Collection[int]
+    ) -> None:
+        try:
+            if self._closed:
+                raise self._shut()
+            await self._send_to_any(channel, codec.encode(request), choice, decode, avoid)
+        except Exception as error:
+            channel.end(error)
+
+    async def _send_to_any(
+        self, channel: Channel[Any], body: bytes, choice: str | int, decode: codec.Decode, avoid: Collection[int]
+    ) -> None:
+        give_up = time.monotonic() + (NAMED_PATIENCE_S if isinstance(choice, int) else PATIENCE_S)
+        refused = {InstanceId(instance_id) for instance_id in avoid}
+        failure: DynamoError | None = None
+        for attempt in itertools.count(1):
+            left_s = context.time_left_s()
+            try:
+                instance, peer = await self._pick(choice, refused, give_up, left_s)
+                if self._over_nats:
+                    await self._nats.wait_connected(min(give_up - time.monotonic(), left_s or PATIENCE_S))
+            except (NoInstancesError, TransportError) as error:
+                raise failure or error from None
+            connection = peer.connection
+            if connection is None:
+                continue  # lost since
+            try:
+                await self._send(instance, connection, channel, body, decode, context.time_left_s())
+                return
+            except (UnavailableError, TransportError) as error:
+                logger.debug("%s: try %d at %x: %s", self.name, attempt, instance.id, error.message)
+                refused.add(instance.id)
+                failure = error
+                if attempt >= TRIES and time.monotonic() > give_up:
+                    raise
+
+    async def _send(
+        self,
+        instance: Instance,
+        connection: ClientConnection,
+        channel: Channel[Any],
+        body: bytes,
+        decode: codec.Decode,
+        left_s: float | None,
+    ) -> None:
+        """Returns when the instance has accepted. Raises what it refused with, TransportError or WorkerLostError."""
+        incoming = connection.receive(decode, channel, left_s)
+        channel.source = instance.id
+        envelope = Request(
+            id=context.request_id.get() or uuid.uuid4().hex,
+            connection=connection.id,
+            sid=incoming.sid,
+            timeout_s=left_s,
+            body=msgspec.Raw(body),
+        )
+        timeout_s = ACK_TIMEOUT_S + len(body) / ACK_BYTES_PER_S
+        if left_s is not None:
+            timeout_s = min(timeout_s, left_s)
+        try:
+            if self._over_nats:
+                await self._send_over_nats(instance, connection, incoming, envelope, timeout_s)
+            else:
+                await connection.request(incoming, instance.subject, envelope, timeout_s)
+        except DynamoError:
+            if not incoming.accepted:  # with items here, only the acceptance was lost: a retry would repeat them
+                connection.forget(incoming)
+                raise
+        except BaseException as error:
+            connection.forget(incoming)
+            if isinstance(error, ValueError):
+                raise RequestError(f"{self.name}: {error}", hint="a request may have 256 MiB") from None
+            raise
+        incoming.accepted = True
+        channel.on_cancel = partial(connection.forget, incoming)
+
+    async def _send_over_nats(
+        self,
+        instance: Instance,
+        connection: ClientConnection,
+        incoming: Incoming,
+        envelope: Request,
+        timeout_s: float,
+    ) -> None:
+        payload = codec.encode(envelope)
+        if len(payload) > self._nats.max_payload_bytes:
+            connection.control(frames.BODY, (incoming.sid, bytes(envelope.body)))
+            envelope.body, envelope.body_ahead = _NIL, True
+            payload = codec.encode(envelope)
+        answer = await self._nats.request(instance.subject, payload, timeout_s, incoming.reply)
+        if answer:
+            raise unpack(_decode_failure(answer))
+
+    async def _pick(
+        self, choice: str | int, refused: set[InstanceId], give_up: float, left_s: float | None
+    ) -> tuple[Instance, Peer]:
+        """Instances that refused come again when no other is left, after a pause. Raises NoInstancesError."""
+        if left_s is not None:
+            give_up = min(give_up, time.monotonic() + left_s)
+        while True:
+            if isinstance(choice, int):
+                known = self._instances.get(InstanceId(choice))
+                ready = [known] if known is not None and known[1].available else []
+                if known is not None and known[1].stopping:
+                    raise self._nobody(choice)
+            else:
+                ready = self._ready
+            if refused:
+                ready = [known for known in ready if known[0].id not in refused]
+            if ready:
+                if choice == "random":
+                    return random.choice(ready)
+                if choice == "power_of_two":
+                    return ready[lighter_of_two(ready)]
+                self._next += 1
+                if choice == "least_loaded":  # the next turn begins behind it, so that idle ones share
+                    self._next = lightest(ready, self._next % len(ready))
+                return ready[self._next % len(ready)]
+            wait_s = give_up - time.monotonic()
+            if wait_s <= 0:
+                raise self._nobody(choice)
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(min(wait_s, RETRY_PAUSE_S) if refused else wait_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                refused.clear()
+
+    def _nobody(self, choice: str | int) -> NoInstancesError:
+        if isinstance(choice, int):
+            return NoInstancesError(
+                f"instance {choice:x} of {self.name} is not available",
+                hint=f"live: {', '.join(f'{i:x}' for i in self.instance_ids()) or 'none'}",
+            )
+        return NoInstancesError(
+            f"no instance of {self.name} is available", hint="it is starting, restarting or was not deployed"
+        )
+
+    def _shut(self) -> UnavailableError:
+        return UnavailableError(f"the client of {self.name} is closed", hint="this process is stopping")

@@ -1,0 +1,1 @@
+"""One service process: everything between `python -m dynamo.worker.process` and the service's own code."""

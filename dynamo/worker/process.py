@@ -1,0 +1,378 @@
+"""The life of one service process: `python -m dynamo.worker.process GRAPH --service-name NAME`.
+
+construct -> start hooks -> connect -> find the services it calls -> register its endpoints -> accept HTTP -> ready ->
+(SIGTERM) -> stop HTTP -> deregister -> finish running requests -> shutdown hooks -> close. Start hooks come before the
+connections, so that an engine may fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import inspect
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import uvloop
+
+from dynamo import codec, log
+from dynamo.config.service_config import ServiceConfig
+from dynamo.config.settings import constructor_arguments
+from dynamo.errors import DynamoError
+from dynamo.http.scrape_targets import ScrapeTargets
+from dynamo.rpc.client import Client
+from dynamo.rpc.runtime import Runtime
+from dynamo.sdk import bind
+from dynamo.sdk.channels import attach
+from dynamo.sdk.context import ServiceContext, enter
+from dynamo.sdk.depends import Avoiding, Choice, Stub, dependencies
+from dynamo.sdk.endpoint import EndpointSpec, Hook, hooks
+from dynamo.sdk.graph import Graph, load
+from dynamo.sdk.spec import spec_of
+from dynamo.streams import Reply, Stream
+from dynamo.worker.broker import ServiceBroker
+from dynamo.worker.environment import RELOAD, RUN_DIR, namespace_of
+from dynamo.worker.http_service import HttpService
+from dynamo.worker.live_settings import LiveSettings
+from dynamo.worker.metrics_socket import METRICS, TARGETS, MetricsSocket, path_of
+
+if TYPE_CHECKING:
+    from dynamo.http.prometheus_text import Pages
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 25.0
+MIN_DRAIN_S = 0.2
+GC_THRESHOLDS = (20_000, 20, 50)
+"""Objects of a few hundred running requests stay young: with Python's 700 the collector took 9 % of a token's time."""
+LIVENESS_EVERY_S = 1.0
+READINESS_EVERY_S = 0.02
+
+
+Scrape = Callable[["Pages", Callable[[], bool]], Coroutine[Any, Any, None]]
+"""shows the pages of a process, which is ready where the second says so, until it is cancelled"""
+
+
+class Status:
+    """Tells the supervisor, if there is one, over the pipe that it gave; else `on_ready` is called."""
+
+    def __init__(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self._on_ready = on_ready
+        fd = os.environ.pop("DYNAMO_STATUS_FD", "")
+        self._fd = int(fd) if fd else None
+        if self._fd is not None:
+            os.set_inheritable(self._fd, False)
+
+    def tell(self, event: str, **fields: Any) -> bool:
+        """True when a supervisor was told."""
+        if self._fd is None:
+            if event == "ready" and self._on_ready is not None:
+                self._on_ready(fields)
+            return False
+        try:
+            os.write(self._fd, json.dumps({"event": event, **fields}).encode() + b"\n")
+        except OSError:
+            self._fd = None  # the supervisor has gone; this process will hear of it
+        return self._fd is not None
+
+    def progress(self, text: str) -> None:
+        self.tell("progress", text=text)
+
+
+class ServiceCaller:
+    """How the stubs of one dependency reach its service: clients of its endpoints, made when the process connects."""
+
+    def __init__(self, runtime: Runtime, cls: type[Any], namespace: str) -> None:
+        self._runtime, self._spec, self._namespace = runtime, spec_of(cls), namespace
+        self.channels = ServiceBroker(runtime, namespace, self._spec.name)
+        self.clients: dict[str, Client] = {}
+        self._decoders: dict[str, codec.Decode] = {}
+
+    async def open(self) -> None:
+        for endpoint in self._spec.endpoints.values():
+            await self._client(endpoint)
+
+    async def _client(self, endpoint: EndpointSpec) -> Client:
+        client = await self._runtime.client(self._namespace, self._spec.name, endpoint.name)
+        self._decoders[endpoint.name] = codec.decoder(endpoint.types()[1])
+        self.clients[endpoint.name] = client
+        return client
+
+    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
+        avoid: frozenset[int] = frozenset()
+        if isinstance(choice, Avoiding):
+            avoid, choice = choice.instances, choice.choice
+        client = self.clients.get(endpoint.name)
+        if client is not None:
+            decode = self._decoders[endpoint.name]
+            return client.call(request, choice, decode, streaming=endpoint.streaming, avoid=avoid)
+
+        async def connect_first() -> Stream[Any]:  # a start hook that calls a dependency
+            client = await self._client(endpoint)
+            await client.wait_for_instances()
+            return client.call(request, choice, self._decoders[endpoint.name], streaming=True)
+
+        return (Stream if endpoint.streaming else Reply).opening(connect_first())
+
+    def instance_ids(self) -> list[int]:
+        found = [set(client.instance_ids()) for client in self.clients.values()]
+        return sorted(set.intersection(*found)) if found else []
+
+    def in_flight(self) -> dict[int, int]:
+        known = {number: count for client in self.clients.values() for number, count in client.in_flight().items()}
+        return {number: known[number] for number in self.instance_ids()}
+
+
+class ServiceProcess:
+    """One worker of one service. `run` returns the exit code. `scrape` shows its metrics where it runs alone."""
+
+    def __init__(
+        self, graph: Graph, name: str, worker_id: int, workers: int, status: Status, scrape: Scrape | None = None
+    ) -> None:
+        self.graph, self.name, self.status = graph, name, status
+        self.cls = graph.service(name)
+        self.config = ServiceConfig.get_instance()
+        self.namespace = namespace_of(self.cls, self.config)
+        self.worker_id, self.workers = worker_id, workers
+        self.label = name if workers == 1 else f"{name}:{worker_id}"
+        self.stopping = asyncio.Event()
+        self.instance: Any = None
+        self.http: HttpService | None = None
+        self.live: LiveSettings | None = None
+        self._scrape = scrape
+        self._scraped: asyncio.Task[None] | None = None
+        self._socket: MetricsSocket | None = None
+        self._constructed = self._ready = False
+        self._drain_s = DRAIN_S
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        run_dir = Path(os.environ[RUN_DIR]) if os.environ.get(RUN_DIR) else None
+        runtime = Runtime(run_dir=run_dir, name=self.label)
+        self._targets = ScrapeTargets(runtime)
+        self.context = self._enter_context(runtime)
+        settings = self.config.get(self.name, {})
+        callers = {
+            attribute: ServiceCaller(runtime, target, namespace_of(target, self.config))
+            for attribute, target in self.graph.targets[self.name].items()
+        }
+        try:
+            self.instance = object.__new__(self.cls)
+            attach(self.instance, ServiceBroker(runtime, self.namespace, self.name))
+            # bound before the constructor runs, which may want to keep self.worker
+            targets = self.graph.targets[self.name]
+            bind(self.instance, **{a: Stub(spec_of(targets[a]), caller) for a, caller in callers.items()})
+            self.instance.__init__(**constructor_arguments(self.cls, settings))
+            self._constructed = True
+            entry = self.cls is self.graph.entry
+            text = partial(runtime.metrics.text, lent=True)
+            self.http = HttpService(
+                self.instance, settings, entry=entry, workers=self.workers, run_dir=run_dir, metrics=text
+            )
+            self.context.listen = self.http.listen
+            await self._show_metrics(runtime, run_dir)
+            await self.http.start_system_app()
+            await self._call_hooks("start")
+            if self.stopping.is_set():
+                return 0
+            await self._join(runtime, callers)
+            if self.stopping.is_set():
+                return 0
+            gc.collect()
+            gc.freeze()  # what lives now lives long: later collections need not look at it
+            gc.set_threshold(*GC_THRESHOLDS)
+            self._ready = True
+            self.status.tell("ready", lease=runtime.instance_id, **self._url(), **_sources())
+            return await self._live(runtime)
+        finally:
+            await self._shut_down(runtime)
+
+    async def _show_metrics(self, runtime: Runtime, run_dir: Path | None) -> None:
+        """To the supervisor, or, where there is none, on the metrics port."""
+
+        async def metrics() -> bytes:
+            return runtime.metrics.text(lent=True)
+
+        async def targets() -> bytes:
+            from dynamo.http.prometheus_text import http_sd
+
+            return http_sd(await self._targets.addresses())
+
+        pages = {METRICS: metrics, TARGETS: targets}
+        if self._scrape is not None:
+            self._scraped = asyncio.get_running_loop().create_task(self._scrape(pages, lambda: self._ready))
+        elif run_dir is not None:
+            self._socket = MetricsSocket(path_of(run_dir, self.label), pages)
+            await self._socket.open()
+
+    def _enter_context(self, runtime: Runtime) -> ServiceContext:
+        graph = [(namespace_of(cls, self.config), name) for name, cls in self.graph.services.items()]
+        runtime.metrics.belong(self.namespace, self.name, graph, self.worker_id)
+        endpoints = sorted(spec_of(self.cls).endpoints.values(), key=lambda endpoint: endpoint.method)
+        context = ServiceContext(
+            service_name=self.name,
+            namespace=self.namespace,
+            worker_id=self.worker_id,
+            workers=self.workers,
+            runtime=runtime,
+            progress=self.status.progress,
+            endpoints=tuple(endpoint.name for endpoint in endpoints),
+            scrape_targets=self._targets.addresses,
+        )
+        enter(context)
+        return context
+
+    def _url(self) -> dict[str, str]:
+        url, headless = self.context.url, self.context.headless
+        if not url:
+            return {"text": f"{headless}: no endpoint here"} if headless else {}
+        return {"url": url} if self.cls is self.graph.entry else {"url": url, "text": url}
+
+    async def _call_hooks(self, kind: Hook) -> list[Any]:
+        results = []
+        for name in hooks(self.cls, kind):
+            result = getattr(self.instance, name)()
+            results.append(await result if inspect.isawaitable(result) else result)
+        return results
+
+    async def _join(self, runtime: Runtime, callers: dict[str, ServiceCaller]) -> None:
+        await runtime.connect()
+        await self._targets.publish()
+        if not self.context.headless:
+            await self._register(runtime, callers)
+        assert self.http is not None
+        self.http.starting = False
+        url = await self.http.start()
+        if url is not None:
+            self.context.serve_at(url)
+        while not self.stopping.is_set() and not all(await self._call_hooks("readiness")):
+            await asyncio.sleep(READINESS_EVERY_S)
+
+    async def _register(self, runtime: Runtime, callers: dict[str, ServiceCaller]) -> None:
+        for caller in callers.values():
+            await caller.open()
+        known = dependencies(self.cls)
+        for attribute, caller in callers.items():
+            for client in caller.clients.values() if not known[attribute].optional else ():
+                if not client.instance_ids():
+                    self.status.progress(f"waiting for {client.address[1]}")
+                    await self._unless_stopping(client.wait_for_instances())
+        self.live = LiveSettings(self.instance, self.namespace)
+        await self.live.start(runtime)  # before the first request
+        for endpoint in spec_of(self.cls).endpoints.values():
+            method = getattr(self.instance, endpoint.method)
+            stats_data = getattr(self.instance, "stats_data", None)
+            await runtime.serve(self.namespace, self.name, endpoint.name, method, endpoint.types()[0], stats_data)
+
+    async def _unless_stopping(self, work: Any) -> None:
+        waiting = asyncio.ensure_future(work)
+        stopping = asyncio.ensure_future(self.stopping.wait())
+        await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (waiting, stopping):
+            task.cancel()
+        await asyncio.gather(waiting, stopping, return_exceptions=True)
+
+    async def _live(self, runtime: Runtime) -> int:
+        """Until told to stop (0), or until a liveness hook fails (1): then out of discovery first."""
+        while True:
+            try:
+                await asyncio.wait_for(self.stopping.wait(), LIVENESS_EVERY_S)
+            except TimeoutError:
+                pass
+            else:
+                self._ready = False
+                self.status.tell("draining")
+                return 0
+            try:
+                alive = all(await self._call_hooks("liveness"))
+                reason, hint = "a liveness check returned False", None
+            except Exception as error:
+                alive, reason = False, error.message if isinstance(error, DynamoError) else repr(error)
+                hint = error.hint if isinstance(error, DynamoError) else None
+            if not alive:
+                logger.error("not alive: %s", reason)
+                await runtime.deregister()
+                self.status.tell("failed", error=reason, hint=hint)
+                await runtime.drain(0.0)
+                self._drain_s = MIN_DRAIN_S
+                return 1
+
+    async def _shut_down(self, runtime: Runtime) -> None:
+        started = time.monotonic()
+        if self.http is not None:
+            await self.http.stop(self._drain_s)
+        await runtime.drain(max(self._drain_s - (time.monotonic() - started), MIN_DRAIN_S))
+        if self._constructed:
+            try:
+                await self._call_hooks("shutdown")
+            except Exception:
+                logger.exception("a shutdown hook failed")
+        if self.http is not None:
+            await self.http.close()
+        if self.live is not None:
+            await self.live.stop()
+        if self._scraped is not None:
+            self._scraped.cancel()
+        if self._socket is not None:
+            self._socket.close()
+        await runtime.close()
+        logger.debug("stopped in %.2f s", time.monotonic() - started)
+
+
+def _sources() -> dict[str, list[str]]:
+    """The source files below the working directory that this process runs, where the supervisor restarts on edits."""
+    if not os.environ.get(RELOAD):
+        return {}
+    here = f"{os.getcwd()}/"
+    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    return {"files": sorted(f for f in files if f.startswith(here) and "/site-packages/" not in f)}
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    on_ready: Callable[[dict[str, Any]], None] | None = None,
+    scrape: Scrape | None = None,
+) -> NoReturn:
+    parser = argparse.ArgumentParser(prog="python -m dynamo.worker.process")
+    parser.add_argument("graph")
+    parser.add_argument("--service-name", required=True)
+    parser.add_argument("--worker-id", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args(argv)
+    status = Status(on_ready)
+    label = options.service_name if options.workers == 1 else f"{options.service_name}:{options.worker_id}"
+    log.configure(label)
+
+    async def run() -> int:
+        graph = load(options.graph)
+        process = ServiceProcess(graph, options.service_name, options.worker_id, options.workers, status, scrape)
+        return await process.run()
+
+    try:
+        code = uvloop.run(run())
+    except DynamoError as error:
+        if not status.tell("failed", error=error.message, hint=error.hint):
+            logger.error("%s", error)
+        code = error.exit_code
+    except Exception as error:
+        status.tell("failed", error=f"{type(error).__name__}: {error}")
+        logger.exception("%s failed", label)
+        code = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)  # threads of an engine must not hold the exit up
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""What serving costs: `python -m tests.bench`."""

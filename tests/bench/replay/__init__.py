@@ -1,1 +1,0 @@
-"""Request traces replayed against running graphs and peers: `python -m tests.bench.replay`."""
