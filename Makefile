@@ -24,7 +24,7 @@ test: install ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: install ## ruff, mypy --strict, pyright
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pyright
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pyright && $(BIN)/python .ci/words.py
 
 fmt: install ## format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
