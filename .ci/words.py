@@ -61,7 +61,7 @@ VERBS = frozenset(
     treat trigger trim truncate try tune turn undo unfold unify unlink unlock unpack unregister unset unsubscribe
     unwrap update upgrade upload use validate verify view visit wait wake walk warm warn watch weigh widen withdraw
     wrap write yield zero
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 
