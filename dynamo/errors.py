@@ -3,6 +3,7 @@
     DynamoError
     ├── ConfigError              a bad YAML file, override or setting                  exit 1
     │   └── GraphError           a bad service, dependency, link or graph module       exit 1
+    │       └── EndpointMissingError  a call to a method that is no endpoint           HTTP 500
     ├── StartError               a process of the graph could not start                exit 1
     ├── RequestError             the request is at fault                               HTTP 400
     │   ├── ContextLengthError   prompt and output do not fit the model                HTTP 400
@@ -49,6 +50,10 @@ class ConfigError(DynamoError):
 
 class GraphError(ConfigError, ValueError, TypeError):
     """A bad service, dependency, link or graph module. Also a ValueError and a TypeError, which the 0.x SDK raised."""
+
+
+class EndpointMissingError(GraphError, AttributeError):
+    """A service calls a method of another one that is no endpoint. Also an AttributeError, for `hasattr`."""
 
 
 class StartError(DynamoError):

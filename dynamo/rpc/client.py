@@ -1,4 +1,4 @@
-"""Calls to one endpoint, wherever its instances run."""
+"""`Client`: calls to one endpoint, wherever its instances run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from dynamo.rpc.remote_errors import Failure, unpack
 from dynamo.streams import Channel, Reply, Stream
 from dynamo.transport.nats import Nats
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 ACK_TIMEOUT_S = 2.0
 """How long an instance may take to accept a request before another one is tried."""
 ACK_BYTES_PER_S = 10e6
 """A request's body must arrive before the instance can accept it: what a slow network does at least."""
 PATIENCE_S = 1.0
-"""How long a call waits for an instance, or for NATS where it needs it: it bridges the restart of a quick service."""
+"""How long a call waits for an instance, or for NATS if requests take it: enough for a fast service to restart."""
 NAMED_PATIENCE_S = 0.2
-"""The same for an instance that the caller named: it can name another one sooner."""
+"""The same for a named instance: the caller can name another one sooner."""
 RETRY_PAUSE_S = 0.05
-TRIES = 4
-"""Instances that are tried though `PATIENCE_S` is over, because each took long to refuse."""
+MIN_ATTEMPTS = 4
+"""Attempts that are made even after `PATIENCE_S`, for instances that take long to refuse."""
 _NIL = msgspec.Raw(codec.encode(None))
 
 REQUEST_PLANE = "DYN_REQUEST_PLANE"
@@ -47,48 +47,48 @@ _decode_failure = msgspec.msgpack.Decoder(Failure).decode
 
 
 def requests_over_nats() -> bool:
-    """Whether `DYN_REQUEST_PLANE` asks for it. Raises ConfigError for an unknown one."""
+    """Return whether `DYN_REQUEST_PLANE` is nats. Raises ConfigError for an unknown value."""
     given = os.environ.get(REQUEST_PLANE) or "tcp"
     if given not in ("tcp", "nats"):
         raise ConfigError(
-            f"{REQUEST_PLANE}={given}: not a way for requests",
-            hint="tcp: over the connection on which the answer comes (the default); nats: over NATS",
+            f"{REQUEST_PLANE}={given}: unknown request plane",
+            hint="tcp: over the connection that carries the response (the default); nats: over NATS",
         )
     return given == "nats"
 
 
 class Client:
-    """The instances of one endpoint and calls to them; made by `Runtime.client`.
+    """The instances of one endpoint and calls to them; created by `Runtime.client`.
 
-    Requests take the stream connection to their instance, or NATS with `over_nats`.
+    Requests take the connection to their instance, or NATS with `over_nats`.
     """
 
     def __init__(
         self, address: tuple[str, str, str], nats: Nats, peers: ConnectionPool, over_nats: bool = False
     ) -> None:
         self.address = address
-        self._nats, self._peers, self._over_nats = nats, peers, over_nats
+        self.name = "/".join(address)
+        self._nats = nats
+        self._peers = peers
+        self._over_nats = over_nats
         self._instances: dict[InstanceId, tuple[Instance, Peer]] = {}
         self._ready: list[tuple[Instance, Peer]] = []
         self._next = random.randrange(1 << 16)
         self._changed = asyncio.Event()
-        self._opening: set[asyncio.Task[None]] = set()
+        self._opening: dict[asyncio.Task[None], Channel[Any]] = {}
+        """calls that no instance has accepted yet"""
         self._closed = False
         peers.on_change(self._update)
 
-    @property
-    def name(self) -> str:
-        return "/".join(self.address)
-
     def join(self, instance: Instance) -> None:
-        """Called by discovery; a second time for an instance that registered again."""
+        """Add an instance that discovery found; a second time for one that registered again."""
         known = self._instances.get(instance.id)
         peer = known[1] if known is not None else self._peers.join(instance)
         self._instances[instance.id] = (instance, peer)
         self._update()
 
     def leave(self, instance_id: InstanceId) -> None:
-        """Called by discovery when the instance deregistered or its lease ended; its running streams go on."""
+        """Remove an instance that deregistered or whose lease expired; its running streams continue."""
         if self._instances.pop(instance_id, None) is not None:
             self._peers.leave(instance_id)
             self._update()
@@ -98,11 +98,11 @@ class Client:
         self._changed.set()
 
     def instance_ids(self) -> list[int]:
-        """Ids of the instances that can be called now."""
+        """Return the ids of the instances that can be called now."""
         return [instance.instance_id for instance, _ in self._ready]
 
     def in_flight(self) -> dict[int, int]:
-        """Of each instance that can be called now: how many calls of this process run there, whatever the endpoint."""
+        """Return this process's running calls, of all endpoints, by the id of each instance that can be called now."""
         return {instance.instance_id: peer.in_flight for instance, peer in self._ready}
 
     async def wait_for_instances(self, count: int = 1, timeout_s: float | None = None) -> list[int]:
@@ -122,76 +122,70 @@ class Client:
         self,
         request: Any,
         choice: str | int,
-        decode: codec.Decode,
-        *,
-        streaming: bool,
         avoid: Collection[int] = (),
+        *,
+        decode: codec.Decode,
+        streaming: bool,
     ) -> Stream[Any]:
-        """Send a request; the result is a `Stream` of items or, for a unary endpoint, a `Reply`.
+        """Start a call; return a `Stream` of items or, for a unary endpoint, a `Reply`.
 
-        `choice` is "round_robin", "random", "power_of_two" (the one of two random instances where fewer calls of this
-        process run), "least_loaded" or an instance id. An instance that does not accept is replaced by another one, for
-        `PATIENCE_S` and within the request's deadline; an instance that is named is not replaced. Instances to
-        `avoid` are taken when no other is there, as if they had refused. A request may run
-        twice where the first instance's acceptance was lost; the caller gets the items of one run only.
+        `choice` is "round_robin", "random", "power_of_two" (the less busy of two random instances, by the calls of this
+        process), "least_loaded" or an instance id. Instances in `avoid` are taken only when there is no other. A request
+        may run twice where the first instance's acceptance was lost; the caller gets the items of one run only.
         """
         channel: Channel[Any] = Channel()
-        task = asyncio.get_running_loop().create_task(self._open(channel, request, choice, decode, avoid))
+        task = asyncio.get_running_loop().create_task(self.send_with_retry(channel, request, choice, decode, avoid))
+        self._opening[task] = channel
+        task.add_done_callback(self._opening.pop)
         channel.on_cancel = task.cancel
-        self._opening.add(task)
-
-        def opened(task: asyncio.Task[None]) -> None:
-            self._opening.discard(task)
-            if task.cancelled():  # by `close`; if it was the consumer, nobody hears of this
-                channel.end(self._shut())
-
-        task.add_done_callback(opened)
         return (Stream if streaming else Reply)(channel, task)
 
     async def close(self) -> None:
-        """Calls that are being opened, and later ones, fail."""
+        """Fail the calls that are being opened, and all later ones."""
         self._closed = True
-        opening = list(self._opening)
-        for task in opening:
+        opening = dict(self._opening)
+        for task, channel in opening.items():
             task.cancel()
+            channel.end(self._closed_error())
         await asyncio.gather(*opening, return_exceptions=True)
 
-    async def _open(
+    async def send_with_retry(
         self, channel: Channel[Any], request: Any, choice: str | int, decode: codec.Decode, avoid: Collection[int]
     ) -> None:
+        """Send a request to instances in turn until one accepts it; end `channel` with the error if none does.
+
+        An instance that refuses is replaced by another, for `PATIENCE_S` and within the request's deadline; a named
+        instance is not replaced.
+        """
+        give_up = time.monotonic() + (NAMED_PATIENCE_S if isinstance(choice, int) else PATIENCE_S)
+        refused = set(map(InstanceId, avoid))
+        failure: DynamoError | None = None
         try:
             if self._closed:
-                raise self._shut()
-            await self._send_to_any(channel, codec.encode(request), choice, decode, avoid)
+                raise self._closed_error()
+            body = codec.encode(request)
+            for attempt in itertools.count(1):
+                left_s = context.time_left_s()
+                try:
+                    instance, peer = await self._pick(choice, refused, give_up, left_s)
+                    if self._over_nats:
+                        await self._nats.wait_connected(min(give_up - time.monotonic(), left_s or PATIENCE_S))
+                except (NoInstancesError, TransportError) as error:
+                    raise failure or error from None
+                connection = peer.connection
+                if connection is None:
+                    continue  # lost since
+                try:
+                    await self._send(instance, connection, channel, body, decode, context.time_left_s())
+                    return
+                except (UnavailableError, TransportError) as error:
+                    log.debug("%s: attempt %d at %x failed: %s", self.name, attempt, instance.id, error.message)
+                    refused.add(instance.id)
+                    failure = error
+                    if attempt >= MIN_ATTEMPTS and time.monotonic() > give_up:
+                        raise
         except Exception as error:
             channel.end(error)
-
-    async def _send_to_any(
-        self, channel: Channel[Any], body: bytes, choice: str | int, decode: codec.Decode, avoid: Collection[int]
-    ) -> None:
-        give_up = time.monotonic() + (NAMED_PATIENCE_S if isinstance(choice, int) else PATIENCE_S)
-        refused = {InstanceId(instance_id) for instance_id in avoid}
-        failure: DynamoError | None = None
-        for attempt in itertools.count(1):
-            left_s = context.time_left_s()
-            try:
-                instance, peer = await self._pick(choice, refused, give_up, left_s)
-                if self._over_nats:
-                    await self._nats.wait_connected(min(give_up - time.monotonic(), left_s or PATIENCE_S))
-            except (NoInstancesError, TransportError) as error:
-                raise failure or error from None
-            connection = peer.connection
-            if connection is None:
-                continue  # lost since
-            try:
-                await self._send(instance, connection, channel, body, decode, context.time_left_s())
-                return
-            except (UnavailableError, TransportError) as error:
-                logger.debug("%s: try %d at %x: %s", self.name, attempt, instance.id, error.message)
-                refused.add(instance.id)
-                failure = error
-                if attempt >= TRIES and time.monotonic() > give_up:
-                    raise
 
     async def _send(
         self,
@@ -202,7 +196,10 @@ class Client:
         decode: codec.Decode,
         left_s: float | None,
     ) -> None:
-        """Returns when the instance has accepted. Raises what it refused with, TransportError or WorkerLostError."""
+        """Send to one instance; return when it has accepted.
+
+        Raises the error it refused with, TransportError or WorkerLostError.
+        """
         incoming = connection.receive(decode, channel, left_s)
         channel.source = instance.id
         envelope = Request(
@@ -252,7 +249,10 @@ class Client:
     async def _pick(
         self, choice: str | int, refused: set[InstanceId], give_up: float, left_s: float | None
     ) -> tuple[Instance, Peer]:
-        """Instances that refused come again when no other is left, after a pause. Raises NoInstancesError."""
+        """Pick an instance, waiting until `give_up` for one; instances that refused are tried again after a pause.
+
+        Raises NoInstancesError.
+        """
         if left_s is not None:
             give_up = min(give_up, time.monotonic() + left_s)
         while True:
@@ -260,7 +260,7 @@ class Client:
                 known = self._instances.get(InstanceId(choice))
                 ready = [known] if known is not None and known[1].available else []
                 if known is not None and known[1].stopping:
-                    raise self._nobody(choice)
+                    raise self._unavailable(choice)
             else:
                 ready = self._ready
             if refused:
@@ -271,12 +271,12 @@ class Client:
                 if choice == "power_of_two":
                     return ready[lighter_of_two(ready)]
                 self._next += 1
-                if choice == "least_loaded":  # the next turn begins behind it, so that idle ones share
+                if choice == "least_loaded":  # the next turn begins after it, so that idle instances share
                     self._next = lightest(ready, self._next % len(ready))
                 return ready[self._next % len(ready)]
             wait_s = give_up - time.monotonic()
             if wait_s <= 0:
-                raise self._nobody(choice)
+                raise self._unavailable(choice)
             self._changed.clear()
             try:
                 async with asyncio.timeout(min(wait_s, RETRY_PAUSE_S) if refused else wait_s):
@@ -284,7 +284,7 @@ class Client:
             except TimeoutError:
                 refused.clear()
 
-    def _nobody(self, choice: str | int) -> NoInstancesError:
+    def _unavailable(self, choice: str | int) -> NoInstancesError:
         if isinstance(choice, int):
             return NoInstancesError(
                 f"instance {choice:x} of {self.name} is not available",
@@ -294,5 +294,5 @@ class Client:
             f"no instance of {self.name} is available", hint="it is starting, restarting or was not deployed"
         )
 
-    def _shut(self) -> UnavailableError:
+    def _closed_error(self) -> UnavailableError:
         return UnavailableError(f"the client of {self.name} is closed", hint="this process is stopping")

@@ -181,7 +181,7 @@ class ComponentClient:
         return await self._call(request, "round_robin", annotated)
 
     async def _call(self, request: Any, choice: str | int, annotated: bool) -> Stream[Any]:
-        stream = self._client.call(request, choice, self._decode, streaming=True)
+        stream = self._client.call(request, choice, decode=self._decode, streaming=True)
         try:
             await stream
         except NoInstancesError as error:

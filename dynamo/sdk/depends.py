@@ -1,12 +1,11 @@
-"""`depends()`: a typed edge to another service, and what stands behind the attribute in a running process or a test."""
+"""`depends()`: a typed edge to another service, and the stub behind it in a served process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast, overload
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
 
-from dynamo.errors import GraphError
+from dynamo.errors import EndpointMissingError, GraphError
 from dynamo.sdk.broker import Broker
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.spec import ServiceSpec, is_interface, spec_of
@@ -15,71 +14,97 @@ from dynamo.streams import Stream
 T = TypeVar("T")
 
 
-class Avoiding(NamedTuple):
-    """Choose so, but none of these instances while there are others."""
-
-    choice: Literal["round_robin", "random", "power_of_two", "least_loaded"]
-    instances: frozenset[int]
-
-
-Choice = Literal["round_robin", "random", "power_of_two", "least_loaded"] | int | Avoiding
-"""How a call picks an instance; an int is an instance id."""
+Policy = Literal["round_robin", "random", "power_of_two", "least_loaded"]
+"""How a call picks one of the instances."""
+Choice = Policy | int
+"""A policy, or the id of an instance."""
 
 
-class Caller(Protocol):
-    """How a stub reaches a service. The runtime implements it; `serve` joins the two."""
+class StartCall(Protocol):
+    """Start a call of one endpoint: send `request` to an instance by `choice`, to none of `avoid` while others exist."""
+
+    def __call__(self, request: Any, choice: Choice, avoid: frozenset[int]) -> Stream[Any]: ...
+
+
+class Pool(Protocol):
+    """The instances of one service, as a stub reaches them: over the wire in a served process, in memory in a test."""
 
     @property
-    def channels(self) -> Broker: ...
-    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]: ...
+    def broker(self) -> Broker: ...
+    def endpoint(self, spec: EndpointSpec) -> StartCall: ...
     def instance_ids(self) -> list[int]: ...
     def in_flight(self) -> dict[int, int]: ...
 
 
+def no_endpoint(spec: ServiceSpec, name: str) -> EndpointMissingError:
+    """Return the error for using `name` of a service as if it were an endpoint."""
+    return EndpointMissingError(
+        f"{spec.name} has no endpoint {name!r}; endpoints: {', '.join(spec.endpoints) or 'none'}",
+        hint=f"mark {spec.name}.{name} with @endpoint, or keep the call inside {spec.name}",
+    )
+
+
 class Stub:
-    """Stands behind a dependency in a running process: its endpoints are called over the wire, its channels are those
-    of all instances, and nothing else exists."""
+    """The object behind a dependency in a served process: the service's endpoints and channels, and nothing else."""
 
-    __slots__ = ("_caller", "_choice", "_spec")  # an endpoint may have any name that a method may have
+    __slots__ = ("_avoid", "_choice", "_pool", "_spec")  # an endpoint may have any name that a method may have
 
-    def __init__(self, spec: ServiceSpec, caller: Caller, choice: Choice = "round_robin") -> None:
-        self._spec, self._caller = spec, caller
+    def __init__(
+        self, spec: ServiceSpec, pool: Pool, choice: Choice = "round_robin", avoid: frozenset[int] = frozenset()
+    ) -> None:
+        self._spec = spec
+        self._pool = pool
         self._choice: Choice = choice
+        self._avoid = avoid
 
     def __getattr__(self, name: str) -> Any:
         endpoint = self._spec.endpoints.get(name)
-        if endpoint is None:
-            channel = self._spec.channels.get(name)
-            if channel is not None:
-                return channel.open(self._caller.channels)
-            service = self._spec.name
-            raise AttributeError(
-                f"{service} has no endpoint {name!r}; endpoints: {', '.join(self._spec.endpoints) or 'none'}\n"
-                f"hint: mark {service}.{name} with @endpoint, or keep the call inside {service}"
-            )
-        return partial(_call, self._caller, endpoint, self._choice)
+        if endpoint is not None:
+            return RemoteMethod(endpoint, self._pool.endpoint(endpoint), self._choice, self._avoid)
+        channel = self._spec.channels.get(name)
+        if channel is not None:
+            return channel.open(self._pool.broker)
+        raise no_endpoint(self._spec, name)
 
     def __repr__(self) -> str:
-        return f"<remote {self._spec.name}, {self._choice}>"
+        return f"<stub of {self._spec.name}, {self._choice}>"
 
 
-def _call(caller: Caller, endpoint: EndpointSpec, choice: Choice, /, *args: Any, **named: Any) -> Stream[Any]:
-    parameter = endpoint.parameter
-    if len(args) + len(named) > 1 or (parameter is None and args) or named.keys() - {parameter}:
-        takes = f"one request, {parameter}" if parameter else "no request"
-        raise TypeError(f"endpoint {endpoint.function.__qualname__} takes {takes}")
-    return caller.call(endpoint, named[parameter] if parameter and named else args[0] if args else None, choice)
+class RemoteMethod:
+    """One endpoint of a stub. Calling it sends the request; await or iterate the result."""
+
+    __slots__ = ("_avoid", "_choice", "_endpoint", "_start")
+
+    def __init__(self, endpoint: EndpointSpec, start: StartCall, choice: Choice, avoid: frozenset[int]) -> None:
+        self._endpoint = endpoint
+        self._start = start
+        self._choice: Choice = choice
+        self._avoid = avoid
+
+    def __call__(self, *args: Any, **named: Any) -> Stream[Any]:
+        parameter = self._endpoint.parameter
+        if len(args) + len(named) > 1 or (parameter is None and args) or named.keys() - {parameter}:
+            takes = f"one request, {parameter}" if parameter else "no request"
+            raise TypeError(f"endpoint {self._endpoint.function.__qualname__} takes {takes}")
+        request = args[0] if args else named[parameter] if parameter and named else None
+        return self._start(request, self._choice, self._avoid)
+
+    def __repr__(self) -> str:
+        return f"<endpoint {self._endpoint.function.__qualname__}>"
 
 
 class Dependency(Generic[T]):
-    """The descriptor that `depends()` returns. On an instance it is typed as the service itself."""
+    """The descriptor that `depends()` returns; on an instance it is typed as the service itself."""
 
     def __init__(self, on: type[T], *, optional: bool = False) -> None:
-        self.on, self.optional = on, optional
-        self.attribute = self.slot = ""
+        self.on = on
+        self.optional = optional
+        self.attribute = ""
+        self.slot = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.attribute, self.slot = name, f"_dynamo_dependency_{name}"
+        self.attribute = name
+        self.slot = f"_dynamo_dependency_{name}"
 
     @overload
     def __get__(self, instance: None, owner: Any = None) -> Dependency[T]: ...
@@ -106,8 +131,9 @@ class Dependency(Generic[T]):
 def depends(on: Callable[..., T], /, *, optional: bool = False) -> Dependency[T]:
     """Declare that this service calls `on`, a service or an interface. `self.<attribute>` is then typed as `on` itself.
 
-    An `optional` one is there only where a graph links it (ask `is_linked`), and this service starts without waiting
-    for an instance of it. Behind an interface (a subclass of `AbstractService`) stands what `.link()` puts there.
+    An `optional` dependency exists only where a graph links it (check with `is_linked`), and this service starts
+    without waiting for an instance of it. For an interface (a subclass of `AbstractService`), `.link()` decides which
+    service stands behind it. Raises GraphError for a class that is neither.
     """
     cls = cast("type[T]", on)  # not its type above: there, mypy would refuse a class with abstract methods
     if not is_interface(cls):
@@ -116,7 +142,7 @@ def depends(on: Callable[..., T], /, *, optional: bool = False) -> Dependency[T]
 
 
 def dependencies(cls: type[Any]) -> dict[str, Dependency[Any]]:
-    """attribute -> dependency of a service class, inherited ones included."""
+    """Return attribute -> dependency of a service class, inherited ones included."""
     found: dict[str, Dependency[Any]] = {}
     for base in reversed(cls.__mro__):
         for name, value in vars(base).items():
@@ -128,9 +154,9 @@ def dependencies(cls: type[Any]) -> dict[str, Dependency[Any]]:
 
 
 def bind(instance: object, **targets: object) -> None:
-    """Put something behind dependencies of one live object: plain objects in a test, remote stubs in a process.
+    """Set the dependencies of one object: plain objects or doubles in a test, stubs in a served process.
 
-    `bind(processor, worker=FakeWorker())`. Raises GraphError for an attribute that is no dependency.
+    `bind(processor, worker=FakeWorker())`. Raises GraphError for an attribute that is not a dependency.
     """
     known = dependencies(type(instance))
     for attribute, target in targets.items():
@@ -142,52 +168,54 @@ def bind(instance: object, **targets: object) -> None:
 
 
 def is_linked(instance: object, attribute: str) -> bool:
-    """Whether something stands behind a dependency of an object: a graph may leave it out."""
+    """Return whether a dependency of an object is set: a graph may leave it out."""
     return dependencies(type(instance))[attribute].slot in instance.__dict__
 
 
-def _choose(client: T, choice: Choice) -> T:
-    return cast(T, Stub(client._spec, client._caller, choice)) if isinstance(client, Stub) else client
+def _choosing(client: T, choice: Choice) -> T:
+    if not isinstance(client, Stub):
+        return client
+    avoid = frozenset() if isinstance(choice, int) else client._avoid
+    return cast(T, Stub(client._spec, client._pool, choice, avoid))
 
 
 def direct(client: T, instance_id: int) -> T:
-    """The same client, pinned to one instance: `direct(self.worker, worker_id).generate(request)`."""
-    return _choose(client, instance_id)
+    """Return the client pinned to one instance: `direct(self.worker, worker_id).generate(request)`."""
+    return _choosing(client, instance_id)
 
 
 def random(client: T) -> T:
-    """The same client, each call to a random instance."""
-    return _choose(client, "random")
+    """Return the client with each call going to a random instance."""
+    return _choosing(client, "random")
 
 
 def round_robin(client: T) -> T:
-    """The same client, each call to the next instance in turn; what a client does if nothing else is said."""
-    return _choose(client, "round_robin")
+    """Return the client with each call going to the next instance in turn, which is the default."""
+    return _choosing(client, "round_robin")
 
 
 def power_of_two(client: T) -> T:
-    """The same client, each call to the one of two random instances where fewer calls of this process run."""
-    return _choose(client, "power_of_two")
+    """Return the client with each call going to the less busy of two random instances, by this process's calls."""
+    return _choosing(client, "power_of_two")
 
 
 def least_loaded(client: T) -> T:
-    """The same client, each call to the instance where fewest calls of this process run; to equal ones in turn."""
-    return _choose(client, "least_loaded")
+    """Return the client with each call going to the instance with the fewest calls of this process; ties in turn."""
+    return _choosing(client, "least_loaded")
 
 
 def avoiding(client: T, instances: Collection[int]) -> T:
-    """The same client, whose calls go to none of these instances while there are others; not for a pinned client."""
+    """Return the client with calls going to none of `instances` while there are others; no effect on a pinned client."""
     if not instances or not isinstance(client, Stub) or isinstance(client._choice, int):
         return client
-    choice = client._choice.choice if isinstance(client._choice, Avoiding) else client._choice
-    return _choose(client, Avoiding(choice, frozenset(instances)))
+    return cast(T, Stub(client._spec, client._pool, client._choice, frozenset(instances)))
 
 
 def instance_ids(client: object) -> list[int]:
-    """Ids of the live instances behind a dependency; empty for a plain object in a test."""
-    return client._caller.instance_ids() if isinstance(client, Stub) else []
+    """Return the ids of the live instances behind a dependency; empty for a plain object in a test."""
+    return client._pool.instance_ids() if isinstance(client, Stub) else []
 
 
 def in_flight(client: object) -> dict[int, int]:
-    """How many calls of this process run at each live instance behind a dependency; empty for a plain object."""
-    return client._caller.in_flight() if isinstance(client, Stub) else {}
+    """Return the number of this process's running calls by live instance id; empty for a plain object."""
+    return client._pool.in_flight() if isinstance(client, Stub) else {}

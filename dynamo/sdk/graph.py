@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from dynamo.errors import GraphError
+from dynamo.sdk.calls import check_calls
 from dynamo.sdk.depends import dependencies
 from dynamo.sdk.links import EDGES, Edge
 from dynamo.sdk.spec import is_interface, is_service, spec_of
@@ -20,7 +21,7 @@ from dynamo.sdk.spec import is_interface, is_service, spec_of
 
 @dataclass(frozen=True)
 class Graph:
-    """`services` are in dependency order, the entry last. `targets` say what stands behind each linked dependency."""
+    """The services of a graph, dependencies first and the entry last; `targets` maps service -> attribute -> service."""
 
     spec: str
     entry: type[Any]
@@ -39,7 +40,7 @@ class Graph:
 
 
 def load(spec: str, working_dir: Path = Path()) -> Graph:
-    """`module:Service`, `path/file.py:Service` or a module with one root service -> its graph.
+    """Load the graph of `module:Service`, `path/file.py:Service` or a module with one root service.
 
     Raises GraphError when something is not found; an exception raised by the module's own code passes through.
     """
@@ -54,7 +55,10 @@ def load(spec: str, working_dir: Path = Path()) -> Graph:
 
 
 def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
-    """Walk from the entry along active dependencies. Raises GraphError on a cycle or two services of one name."""
+    """Collect the services from the entry along active dependencies.
+
+    Raises GraphError on a cycle, two services of one name, or a call to a method that is no endpoint.
+    """
     linked: dict[type[Any], dict[str, type[Any]]] = {}
     ends: set[type[Any]] = set()
     for edge in edges:
@@ -99,6 +103,8 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
         services[name] = cls
 
     visit(entry)
+    for name, cls in services.items():
+        check_calls(cls, targets[name])
     return Graph(spec, entry, services, targets)
 
 
@@ -107,10 +113,12 @@ def _needed(cls: type[Any]) -> dict[str, type[Any]]:
 
 
 def load_function(spec: str, working_dir: Path = Path()) -> Callable[..., Any]:
-    """`module:function` or `path/file.py:function`. Raises GraphError when it is not found or cannot be called."""
+    """Load `module:function` or `path/file.py:function`. Raises GraphError when it is not found or cannot be called."""
     name, _, attribute = spec.rpartition(":")
     if not name or not attribute.isidentifier():
-        raise GraphError(f"{spec!r} names no function", hint="write it as module:function or path/file.py:function")
+        raise GraphError(
+            f"{spec!r}: expected module:function", hint="write it as module:function or path/file.py:function"
+        )
     module = _import(name, working_dir)
     found = getattr(module, attribute, None)
     if not callable(found):
@@ -121,29 +129,31 @@ def load_function(spec: str, working_dir: Path = Path()) -> Callable[..., Any]:
 
 
 def _import(name: str, working_dir: Path) -> ModuleType:
-    if name.endswith(".py"):
-        return _import_file(name, working_dir)
-    if not all(part.isidentifier() for part in name.split(".")):
+    """Import `package.module` or `path/file.py`. Raises GraphError where it, or a module that it needs, is missing."""
+    is_file = name.endswith(".py")
+    if not is_file and not all(part.isidentifier() for part in name.split(".")):
         raise GraphError(
-            f"{name!r} is no name of a module", hint="write it as graphs.agg:Frontend or path/file.py:Frontend"
+            f"{name!r} is not a module name", hint="write it as graphs.agg:Frontend or path/file.py:Frontend"
         )
     try:
-        return importlib.import_module(name)
+        return _import_file(name, working_dir) if is_file else importlib.import_module(name)
     except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if name == missing or name.startswith(f"{missing}."):
-            raise GraphError(
-                f"graph module {name!r} not found",
-                hint=f"run from the directory that holds it, or pass --working-dir (now {working_dir.resolve()})",
-            ) from None
-        package = missing.partition(".")[0]
-        if package in sys.modules:
-            what, hint = "does not exist", f"look for it in {package}"
-        else:
-            what, hint = "is not installed", f"pip install {package}"
-        raise GraphError(
-            f"graph module {name!r} cannot be imported: it needs module {missing!r}, which {what}", hint=hint
-        ) from error
+        raise _missing_module(name, error.name or "", working_dir) from error
+
+
+def _missing_module(name: str, missing: str, working_dir: Path) -> GraphError:
+    """Return the error for a graph module `name` whose import failed because the module `missing` was not found."""
+    if name == missing or name.startswith(f"{missing}."):
+        return GraphError(
+            f"graph module {name!r} not found",
+            hint=f"run from the directory that holds it, or pass --working-dir (now {working_dir.resolve()})",
+        )
+    kind, package = "file" if name.endswith(".py") else "module", missing.partition(".")[0]
+    if package in sys.modules:
+        fact, hint = "does not exist", f"look for it in {package}"
+    else:
+        fact, hint = "is not installed", f"pip install {package}"
+    return GraphError(f"graph {kind} {name!r} cannot be imported: it needs module {missing!r}, which {fact}", hint=hint)
 
 
 def _import_file(name: str, working_dir: Path) -> ModuleType:
@@ -172,7 +182,7 @@ def _import_file(name: str, working_dir: Path) -> ModuleType:
 
 
 def _attribute(module: ModuleType, attribute: str) -> type[Any]:
-    """`Frontend`, or `Frontend.middle`: the service behind a dependency of it."""
+    """Return the service `Frontend` of a module, or `Frontend.middle`, the service behind a dependency of it."""
     attribute, _, path = attribute.partition(".")
     found: Any = getattr(module, attribute, None)
     if not is_service(found):
@@ -196,8 +206,13 @@ def _root(module: ModuleType, edges: list[Edge]) -> type[Any]:
     reached |= {dep.on for cls in services.values() for dep in dependencies(cls).values()}
     roots = list({cls: name for name, cls in services.items() if cls not in reached}.values())
     if len(roots) != 1:
-        found = f"several root services: {', '.join(roots)}" if roots else "no root service"
-        raise GraphError(
-            f"module {module.__name__} has {found}", hint=f"name one: {module.__name__}:{(roots or ['Service'])[0]}"
-        )
+        raise _no_single_root(module, roots, services)
     return services[roots[0]]
+
+
+def _no_single_root(module: ModuleType, roots: list[str], services: dict[str, type[Any]]) -> GraphError:
+    if not services:
+        return GraphError(f"module {module.__name__} has no services", hint="decorate a class in it with @service")
+    found = f"several root services: {', '.join(roots)}" if roots else "no root service"
+    first = (roots or list(services))[0]
+    return GraphError(f"module {module.__name__} has {found}", hint=f"name one: {module.__name__}:{first}")

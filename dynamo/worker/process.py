@@ -24,26 +24,25 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvloop
 
-from dynamo import codec, log
+from dynamo import log
 from dynamo.config.service_config import ServiceConfig
 from dynamo.config.settings import constructor_arguments
 from dynamo.errors import DynamoError
 from dynamo.http.scrape_targets import ScrapeTargets
-from dynamo.rpc.client import Client
 from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import bind
 from dynamo.sdk.channels import attach
 from dynamo.sdk.context import ServiceContext, enter
-from dynamo.sdk.depends import Avoiding, Choice, Stub, dependencies
-from dynamo.sdk.endpoint import EndpointSpec, Hook, hooks
+from dynamo.sdk.depends import Stub, dependencies
+from dynamo.sdk.endpoint import Hook, hooks
 from dynamo.sdk.graph import Graph, load
 from dynamo.sdk.spec import spec_of
-from dynamo.streams import Reply, Stream
 from dynamo.worker.broker import ServiceBroker
 from dynamo.worker.environment import RELOAD, RUN_DIR, namespace_of
 from dynamo.worker.http_service import HttpService
 from dynamo.worker.live_settings import LiveSettings
 from dynamo.worker.metrics_socket import METRICS, TARGETS, MetricsSocket, path_of
+from dynamo.worker.stubs import InstancePool
 
 if TYPE_CHECKING:
     from dynamo.http.prometheus_text import Pages
@@ -88,50 +87,6 @@ class Status:
         self.tell("progress", text=text)
 
 
-class ServiceCaller:
-    """How the stubs of one dependency reach its service: clients of its endpoints, made when the process connects."""
-
-    def __init__(self, runtime: Runtime, cls: type[Any], namespace: str) -> None:
-        self._runtime, self._spec, self._namespace = runtime, spec_of(cls), namespace
-        self.channels = ServiceBroker(runtime, namespace, self._spec.name)
-        self.clients: dict[str, Client] = {}
-        self._decoders: dict[str, codec.Decode] = {}
-
-    async def open(self) -> None:
-        for endpoint in self._spec.endpoints.values():
-            await self._client(endpoint)
-
-    async def _client(self, endpoint: EndpointSpec) -> Client:
-        client = await self._runtime.client(self._namespace, self._spec.name, endpoint.name)
-        self._decoders[endpoint.name] = codec.decoder(endpoint.types()[1])
-        self.clients[endpoint.name] = client
-        return client
-
-    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
-        avoid: frozenset[int] = frozenset()
-        if isinstance(choice, Avoiding):
-            avoid, choice = choice.instances, choice.choice
-        client = self.clients.get(endpoint.name)
-        if client is not None:
-            decode = self._decoders[endpoint.name]
-            return client.call(request, choice, decode, streaming=endpoint.streaming, avoid=avoid)
-
-        async def connect_first() -> Stream[Any]:  # a start hook that calls a dependency
-            client = await self._client(endpoint)
-            await client.wait_for_instances()
-            return client.call(request, choice, self._decoders[endpoint.name], streaming=True)
-
-        return (Stream if endpoint.streaming else Reply).opening(connect_first())
-
-    def instance_ids(self) -> list[int]:
-        found = [set(client.instance_ids()) for client in self.clients.values()]
-        return sorted(set.intersection(*found)) if found else []
-
-    def in_flight(self) -> dict[int, int]:
-        known = {number: count for client in self.clients.values() for number, count in client.in_flight().items()}
-        return {number: known[number] for number in self.instance_ids()}
-
-
 class ServiceProcess:
     """One worker of one service. `run` returns the exit code. `scrape` shows its metrics where it runs alone."""
 
@@ -163,8 +118,8 @@ class ServiceProcess:
         self._targets = ScrapeTargets(runtime)
         self.context = self._enter_context(runtime)
         settings = self.config.get(self.name, {})
-        callers = {
-            attribute: ServiceCaller(runtime, target, namespace_of(target, self.config))
+        pools = {
+            attribute: InstancePool(runtime, target, namespace_of(target, self.config))
             for attribute, target in self.graph.targets[self.name].items()
         }
         try:
@@ -172,7 +127,7 @@ class ServiceProcess:
             attach(self.instance, ServiceBroker(runtime, self.namespace, self.name))
             # bound before the constructor runs, which may want to keep self.worker
             targets = self.graph.targets[self.name]
-            bind(self.instance, **{a: Stub(spec_of(targets[a]), caller) for a, caller in callers.items()})
+            bind(self.instance, **{a: Stub(spec_of(targets[a]), pool) for a, pool in pools.items()})
             self.instance.__init__(**constructor_arguments(self.cls, settings))
             self._constructed = True
             entry = self.cls is self.graph.entry
@@ -186,7 +141,7 @@ class ServiceProcess:
             await self._call_hooks("start")
             if self.stopping.is_set():
                 return 0
-            await self._join(runtime, callers)
+            await self._join(runtime, pools)
             if self.stopping.is_set():
                 return 0
             gc.collect()
@@ -246,11 +201,11 @@ class ServiceProcess:
             results.append(await result if inspect.isawaitable(result) else result)
         return results
 
-    async def _join(self, runtime: Runtime, callers: dict[str, ServiceCaller]) -> None:
+    async def _join(self, runtime: Runtime, pools: dict[str, InstancePool]) -> None:
         await runtime.connect()
         await self._targets.publish()
         if not self.context.headless:
-            await self._register(runtime, callers)
+            await self._register(runtime, pools)
         assert self.http is not None
         self.http.starting = False
         url = await self.http.start()
@@ -259,12 +214,12 @@ class ServiceProcess:
         while not self.stopping.is_set() and not all(await self._call_hooks("readiness")):
             await asyncio.sleep(READINESS_EVERY_S)
 
-    async def _register(self, runtime: Runtime, callers: dict[str, ServiceCaller]) -> None:
-        for caller in callers.values():
-            await caller.open()
+    async def _register(self, runtime: Runtime, pools: dict[str, InstancePool]) -> None:
+        for pool in pools.values():
+            await pool.connect()
         known = dependencies(self.cls)
-        for attribute, caller in callers.items():
-            for client in caller.clients.values() if not known[attribute].optional else ():
+        for attribute, pool in pools.items():
+            for client in pool.clients.values() if not known[attribute].optional else ():
                 if not client.instance_ids():
                     self.status.progress(f"waiting for {client.address[1]}")
                     await self._unless_stopping(client.wait_for_instances())

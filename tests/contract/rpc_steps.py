@@ -23,7 +23,7 @@ class Make(Protocol):
 
 
 def call(client: Client, request: Any, choice: str | int = "round_robin", *, streaming: bool = True) -> Any:
-    return client.call(request, choice, decode_any, streaming=streaming)
+    return client.call(request, choice, decode=decode_any, streaming=streaming)
 
 
 async def collect(stream: AsyncIterator[Any]) -> list[Any]:

@@ -150,7 +150,7 @@ async def test_however_a_call_ends_it_counts_no_more(workers: list[Worker], clie
     await soon(lambda: nothing_runs(clients.who))
     # an item that cannot be decoded
     with pytest.raises((RemoteError, ValueError, TypeError)):
-        await clients.stream.call("", "least_loaded", _refuse_to_decode, streaming=True).__anext__()
+        await clients.stream.call("", "least_loaded", decode=_refuse_to_decode, streaming=True).__anext__()
     await soon(lambda: nothing_runs(clients.who))
 
 

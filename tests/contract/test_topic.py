@@ -19,7 +19,7 @@ from dynamo.sdk.depends import Stub
 from dynamo.sdk.spec import spec_of
 from dynamo.transport import nats as transport
 from dynamo.worker.broker import ServiceBroker
-from dynamo.worker.process import ServiceCaller
+from dynamo.worker.stubs import InstancePool
 from tests.contract.rpc_steps import Make, make, namespace, soon
 
 __all__ = ["make", "namespace"]  # fixtures
@@ -49,7 +49,7 @@ def joined(worker_side: Runtime, router_side: Runtime, namespace: str) -> tuple[
     """Bound as the processes of a graph bind them."""
     worker, router = Worker(), Router()
     attach(worker, ServiceBroker(worker_side, namespace, "Worker"))
-    bind(router, worker=Stub(spec_of(Worker), ServiceCaller(router_side, Worker, namespace)))
+    bind(router, worker=Stub(spec_of(Worker), InstancePool(router_side, Worker, namespace)))
     return worker, router
 
 

@@ -24,7 +24,7 @@ from dynamo.sdk.spec import spec_of
 from dynamo.transport import work_queue
 from dynamo.transport.nats import Nats
 from dynamo.worker.broker import ServiceBroker, delete_queues, streams
-from dynamo.worker.process import ServiceCaller
+from dynamo.worker.stubs import InstancePool
 from tests.contract.rpc_steps import Make, make, namespace, soon
 
 __all__ = ["make", "namespace"]  # fixtures
@@ -60,7 +60,7 @@ def worker_on(runtime: Runtime, namespace: str) -> Worker:
 
 def front_on(runtime: Runtime, namespace: str) -> Front:
     front = Front()
-    bind(front, worker=Stub(spec_of(Worker), ServiceCaller(runtime, Worker, namespace)))
+    bind(front, worker=Stub(spec_of(Worker), InstancePool(runtime, Worker, namespace)))
     return front
 
 

@@ -21,7 +21,7 @@ from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Stub
 from dynamo.sdk.spec import spec_of
 from dynamo.worker.broker import ServiceBroker
-from dynamo.worker.process import ServiceCaller
+from dynamo.worker.stubs import InstancePool
 from tests.contract.rpc_steps import soon
 from tests.unit.test_worker_events import FakeEngine
 
@@ -73,7 +73,7 @@ async def pair(private_infra: Infra, tmp_path: Path, monkeypatch: pytest.MonkeyP
     worker = VllmWorker(model="dynamo-tiny", engine="mock", router="kv")
     worker.engine = engine  # type: ignore[assignment]
     attach(worker, ServiceBroker(theirs, NAMESPACE, "VllmWorker"))
-    caller = ServiceCaller(ours, VllmWorker, NAMESPACE)
+    caller = InstancePool(ours, VllmWorker, NAMESPACE)
     bind(router, worker=Stub(spec_of(VllmWorker), caller))
     await router.worker.kv_events.subscribe(router.kv.append)
     await router.worker.load.subscribe(router.load.append)

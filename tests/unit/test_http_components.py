@@ -15,7 +15,7 @@ from dynamo.engines.mock import MockEngine
 from dynamo.errors import ConfigError, ContextLengthError, RequestError
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, GenerateRequest, ModelCard, Sampling
 from dynamo.sdk import Stream, bind
-from dynamo.sdk.depends import Choice, Stub
+from dynamo.sdk.depends import Choice, StartCall, Stub
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.spec import spec_of
 
@@ -27,9 +27,12 @@ class Caller:
         self.answer, self.instances = answer, instances
         self.calls: list[tuple[str, Any, Choice]] = []
 
-    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
-        self.calls.append((endpoint.name, request, choice))
-        return self.answer(request)
+    def endpoint(self, spec: EndpointSpec) -> StartCall:
+        def start(request: Any, choice: Choice, avoid: frozenset[int]) -> Stream[Any]:
+            self.calls.append((spec.name, request, choice))
+            return self.answer(request)
+
+        return start
 
     def instance_ids(self) -> list[int]:
         return self.instances

@@ -30,7 +30,7 @@ from dynamo.llm.model_files import tokenizer_dir
 from dynamo.llm.protocol import CompletionRequest, Delta, GenerateRequest, Routing, Sampling, TokenLogprob
 from dynamo.llm.tokenizer import Tokenizer
 from dynamo.sdk import bind
-from dynamo.sdk.depends import Avoiding, Choice, Stub
+from dynamo.sdk.depends import Choice, StartCall, Stub
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.spec import spec_of
 from dynamo.streams import Channel, Stream
@@ -267,11 +267,14 @@ async def test_which_errors_are_of_the_worker(error: Exception, after: int, trie
 async def test_the_processor_asks_for_another_instance() -> None:
     engine = MockEngine("dynamo-tiny", {"speedup-ratio": 0}, lambda _: None)
     await engine.start()
-    choices: list[Choice] = []
+    choices: list[tuple[Choice, frozenset[int]]] = []
 
-    class Caller:
-        def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
-            choices.append(choice)
+    class Pool:
+        def endpoint(self, spec: EndpointSpec) -> StartCall:
+            return self.start
+
+        def start(self, request: Any, choice: Choice, avoid: frozenset[int]) -> Stream[Any]:
+            choices.append((choice, avoid))
             if len(choices) == 1:
                 channel: Channel[Any] = Channel()
                 channel.source = 41
@@ -280,11 +283,11 @@ async def test_the_processor_asks_for_another_instance() -> None:
             return engine.generate(request)
 
     processor = Processor(model="dynamo-tiny", router="least-loaded")
-    bind(processor, worker=Stub(spec_of(VllmWorker), Caller()))  # type: ignore[arg-type]
+    bind(processor, worker=Stub(spec_of(VllmWorker), Pool()))  # type: ignore[arg-type]
     await processor.load()
     request = CompletionRequest("m", "Once", Sampling(max_tokens=3, ignore_eos=True), echo=True)
     deltas = await read(processor.completion(request))
-    assert choices == ["least_loaded", Avoiding("least_loaded", frozenset({41}))]
+    assert choices == [("least_loaded", frozenset()), ("least_loaded", frozenset({41}))]
     assert "".join(d.text for d in deltas).count("Once") == 1
     choices.clear()
     named = CompletionRequest("m", "x", Sampling(), routing=Routing(worker=41))

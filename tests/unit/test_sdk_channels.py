@@ -162,10 +162,10 @@ def test_wrong_declarations() -> None:
 
 
 def test_behind_a_remote_stub() -> None:
-    class Caller:
-        channels = InMemoryBroker()
+    class Pool:
+        broker = InMemoryBroker()
 
-    remote: Any = Stub(spec_of(Worker), Caller())  # type: ignore[arg-type]
+    remote: Any = Stub(spec_of(Worker), Pool())  # type: ignore[arg-type]
     assert isinstance(remote.events, OpenTopic)
     assert isinstance(remote.tasks, OpenQueue)
     with pytest.raises(AttributeError, match="Worker has no endpoint 'nothing'; endpoints: run"):

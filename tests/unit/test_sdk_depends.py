@@ -9,6 +9,7 @@ import pytest
 
 from dynamo.errors import GraphError
 from dynamo.sdk import (
+    avoiding,
     bind,
     depends,
     direct,
@@ -21,8 +22,9 @@ from dynamo.sdk import (
     round_robin,
     service,
 )
-from dynamo.sdk.depends import Choice, Dependency, Stub, dependencies
+from dynamo.sdk.depends import Choice, Dependency, StartCall, Stub, dependencies
 from dynamo.sdk.endpoint import EndpointSpec
+from dynamo.sdk.in_memory_broker import InMemoryBroker
 from dynamo.sdk.spec import spec_of
 from dynamo.streams import Channel, Stream
 
@@ -59,12 +61,19 @@ class Narrow(Processor):
 
 
 class Recorder:
+    broker = InMemoryBroker()
+
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any, Choice]] = []
+        self.avoided: list[frozenset[int]] = []
 
-    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
-        self.calls.append((endpoint.name, request, choice))
-        return Stream(Channel())
+    def endpoint(self, spec: EndpointSpec) -> StartCall:
+        def start(request: Any, choice: Choice, avoid: frozenset[int]) -> Stream[Any]:
+            self.calls.append((spec.name, request, choice))
+            self.avoided.append(avoid)
+            return Stream(Channel())
+
+        return start
 
     def instance_ids(self) -> list[int]:
         return [7]
@@ -83,7 +92,7 @@ def remote(recorder: Recorder) -> Any:
     return Stub(spec_of(Worker), recorder)
 
 
-def test_calls_go_to_the_caller(remote: Any, recorder: Recorder) -> None:
+def test_calls_go_to_the_pool(remote: Any, recorder: Recorder) -> None:
     remote.generate(1)
     remote.generate(request=2)
     remote.ping()
@@ -102,7 +111,16 @@ def test_choices(remote: Any, recorder: Recorder) -> None:
     ]  # fmt: skip
     assert instance_ids(remote) == [7]
     assert in_flight(remote) == {7: 2}
-    assert repr(direct(remote, 5)) == "<remote Worker, 5>"
+    assert repr(direct(remote, 5)) == "<stub of Worker, 5>"
+
+
+def test_instances_to_avoid(remote: Any, recorder: Recorder) -> None:
+    for client in (least_loaded(avoiding(remote, [1, 2])), avoiding(random(remote), [3]), avoiding(remote, [])):
+        client.generate(1)
+    for pinned in (avoiding(direct(remote, 5), [5]), direct(avoiding(remote, [5]), 5)):
+        pinned.generate(1)
+    assert recorder.avoided == [{1, 2}, {3}, set(), set(), set()]
+    assert [choice for _, _, choice in recorder.calls] == ["least_loaded", "random", "round_robin", 5, 5]
 
 
 @pytest.mark.parametrize("call", [lambda r: r.generate(1, 2), lambda r: r.generate(wrong=1), lambda r: r.ping(1)])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dynamo.errors import GraphError
+from dynamo.errors import EndpointMissingError, GraphError
 from dynamo.sdk import Service, depends, service
 from dynamo.sdk.graph import build, load
 from dynamo.sdk.links import EDGES, Edge
@@ -185,16 +185,16 @@ def test_file_named_like_a_module_of_the_library(write: Any, tmp_path: Path) -> 
         ("", "no_such_module_x:A", r"graph module 'no_such_module_x' not found\nhint: run from"),
         ("", "no_such_package_x.graph:A", "graph module 'no_such_package_x.graph' not found"),
         ("", "gone.py:A", r"graph file gone.py does not exist"),
-        ("", "", "is no name of a module"),
-        ("", ":A", "is no name of a module"),
-        ("", "a/b:A", "is no name of a module"),
-        ("", "..a:A", "is no name of a module"),
+        ("", "", "is not a module name"),
+        ("", ":A", "is not a module name"),
+        ("", "a/b:A", "is not a module name"),
+        ("", "..a:A", "is not a module name"),
         ("import no_such_thing_x.y\n", "{}:A", r"'no_such_thing_x', which is not installed\nhint: pip install no_such"),
         ("import dynamo.sdk.nothing\n", "{}:A", r"'dynamo.sdk.nothing', which does not exist\nhint: look for it in dynamo"),
         (AB, "{}:Z", r":Z: not found\nhint: services there: A, B"),
         (AB + "n = 1\n", "{}:n", ":n: a int, not a service"),
         ("n = 1\n", "{}:A", "services there: none"),
-        ("n = 1\n", "{}", "has no root service"),
+        ("n = 1\n", "{}", r"has no services\nhint: decorate a class"),
         (AB + "@service\nclass C(Service): pass\n", "{}", r"several root services: A, C\nhint: name one: .*:A"),
     ],
 )  # fmt: skip
@@ -215,3 +215,50 @@ def test_errors_of_the_module_itself_pass_through(write: Any, tmp_path: Path, su
             load(f"{name}{suffix}:A", tmp_path)
     with pytest.raises(ImportError, match="cannot import name"):
         load(write("from dynamo.sdk import nothing\n"), tmp_path)
+
+
+CALLS = """
+from dynamo.sdk import depends, endpoint, service
+
+@service
+class Worker:
+    @endpoint
+    async def generate(self) -> str:
+        return self.helper()
+
+    def helper(self) -> str:
+        return "done"
+
+@service
+class Entry:
+    worker = depends(Worker)
+
+    @endpoint
+    async def run(self) -> str:
+        def call():
+            return {call}
+        return await call()
+"""
+
+
+def test_a_call_to_a_plain_method_is_refused_with_its_place(write: Any, tmp_path: Path) -> None:
+    module = write(CALLS.format(call="self.worker.helper()"))
+    with pytest.raises(
+        EndpointMissingError, match=r"\.py:20: Worker has no endpoint 'helper'; endpoints: generate"
+    ) as caught:
+        load(f"{module}:Entry", tmp_path)
+    assert caught.value.hint == "mark Worker.helper with @endpoint, or keep the call inside Worker"
+
+
+@pytest.mark.parametrize("call", ["self.worker.generate()", "self.worker.of_a_subclass()", "self.helper.helper()"])
+def test_calls_that_may_be_endpoints_are_accepted(write: Any, tmp_path: Path, call: str) -> None:
+    assert load(f"{write(CALLS.format(call=call))}:Entry", tmp_path).entry.__name__ == "Entry"
+
+
+def test_a_file_with_a_missing_import_gets_the_same_hint(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_thing_x\n")
+    with pytest.raises(
+        GraphError, match="graph file 'broken.py' cannot be imported: it needs module 'no_such_thing_x'"
+    ) as caught:
+        load("broken.py", tmp_path)
+    assert caught.value.hint == "pip install no_such_thing_x"

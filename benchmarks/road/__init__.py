@@ -1,0 +1,1 @@
+"""How far a request travels through the code: `python -m benchmarks.road`."""
