@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,6 +71,8 @@ class ServiceContext:
     """list `host:port` of the metrics ports of all hosts, for Prometheus"""
     listen: Callable[[str, int], socket.socket] | None = None
     """open the listening socket for a host and port; several workers of one service share it"""
+    in_memory: bool = False
+    """no sockets: a component that has an HTTP server of its own leaves it unopened and keeps the ASGI app in `self.app`"""
     url: str = ""
     """of this process's HTTP server; empty before it listens"""
     headless: str = ""
@@ -87,11 +90,18 @@ observers: list[Callable[[ServiceContext], None]] = []
 """called when a process enters its context and when its URL is known; the 0.x `dynamo_context` is filled by one"""
 
 _current: ServiceContext | None = None
+_entered: ContextVar[ServiceContext | None] = ContextVar("service_context", default=None)
+"""set where several services share a process, as in `dynamo.sdk.testing.TestGraph`"""
 
 
 def service_context() -> ServiceContext | None:
     """Return the context of this service process; None in plain Python, as in a unit test."""
-    return _current
+    return _entered.get() or _current
+
+
+def enter_task(context: ServiceContext) -> None:
+    """Make `context` the one of the current task and of those that it starts."""
+    _entered.set(context)
 
 
 def enter(context: ServiceContext) -> None:

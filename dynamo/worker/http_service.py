@@ -82,10 +82,9 @@ class HttpService:
         """Accept requests for `@api` methods; gives the URL. None: the service has nothing to do with HTTP."""
         if not self._spec.routes and self._spec.app is None:
             return None
-        from dynamo.http.api_app import Answer, ApiServer, create_api  # FastAPI, only where it is used
+        from dynamo.http.api_app import ApiServer  # FastAPI, only where it is used
 
-        answers = [Answer(r.path, r.verb, getattr(self._instance, r.method)) for r in self._spec.routes]
-        app = create_api(self._spec.app, self._spec.name, answers, self._checks())
+        app = api_of(self._instance, self._checks())
         host, port = http_address(self._cls, self._settings, entry=self._entry)
         self._server = ApiServer(app, host, self.listen(host, port))
         await self._server.start()
@@ -137,6 +136,15 @@ class HttpService:
             return 200, "ok"
 
         return check
+
+
+def api_of(instance: object, checks: Mapping[str, Callable[[], Awaitable[tuple[int, str]]]] | None = None) -> Any:
+    """Return the ASGI application of a service's `@api` methods, with health checks by path."""
+    from dynamo.http.api_app import Answer, create_api
+
+    spec = spec_of(type(instance))
+    answers = [Answer(route.path, route.verb, getattr(instance, route.method)) for route in spec.routes]
+    return create_api(spec.app, spec.name, answers, checks or {})
 
 
 async def _stop(server: ApiServer | None, limit_s: float) -> None:

@@ -23,7 +23,7 @@ FLOORS = [
     {"worker"},
     {"launcher"},
     {"cli"},
-    {"compat", "__main__"},
+    {"compat", "testing", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 APART = [{"sdk", "rpc"}, {"engines", "openai"}]
@@ -77,6 +77,8 @@ def found(folder: str) -> list[tuple[Path, int, str]]:
 
 
 def room_of(module: str) -> str:
+    if module.startswith("dynamo.sdk.testing"):
+        return "testing"
     if module.startswith(COMPAT):
         return "compat"
     return [*module.split("."), ""][1]
