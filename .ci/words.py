@@ -45,7 +45,7 @@ VERBS = frozenset(
     indicate infer inherit initialize inject insert inspect install instantiate intercept interpret interrupt
     introduce invalidate invert invoke isolate issue iterate join judge jump keep kill label launch lay lead leave
     lend let limit link list listen load locate lock log look loop lower make manage map mark match measure merge
-    migrate minimize mirror mix model modify monitor mount move multiplex name narrow negotiate normalize note
+    migrate minimize mirror mix model modify monitor mount move multiplex name narrow negotiate no-op normalize note
     notice notify number observe obtain offer omit open order override own pack pad parse partition pass patch pause
     peek pick pin ping pipe place plan play plot point poll pop populate post prefer prefill prefix prepare prepend
     preserve prevent print probe proceed process produce profile promise propagate prove provide prune publish pull
@@ -99,7 +99,7 @@ def openers(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _first_word(text: str) -> str:
-    found = re.match(r"[A-Za-z]+", text)
+    found = re.match(r"[A-Za-z]+(-op\b)?", text)
     return found.group().lower() if found else ""
 
 

@@ -17,7 +17,7 @@ _OF_ITEMS = (AsyncIterator, AsyncGenerator, AsyncIterable, Awaitable, Coroutine,
 
 
 def _encode_other(value: Any) -> Any:
-    """Objects that msgspec does not know: pydantic models by their own dump, tuples and sets are known already."""
+    """Encode objects that msgspec does not know: pydantic models, by their own dump."""
     dump = getattr(value, "model_dump", None)
     if callable(dump):
         return dump(mode="json")
@@ -46,7 +46,7 @@ def _decode_other(kind: Any, value: Any) -> Any:
 
 
 def _is_checked(kind: Any) -> bool:
-    """Whether data can become a `kind`: what msgspec knows, and pydantic models."""
+    """Return whether data can be decoded to a `kind`: types that msgspec knows, and pydantic models."""
     if kind in (Any, object, None, inspect.Parameter.empty):
         return False
     try:
@@ -57,7 +57,7 @@ def _is_checked(kind: Any) -> bool:
 
 
 class Decode:
-    """A function bytes -> object of one type.
+    """A decoder of one type: bytes -> object.
 
     Raises RequestError when the data does not fit the type. `columns` decodes a whole DATA frame of such items; it
     raises what msgspec raises.
@@ -85,7 +85,7 @@ _decoders: dict[Any, Decode] = {}
 
 
 def decoder(kind: Any) -> Decode:
-    """How to decode a `kind`. Types that msgspec cannot check (Any, unknown classes) come as plain data."""
+    """Return the decoder of a `kind`, cached. Types that msgspec cannot check (Any, unknown classes) decode to plain data."""
     try:
         if kind not in _decoders:
             _decoders[kind] = Decode(kind)
@@ -95,7 +95,7 @@ def decoder(kind: Any) -> Decode:
 
 
 def item_type(returns: Any) -> Any:
-    """`AsyncIterator[X]`, `Stream[X]`, `AsyncGenerator[X, None]`, `Reply[X]` -> X; anything else unchanged."""
+    """Return X for `AsyncIterator[X]`, `Stream[X]`, `AsyncGenerator[X, None]`, `Reply[X]`; any other type unchanged."""
     origin = get_origin(returns)
     if origin in _OF_ITEMS:
         return get_args(returns)[-1 if origin is Coroutine else 0]

@@ -26,10 +26,10 @@ def _nothing() -> None:
 
 
 class Channel(Generic[T]):
-    """The producer's end. `push` items, then `end` once; afterwards both do nothing, so late items are dropped.
+    """The producer's end. `push` items, then `end` once; afterwards both are no-ops, so late items are dropped.
 
-    `on_cancel` runs once when the consumer goes away before the end; the producer should stop then.
-    `on_consumed(n)` reports every `CREDIT_BATCH` items that were read: a producer elsewhere may send as many more.
+    `on_cancel` runs once if the consumer leaves before the end; the producer should stop then. `on_consumed(n)` is
+    called for every `CREDIT_BATCH` items read: a producer in another process may send as many more.
     """
 
     __slots__ = (
@@ -50,8 +50,10 @@ class Channel(Generic[T]):
     def __init__(
         self, on_cancel: Callable[[], Any] = _nothing, on_consumed: Callable[[int], None] | None = None
     ) -> None:
-        self.on_cancel, self.on_consumed = on_cancel, on_consumed
-        self.done = self.cancelled = False
+        self.on_cancel = on_cancel
+        self.on_consumed = on_consumed
+        self.done = False
+        self.cancelled = False
         self.error: BaseException | None = None
         self.source: int | None = None
         self._items: deque[T] = deque()
@@ -62,6 +64,7 @@ class Channel(Generic[T]):
         self._counted = True
 
     def push(self, item: T) -> None:
+        """Hand an item to the consumer: to its pipe now, or to the buffer that it iterates."""
         if self.done:
             return
         on_item = self._on_item
@@ -80,38 +83,45 @@ class Channel(Generic[T]):
                 self.consumed(0)
 
     def end(self, error: BaseException | None = None) -> None:
-        """No more items; with `error`, the consumer gets it after the items already pushed."""
+        """End the stream; with `error`, the consumer gets it after the items already pushed."""
         if self.done:
             return
-        self.done, self.error = True, error
-        on_end, self._on_item, self._on_end = self._on_end, None, None
+        self.done = True
+        self.error = error
+        on_end = self._on_end
+        self._on_item = None
+        self._on_end = None
         if on_end is not None:
             on_end(error)
         elif self._waiter is not None:
             self._wake()
 
     def cancel(self) -> None:
-        """The consumer is gone: drop what is buffered, tell the producer unless it has ended. Later calls do nothing."""
+        """Drop the buffered items and stop the producer, unless it has ended. Later calls are no-ops."""
         if self.cancelled:
             return
-        told, self.done, self.cancelled = self.done, True, True
+        producer_ended = self.done
+        self.done = True
+        self.cancelled = True
         self._items.clear()
-        self._on_item = self._on_end = None
+        self._on_item = None
+        self._on_end = None
         if self._waiter is not None:
             self._wake()
-        if not told:
+        if not producer_ended:
             self.on_cancel()
 
     def consumed(self, items: int) -> None:
-        """The consumer, or whoever reads behind it, has read `items` more."""
+        """Count `items` more as read, by the consumer or by a process behind it; grant credit in batches."""
         self._consumed += items
         if self._consumed >= CREDIT_BATCH and self.on_consumed is not None:
-            items, self._consumed = self._consumed, 0
+            items = self._consumed
+            self._consumed = 0
             self.on_consumed(items)
 
     @property
     def backlog(self) -> int:
-        """Items pushed and not yet read; 0 for ever when piped."""
+        """Number of items pushed and not yet read; always 0 when piped."""
         return len(self._items)
 
     @property
@@ -119,20 +129,22 @@ class Channel(Generic[T]):
         return self._on_item is not None
 
     def _consumer_failed(self, error: Exception, on_end: Callable[[BaseException | None], None] | None) -> None:
-        """Nothing more goes to it but that error."""
+        """Cancel the stream and hand the consumer's own error to its `on_end`."""
         self.cancel()
         if on_end is not None:
             on_end(error)
 
     def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
+        waiter = self._waiter
+        self._waiter = None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
     async def _next(self) -> T:
         while not self._items:
             if self.done:
-                error, self.error = self.error, None  # once, as a generator would
+                error = self.error
+                self.error = None  # raised once, as a generator would
                 if isinstance(error, (StopIteration, StopAsyncIteration)):
                     raise RuntimeError(f"the stream's producer raised {type(error).__name__}") from error
                 if error is not None and not self.cancelled:
@@ -159,7 +171,7 @@ class Channel(Generic[T]):
         if self.cancelled:
             on_end(UnavailableError("the stream was cancelled before it was read"))
             return
-        while self._items and not self.cancelled:  # what `on_item` itself brings about comes behind them
+        while self._items and not self.cancelled:  # items that `on_item` itself causes come after these
             try:
                 on_item(self._items.popleft())
             except Exception as error:
@@ -170,7 +182,9 @@ class Channel(Generic[T]):
             if not self.cancelled:
                 on_end(self.error)
         else:
-            self._on_item, self._on_end, self._counted = on_item, on_end, counted
+            self._on_item = on_item
+            self._on_end = on_end
+            self._counted = counted
 
 
 class Stream(Generic[T]):
@@ -183,7 +197,8 @@ class Stream(Generic[T]):
     __slots__ = ("__weakref__", "_channel", "_loop", "_opened")
 
     def __init__(self, channel: Channel[T], opened: asyncio.Future[Any] | None = None) -> None:
-        self._channel, self._opened = channel, opened
+        self._channel = channel
+        self._opened = opened
         self._loop = _running_loop()
 
     def __aiter__(self) -> Stream[T]:
@@ -220,11 +235,11 @@ class Stream(Generic[T]):
 
     @property
     def source(self) -> int | None:
-        """Id of the instance that answers, or was asked last; None where the call has not left, or stays in memory."""
+        """Id of the instance that responds, or was tried last; None before the call is sent, or when it stays in memory."""
         return self._channel.source
 
     def cancel(self) -> None:
-        """Stop now, from any callback: later items are dropped, iteration ends, a pipe hears nothing more."""
+        """Stop now, from any callback: later items are dropped, iteration ends, a pipe is not called again."""
         self._channel.cancel()
 
     async def aclose(self) -> None:
@@ -237,20 +252,20 @@ class Stream(Generic[T]):
         *,
         counted: bool = True,
     ) -> None:
-        """Hand every item to `on_item` as it arrives, then None or the error to `on_end`; both must not block.
+        """Call `on_item` with every item as it arrives, then `on_end` with None or the error; neither may block.
 
-        An exception out of `on_item` cancels the producer and goes to `on_end`. Items count as read when `on_item`
-        returns; with `counted=False`, when `consumed` is called: so a producer elsewhere gets no further ahead of a
-        reader elsewhere than its window.
+        An exception from `on_item` cancels the producer and goes to `on_end`. Items count as read when `on_item`
+        returns; with `counted=False`, when `consumed` is called, which keeps a producer in another process within its
+        window of a reader in yet another.
         """
         self._channel._pipe(on_item, on_end, counted=counted)
 
     def consumed(self, items: int) -> None:
-        """Say that `items` more were read out of a pipe with `counted=False`."""
+        """Report that `items` more were read from a pipe with `counted=False`."""
         self._channel.consumed(items)
 
     def map(self, function: Callable[[T], U]) -> Stream[U]:
-        """A stream of `function(item)`. An exception in `function` ends it with that error."""
+        """Return a stream of `function(item)`; an exception in `function` ends it with that error."""
         out: Channel[U] = Channel(on_cancel=self._channel.cancel, on_consumed=self._channel.consumed)
         push = out.push
         self.pipe(lambda item: push(function(item)), out.end, counted=False)
@@ -258,7 +273,7 @@ class Stream(Generic[T]):
 
     @classmethod
     def opening(cls, source: Coroutine[Any, Any, Stream[T]]) -> Stream[T]:
-        """A stream now, for work that must be awaited before the items can start (tokenizing, asking a router)."""
+        """Return a stream for `source`, work that must be awaited before items can start (tokenizing, routing)."""
         task = asyncio.get_running_loop().create_task(source)
         out: Channel[T] = Channel(on_cancel=task.cancel)
 
@@ -271,7 +286,8 @@ class Stream(Generic[T]):
                 task.result().cancel()
             else:
                 inner = task.result()
-                out.on_cancel, out.on_consumed = inner.cancel, inner.consumed
+                out.on_cancel = inner.cancel
+                out.on_consumed = inner.consumed
                 inner.pipe(out.push, out.end, counted=False)
 
         task.add_done_callback(start)
@@ -279,7 +295,7 @@ class Stream(Generic[T]):
 
 
 class Reply(Stream[T]):
-    """What a call of a coroutine endpoint gives: `await` it, once, for the result; `async for` yields it as the only item.
+    """The result of calling a coroutine endpoint: `await` it once for the value; `async for` yields it as the only item.
 
     Awaiting a cancelled call raises CancelledError, as awaiting a cancelled task does.
     """

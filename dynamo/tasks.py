@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Work = Coroutine[Any, Any, Any]
 
@@ -45,7 +45,7 @@ class TaskSet:
                     await work()
                     return
                 except Exception:
-                    logger.exception("%s: %s failed; restarting it in %g s", self._name, name, pause_s)
+                    log.exception("%s: %s failed; restarting it in %g s", self._name, name, pause_s)
                 await asyncio.sleep(pause_s)
 
         return self.spawn(run(), name=name)
@@ -53,7 +53,7 @@ class TaskSet:
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s failed", task.get_name(), exc_info=error)
+            log.error("%s failed", task.get_name(), exc_info=error)
 
     async def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the tasks that run now have ended, at most `timeout_s`."""

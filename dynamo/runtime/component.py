@@ -1,4 +1,4 @@
-"""The runtime by hand, without graphs: namespace -> component -> endpoint -> client, as in the 0.x binding.
+"""The runtime without graphs: namespace -> component -> endpoint -> client, as in the 0.x binding.
 
     runtime = DistributedRuntime(loop, False)
     component = runtime.namespace("dynamo").component("backend")
@@ -10,7 +10,7 @@
     async for item in await client.random({"text": "hello"}):
         print(item.data())
 
-Underneath it is what the services of a graph use: the same clients, the same wire.
+It is built on the clients and connections that the services of a graph use.
 """
 
 from __future__ import annotations
@@ -34,23 +34,26 @@ class HandlerError(RemoteError, ValueError):
 
 
 class Namespace:
-    """Keeps the components of one deployment apart from those of another."""
+    """Separates the components of one deployment from those of another."""
 
     def __init__(self, runtime: Runtime, name: str) -> None:
-        self.runtime, self.name = runtime, name
+        self.runtime = runtime
+        self.name = name
 
     def component(self, name: str) -> Component:
         return Component(self.runtime, self.name, name)
 
 
 class Component:
-    """A set of processes that serve the same endpoints."""
+    """Processes that serve the same endpoints."""
 
     def __init__(self, runtime: Runtime, namespace: str, name: str) -> None:
-        self.runtime, self.namespace, self.name = runtime, namespace, name
+        self.runtime = runtime
+        self.namespace = namespace
+        self.name = name
 
     async def create_service(self) -> None:
-        """Connect. Raises TransportError. NATS' micro-service protocol answers for the component from then on."""
+        """Connect, and respond to the NATS micro-service protocol from then on. Raises TransportError."""
         await self.runtime.connect()
 
     def endpoint(self, name: str) -> ComponentEndpoint:
@@ -61,10 +64,11 @@ class Component:
 
 
 class ComponentEndpoint:
-    """One function under an address."""
+    """A function under an address."""
 
     def __init__(self, component: Component, name: str) -> None:
-        self.component, self.name = component, name
+        self.component = component
+        self.name = name
         self._runtime = component.runtime
 
     @property
@@ -72,13 +76,13 @@ class ComponentEndpoint:
         return self.component.namespace, self.component.name, self.name
 
     def lease_id(self) -> int:
-        """Id of this process, as an instance and as an etcd lease; known before the process connects."""
+        """Return the id of this process, as an instance and as an etcd lease; known before it connects."""
         return self._runtime.instance_id
 
     async def serve_endpoint(self, handler: Callable[[Any], Any], lease: object = None) -> None:
-        """Serve until the runtime stops. `handler` is an async generator function; one that returns has one item.
+        """Serve until the runtime stops. `handler` is an async generator function, or a coroutine function for one item.
 
-        It gets plain data; `@dynamo_endpoint` makes a model of it. `lease` is of 0.2: the process's own counts.
+        It gets plain data, unless `@dynamo_endpoint` converts it. `lease` is accepted for 0.2 and ignored.
         """
         await self._runtime.serve(*self.address, handler)
         await self._runtime.stopped()
@@ -91,7 +95,7 @@ class ComponentEndpoint:
 
 
 class PrimaryLease:
-    """The lease of a process, which all that it registers hangs on."""
+    """The lease of a process: everything it registers expires with it."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -100,12 +104,12 @@ class PrimaryLease:
         return self._runtime.instance_id
 
     def revoke(self) -> None:
-        """Leave discovery, finish what runs, and stop."""
+        """Deregister, finish running calls, and stop."""
         self._runtime.shutdown()
 
 
 class Annotated(Generic[T]):
-    """An item of an answer, wrapped as the 0.x binding did it."""
+    """An item of a response, wrapped as in the 0.x binding."""
 
     __slots__ = ("_data",)
 
@@ -125,7 +129,7 @@ class Annotated(Generic[T]):
         return None
 
     def is_error(self) -> bool:
-        """False: an error is raised by the stream, after the items before it."""
+        """Return False: the stream raises an error, after the items before it."""
         return False
 
     def __repr__(self) -> str:
@@ -133,14 +137,15 @@ class Annotated(Generic[T]):
 
 
 class ComponentClient:
-    """Calls to one endpoint: each takes plain data, a pydantic model or its JSON text, and gives a stream of `Annotated`.
+    """Calls to one endpoint: the request is plain data, a pydantic model or its JSON text; items are `Annotated`.
 
-    With `annotated=False` the stream is of plain data. Raises NoInstancesError when nobody serves the endpoint; what the
-    handler raises comes out of the stream as HandlerError.
+    With `annotated=False` items are plain data. Raises NoInstancesError when no instance serves the endpoint; exceptions
+    of the handler are raised by the stream as HandlerError.
     """
 
     def __init__(self, client: Client, *, static: bool) -> None:
-        self._client, self._static = client, static
+        self._client = client
+        self._static = static
         self._decode = codec.decoder(Any)
 
     @property
@@ -148,13 +153,13 @@ class ComponentClient:
         return f"instances/{'/'.join(self._client.address)}"
 
     def instance_ids(self) -> list[int]:
-        """Ids of the instances that can be called now."""
+        """Return the ids of the instances that can be called now."""
         return self._client.instance_ids()
 
     endpoint_ids = instance_ids  # its name in 0.1 and 0.2
 
     async def wait_for_instances(self) -> list[int]:
-        """Wait, without limit, until there is one; gives the ids."""
+        """Wait, without limit, for an instance; return the ids."""
         return await self._client.wait_for_instances()
 
     wait_for_endpoints = wait_for_instances
@@ -166,7 +171,7 @@ class ComponentClient:
         return self._call(request, "round_robin", annotated)
 
     def generate(self, request: Any, annotated: bool = True) -> Awaitable[Stream[Any]]:
-        """To a random instance; to the only one, for a static client."""
+        """Call a random instance; a static client has only one."""
         return self._call(request, "random", annotated)
 
     def direct(self, request: Any, instance_id: int, annotated: bool = True) -> Awaitable[Stream[Any]]:
@@ -197,7 +202,7 @@ class ComponentClient:
 
 
 def _handler_error(error: BaseException) -> BaseException:
-    """Errors of the connection stay what they are."""
+    """Return the error that 0.x raised for a handler's exception; errors of the connection unchanged."""
     if not isinstance(error, Exception) or (isinstance(error, DynamoError) and type(error) is not RemoteError):
         return error
     text = error.message if isinstance(error, RemoteError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""`@dynamo_worker` and `@dynamo_endpoint`: a script that uses the runtime by hand."""
+"""`@dynamo_worker` and `@dynamo_endpoint`, for scripts that use the runtime without a graph."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ DRAIN_S = 25.0
 
 
 def dynamo_worker(static: bool = False) -> Callable[[Main], Main]:
-    """Make `async def main(runtime, ...)` a coroutine function without `runtime`: it gets one, which is closed after it.
+    """Wrap `async def main(runtime, ...)` as a coroutine function that creates the runtime and closes it afterwards.
 
-    SIGTERM and SIGINT end `serve_endpoint`, and with it main; where nothing is served they cancel main. Requests that
-    run then are finished.
+    SIGTERM and SIGINT end `serve_endpoint`, and with it main; they cancel main if nothing is served. Running requests
+    are finished first.
     """
 
     def wrap(main: Main) -> Main:
@@ -33,11 +33,11 @@ def dynamo_worker(static: bool = False) -> Callable[[Main], Main]:
             loop = asyncio.get_running_loop()
             runtime = DistributedRuntime(loop, static)
             task = asyncio.ensure_future(main(runtime, *args, **named))
-            told = False
+            stopping = False
 
             def stop() -> None:
-                nonlocal told
-                told = True
+                nonlocal stopping
+                stopping = True
                 runtime.shutdown()
                 if not runtime.inner.serving:
                     task.cancel()
@@ -48,7 +48,7 @@ def dynamo_worker(static: bool = False) -> Callable[[Main], Main]:
             try:
                 return await task
             except asyncio.CancelledError:
-                if not told:
+                if not stopping:
                     raise
                 return None
             finally:
@@ -63,10 +63,9 @@ def dynamo_worker(static: bool = False) -> Callable[[Main], Main]:
 
 
 def dynamo_endpoint(request_model: Any, response_model: Any) -> Callable[[Handler], Handler]:
-    """Make a handler's request, its last argument, a `request_model`: from an object, or from JSON text.
+    """Convert a handler's request, its last argument, to a `request_model`, from an object or JSON text.
 
-    The caller gets RequestError for one that does not fit. `response_model` is for the reader: what the handler yields
-    is sent as it is.
+    The caller gets RequestError for an invalid one. `response_model` is documentation: items are sent unchanged.
     """
     decode = codec.decoder(request_model)
 

@@ -1,4 +1,4 @@
-"""What a service author imports. Pure declarations: importing this opens no socket and loads no engine."""
+"""The SDK for service authors. Declarations only: importing it opens no socket and loads no engine."""
 
 from dynamo.sdk.api import DynamoTransport, api
 from dynamo.sdk.channels import Job, Topic, WorkQueue

@@ -1,4 +1,4 @@
-"""`@api`: methods that answer HTTP requests. Marks only: `dynamo.http.api_app` mounts them in the service's process."""
+"""`@api`: methods that serve HTTP requests. Marks only; `dynamo.http.api_app` mounts them in the service's process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class DynamoTransport(Enum):
-    """What `@endpoint(transports=[...])` takes: DEFAULT is other services of the graph, HTTP is what `@api` is."""
+    """Values of `@endpoint(transports=[...])`: DEFAULT serves other services of the graph, HTTP does what `@api` does."""
 
     DEFAULT = "default"
     HTTP = "http"
@@ -25,7 +25,7 @@ class DynamoTransport(Enum):
 
 @dataclass(frozen=True)
 class Route:
-    """`verb` `path` of the service's HTTP server is answered by the attribute `method`."""
+    """An HTTP verb and path of the service, and the name of the method that serves it."""
 
     path: str
     verb: str
@@ -33,12 +33,14 @@ class Route:
 
 
 def mark_route(function: Any, name: str | None, http_method: str | None) -> None:
-    """Raises GraphError for what is no method, and for a path or an HTTP method that cannot be."""
+    """Mark a method as an HTTP route. Raises GraphError for a non-method, an invalid path or an unknown HTTP verb."""
     if not inspect.isfunction(function):
         raise GraphError(f"@api goes on a method, not on a {type(function).__name__}")
     path = "/" + (function.__name__ if name is None else name).removeprefix("/")
     if not path.isprintable() or set(path) & set(" ?#"):
-        raise GraphError(f"@api name {path!r} of {function.__qualname__} is no path", hint='name it as in "chat/short"')
+        raise GraphError(
+            f"@api name {path!r} of {function.__qualname__} is not a valid path", hint='name it as in "chat/short"'
+        )
     verb = (http_method or "POST").upper()
     if verb not in VERBS:
         raise GraphError(f"@api method {http_method!r} of {function.__qualname__}: expected one of {', '.join(VERBS)}")
@@ -50,12 +52,12 @@ def api(function: F, /) -> F: ...
 @overload
 def api(*, name: str | None = None, http_method: str | None = None) -> Callable[[F], F]: ...
 def api(function: Any = None, /, *, name: str | None = None, http_method: str | None = None) -> Any:
-    """Answer `POST /<name>` of the service's HTTP server with this method, with or without parentheses.
+    """Serve `POST /<name>` of the service's HTTP server with this method; usable with or without parentheses.
 
-    `name` is by default the method's; it may hold FastAPI's path parameters. Parameters are FastAPI's: a pydantic
-    model is the JSON body, and what does not fit is answered with 422; a parameter without annotation is a key of the
-    body. What the method returns is sent as JSON, a Starlette response as it is. What it yields is streamed: text as
-    it is, anything else as server-sent events. Raises GraphError for a name or an HTTP method that cannot be.
+    `name` defaults to the method's name and may contain FastAPI path parameters. Parameters follow FastAPI: a pydantic
+    model is the JSON body, a parameter without annotation is a key of the body, and invalid input gets a 422. A return
+    value is sent as JSON, a Starlette response unchanged. Yielded items are streamed: text as is, anything else as
+    server-sent events. Raises GraphError for an invalid name or HTTP verb.
     """
 
     def mark(method: Any) -> Any:
@@ -66,9 +68,9 @@ def api(function: Any = None, /, *, name: str | None = None, http_method: str | 
 
 
 def routes(cls: type[Any]) -> list[Route]:
-    """The routes of a class, inherited ones included; an override stays one, unless it is None.
+    """Return the routes of a class, inherited ones included. An override remains a route unless it is None.
 
-    Raises GraphError when two methods have one path and HTTP method.
+    Raises GraphError when two methods share a path and HTTP verb.
     """
     marked: dict[str, Route] = {}
     for base in reversed(cls.__mro__):
@@ -82,7 +84,7 @@ def routes(cls: type[Any]) -> list[Route]:
         other = taken.setdefault((route.verb, route.path), route.method)
         if other != route.method:
             raise GraphError(
-                f"{cls.__name__}.{route.method}: {route.verb} {route.path} is answered by {cls.__name__}.{other} too",
-                hint="give one of them another name",
+                f"{cls.__name__}.{route.method}: {route.verb} {route.path} is already served by {cls.__name__}.{other}",
+                hint="rename one of them",
             )
     return found

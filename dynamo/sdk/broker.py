@@ -1,4 +1,4 @@
-"""What carries the channels of a service: NATS in a served process, memory in a test."""
+"""The broker behind the channels of a service: NATS in a served process, memory in a test."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol
 
 class Subscription(Protocol):
     async def close(self) -> None:
-        """No message comes any more; a second time does nothing."""
+        """Stop the messages; no-op the second time."""
 
 
 class Delivery(Protocol):
-    """A task as bytes, in the hands of this process."""
+    """A task as bytes, checked out by this process."""
 
     @property
     def payload(self) -> bytes: ...
@@ -33,7 +33,7 @@ class Tasks(Protocol):
 
 
 class Limits(NamedTuple):
-    """Of a work queue; see `WorkQueue`."""
+    """Limits of a work queue; see `WorkQueue`."""
 
     max_tasks: int
     max_age_s: float
@@ -42,7 +42,7 @@ class Limits(NamedTuple):
 
 
 class Broker(Protocol):
-    """How the channels of one service reach others. The runtime implements it; `serve` joins the two."""
+    """Carries the channels of one service to other processes."""
 
     async def publish(self, topic: str, payload: bytes) -> None: ...
     async def subscribe(self, topic: str, handler: Callable[[bytes], None]) -> Subscription: ...

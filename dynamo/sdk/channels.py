@@ -1,4 +1,4 @@
-"""`Topic`: messages from a service to whoever listens. `WorkQueue`: tasks, each for one worker of a service.
+"""`Topic`: messages from a service to its subscribers. `WorkQueue`: tasks, each for one worker of a service.
 
     class VllmWorker(Service):
         kv_events = Topic(KvEvents)                  # self.kv_events.publish(message)
@@ -12,7 +12,7 @@
     class Decoder(Service):
         prefill = depends(PrefillWorker)             # self.prefill.tasks.put(task)
 
-In a process of a graph they go over NATS; those of a plain object, as in a test, stay in memory.
+In a served process they go over NATS; those of a plain object, as in a test, stay in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dynamo.sdk.broker import Broker, Delivery, Limits, Subscription, Tasks
 from dynamo.sdk.endpoint import NAME
 from dynamo.sdk.in_memory_broker import InMemoryBroker
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 M = TypeVar("M")
 
@@ -37,7 +37,7 @@ _BROKER = "_dynamo_broker"
 
 
 class ChannelSpec(ABC):
-    """What a class body says of a channel: its name, which is the attribute's unless another is given."""
+    """Declaration of a channel in a class body. Its name is the attribute's unless another is given."""
 
     def __init__(self, name: str | None) -> None:
         if name is not None and (not NAME.fullmatch(name) or "/" in name):
@@ -46,15 +46,17 @@ class ChannelSpec(ABC):
         self.attribute = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.attribute, self.name = name, self.name or name
+        self.attribute = name
+        self.name = self.name or name
 
     @abstractmethod
     def open(self, broker: Broker) -> Any:
-        """What stands behind it: an `OpenTopic` or an `OpenQueue`."""
+        """Return the channel on `broker`: an `OpenTopic` or an `OpenQueue`."""
 
     def opened(self, instance: object) -> Any:
-        """The one of an object, made at the first use."""
-        values, slot = instance.__dict__, f"_dynamo_channel_{self.attribute}"
+        """Return the channel of an object, opened at the first use."""
+        values = instance.__dict__
+        slot = f"_dynamo_channel_{self.attribute}"
         if slot not in values:
             broker = values.get(_BROKER)
             if broker is None:
@@ -69,28 +71,30 @@ class OpenTopic(Generic[M]):
     __slots__ = ("_broker", "_decode", "_name")
 
     def __init__(self, name: str, broker: Broker, decode: codec.Decode) -> None:
-        self._name, self._broker, self._decode = name, broker, decode
+        self._name = name
+        self._broker = broker
+        self._decode = decode
 
     async def publish(self, message: M) -> None:
-        """Send to all who listen now. Raises TransportError when NATS is away or takes no message of this size.
+        """Send a message to the current subscribers.
 
-        Nothing is kept for later: the caller knows whether the message still matters then.
+        It is not stored for later ones. Raises TransportError when NATS is unreachable or the message exceeds its limit.
         """
         await self._broker.publish(self._name, codec.encode(message))
 
     async def subscribe(self, handler: Callable[[M], None]) -> Subscription:
-        """Call `handler` on the event loop for each message from any instance, from the return of this on.
+        """Call `handler` on the event loop for each message from any instance, from the return of this call on.
 
-        What it raises is logged. Messages that it cannot keep up with, some ten thousand of them, are dropped.
+        Exceptions from `handler` are logged. When it falls some ten thousand messages behind, messages are dropped.
         """
 
         def deliver(payload: bytes) -> None:
             try:
                 handler(self._decode(payload))
             except RequestError as error:
-                logger.error("message on topic %s dropped: %s", self._name, error)
+                log.error("dropped a message on topic %s: %s", self._name, error)
             except Exception:
-                logger.exception("a subscriber of topic %s failed", self._name)
+                log.exception("subscriber of topic %s failed", self._name)
 
         return await self._broker.subscribe(self._name, deliver)
 
@@ -99,10 +103,10 @@ class OpenTopic(Generic[M]):
 
 
 class Topic(ChannelSpec, Generic[M]):
-    """Declare a topic of this service with the type of its messages: a msgspec Struct, or what an endpoint may take.
+    """Declare a topic of this service with the type of its messages: a msgspec Struct, or any request type.
 
-    Its subject in NATS is `namespace.<namespace>.component.<service>.<name>`. Each instance publishes on it; a
-    subscriber hears all of them.
+    Its NATS subject is `namespace.<namespace>.component.<service>.<name>`. All instances publish on it; a subscriber
+    receives the messages of all of them.
     """
 
     def __init__(self, message: type[M], /, *, name: str | None = None) -> None:
@@ -127,36 +131,37 @@ class Topic(ChannelSpec, Generic[M]):
 
 
 class Job(Generic[M]):
-    """A task that this process works on, until `done`, `fail` or `drop`; other workers do not get it meanwhile.
+    """A task that this process has checked out, until `done`, `fail` or `drop`; no other worker gets it meanwhile.
 
-    As an async context it is done at the end, and given back if an exception leaves it. One whose process hangs or dies,
-    or that nothing refers to any more, goes to another worker `lost_after_s` later.
+    As an async context manager it calls `done` on success and `fail` when an exception leaves the block. A job whose
+    process hangs or dies, or that is no longer referenced, goes to another worker after `lost_after_s`.
     """
 
-    __slots__ = ("_taken", "task")
+    __slots__ = ("_delivery", "task")
 
-    def __init__(self, task: M, taken: Delivery) -> None:
-        self.task, self._taken = task, taken
+    def __init__(self, task: M, delivery: Delivery) -> None:
+        self.task = task
+        self._delivery = delivery
 
     @property
     def tries(self) -> int:
-        """Counts the workers that got the task: 1 for the first."""
-        return self._taken.tries
+        """Number of workers that have received the task, this one included."""
+        return self._delivery.tries
 
     async def done(self) -> None:
-        """Take the task out of the queue, for ever. Waits some seconds for NATS if it is away.
+        """Remove the task from the queue, waiting some seconds for NATS if it is unreachable.
 
-        Raises TransportError when it stays away: another worker will get the task.
+        Raises TransportError when it stays unreachable: another worker will get the task.
         """
-        await self._taken.done()
+        await self._delivery.done()
 
     async def fail(self) -> None:
-        """Give the task back, for any worker to try again now. After `max_tries` it is dropped, with a line in the log."""
-        await self._taken.fail()
+        """Return the task to the queue for any worker to retry now; after `max_tries` it is dropped, which is logged."""
+        await self._delivery.fail()
 
     async def drop(self, reason: str) -> None:
-        """As `done`, with a line in the log, for a task that cannot be done."""
-        await self._taken.drop(reason)
+        """Remove a task that cannot be processed, and log the reason."""
+        await self._delivery.drop(reason)
 
     async def __aenter__(self) -> Job[M]:
         return self
@@ -169,59 +174,60 @@ class Job(Generic[M]):
 
 
 class OpenQueue(Generic[M]):
-    """The work queue of one service, to put tasks into and to take them out."""
+    """The work queue of one service: put tasks in, take them out."""
 
     __slots__ = ("_decode", "_tasks")
 
     def __init__(self, tasks: Tasks, decode: codec.Decode) -> None:
-        self._tasks, self._decode = tasks, decode
+        self._tasks = tasks
+        self._decode = decode
 
     async def put(self, task: M) -> None:
-        """Returns when the task is stored.
+        """Store a task; return when it is stored.
 
-        Raises OverloadedError when the queue is full, TransportError when it is not known to be stored: it may be, if the
-        server died in that moment.
+        Raises OverloadedError when the queue is full, TransportError when storing was not confirmed: the task may still
+        have been stored if the server died at that moment.
         """
         await self._tasks.put(codec.encode(task))
 
     async def size(self) -> int:
-        """Tasks that are not done: those that wait and those that are worked on.
+        """Return the number of unfinished tasks, waiting and checked out.
 
-        The number is at most 100 ms old; tasks that this process put since then are in it.
+        It is at most 100 ms old; tasks that this process has put since then are included.
         """
         return await self._tasks.size()
 
     async def waiting(self) -> int:
-        """Tasks that no worker has taken, as of 10 ms ago at most; what was put since then is not in it."""
+        """Return the number of tasks that no worker has taken, at most 10 ms old; later puts are not included."""
         return await self._tasks.waiting()
 
     async def take(self, limit: int = 1) -> AsyncGenerator[Job[M], None]:
-        """Tasks as they come, each for this worker alone; at most `limit` of them are unfinished at a time.
+        """Yield tasks as they arrive, each for this worker alone, with at most `limit` unfinished at a time.
 
-        Ends when the process stops: it may finish what it has begun, in a shutdown hook, say. Raises TransportError when
-        NATS is away at the beginning, or has no JetStream; later it goes on by itself when NATS is back.
+        Ends when the process stops; it may finish what it has begun, in a shutdown hook for example. Raises
+        TransportError when NATS is unreachable at the beginning or has no JetStream; later outages are waited out.
         """
         if limit < 1:
             raise ValueError(f"take: limit: expected at least 1, found {limit}")
         async with aclosing(self._tasks.take(limit)) as tasks:
-            async for taken in tasks:
+            async for delivery in tasks:
                 try:
-                    task = self._decode(taken.payload)
+                    task = self._decode(delivery.payload)
                 except RequestError as error:
-                    await taken.drop(error.message)
+                    await delivery.drop(error.message)
                     continue
-                job: Job[M] = Job(task, taken)
-                del taken, task  # the job alone says that it is worked on
+                job: Job[M] = Job(task, delivery)
+                del delivery, task  # the task is checked out for as long as its job is referenced
                 yield job
                 del job
 
 
 class WorkQueue(ChannelSpec, Generic[M]):
-    """Declare a queue of tasks that this service works on, with their type: a msgspec Struct, or what an endpoint may take.
+    """Declare a queue of tasks for the workers of this service, with their type: a msgspec Struct, or any request type.
 
-    It is a stream of JetStream: tasks survive restarts of workers and of NATS. A task is worked on at least once: it
-    goes to another worker when the one that has it is not heard of for `lost_after_s`, `max_tries` times at most; then,
-    or after `max_age_s`, it is dropped. `put` refuses more than `max_tasks` unfinished ones.
+    The queue is a JetStream stream: tasks survive restarts of workers and of NATS. Delivery is at least once: a task
+    goes to another worker when the one that has it is silent for `lost_after_s`, at most `max_tries` times; then, or
+    after `max_age_s`, it is dropped. `put` refuses more than `max_tasks` unfinished tasks.
     """
 
     def __init__(
@@ -260,12 +266,12 @@ class WorkQueue(ChannelSpec, Generic[M]):
 
 
 def attach(instance: object, broker: Broker) -> None:
-    """Put the channels of one live object, of which none may have been used so far, on `broker`."""
+    """Attach the channels of one object to `broker`, before any of them is used."""
     instance.__dict__[_BROKER] = broker
 
 
 def channels(cls: type[Any]) -> dict[str, ChannelSpec]:
-    """attribute -> channel of a service class, inherited ones included. Raises GraphError when two have one name."""
+    """Return attribute -> channel of a service class, inherited ones included. Raises GraphError on a duplicate name."""
     found: dict[str, ChannelSpec] = {}
     for base in reversed(cls.__mro__):
         for attribute, value in vars(base).items():
@@ -277,5 +283,5 @@ def channels(cls: type[Any]) -> dict[str, ChannelSpec]:
     for attribute, channel in found.items():
         other = named.setdefault(channel.name, attribute)
         if other != attribute:
-            raise GraphError(f"{cls.__name__}.{attribute}: {other} has the name {channel.name!r} too")
+            raise GraphError(f"{cls.__name__}.{attribute}: {other} already has the name {channel.name!r}")
     return found

@@ -1,4 +1,4 @@
-"""What exists for graphs of ai-dynamo 0.1 to 0.3 alone: `dynamo_context`, old names, class attributes."""
+"""Compatibility with graphs of ai-dynamo 0.1 to 0.3: `dynamo_context`, old names, attributes of service classes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ observers.append(_fill)
 
 
 class _OfClass:
-    """An attribute that only the class has; on instances the name stays free for the author."""
+    """An attribute of the class alone; on instances the name stays free for the author."""
 
     def __init__(self, read: Callable[[type[Any]], Any]) -> None:
         self._read = read
@@ -79,7 +79,7 @@ def _all_services(cls: type[Any]) -> dict[str, type[Any]]:
 
 
 class _ServiceObject:
-    """What graphs and tests of ai-dynamo 0.1 to 0.3 read from the object that stood in a service class's place."""
+    """Attributes of the object that `@service` returned in ai-dynamo 0.1 to 0.3, read by graphs and tests of that time."""
 
     inner = _OfClass(lambda cls: cls)
     name = _OfClass(lambda cls: spec_of(cls).name)

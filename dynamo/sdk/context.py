@@ -1,4 +1,4 @@
-"""`service_context()`: what a served process provides to its component. None where the class is used as plain Python."""
+"""`service_context()`: what a served process provides to its component; None where the class is plain Python."""
 
 from __future__ import annotations
 

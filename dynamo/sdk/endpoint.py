@@ -19,7 +19,7 @@ ENDPOINT_MARK = "__dynamo_endpoint__"
 HOOKS_MARK = "__dynamo_hooks__"
 PROBE_MARK = "__dynamo_probe__"
 NAME = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
-"""What may stand in etcd keys and NATS subjects."""
+"""Characters that are allowed in etcd keys and NATS subjects."""
 LIVENESS_PATH, READINESS_PATH = "/healthz", "/readyz"
 
 Hook = Literal["start", "shutdown", "liveness", "readiness"]
@@ -27,7 +27,7 @@ Hook = Literal["start", "shutdown", "liveness", "readiness"]
 
 @dataclass(frozen=True)
 class EndpointSpec:
-    """One callable of a service: `name` is its address, `method` the attribute; `streaming` says that it gives items."""
+    """A method that other services call: `name` is its address, `method` the attribute; `streaming` if it yields items."""
 
     name: str
     method: str
@@ -36,12 +36,15 @@ class EndpointSpec:
 
     @cached_property
     def parameter(self) -> str | None:
-        """What the method calls its request; None if it takes none."""
+        """Name of the request parameter; None if the method takes no request."""
         names = list(inspect.signature(self.function).parameters)
         return names[1] if len(names) > 1 else None
 
     def types(self) -> tuple[Any, Any]:
-        """(request type, type of an item or of the result); Any where nothing usable is annotated."""
+        """Return (request type, item or result type), Any where there is no usable annotation.
+
+        Raises GraphError when an annotation cannot be resolved.
+        """
         try:
             hints = get_type_hints(self.function)
         except NameError as error:
@@ -57,9 +60,9 @@ def describe(method: Callable[..., Any], address: str) -> EndpointSpec:
 
 
 def endpoints(cls: type[Any]) -> dict[str, EndpointSpec]:
-    """method name -> endpoint of a class, inherited ones included; an override stays one, unless it is None.
+    """Return method name -> endpoint of a class, inherited ones included. An override remains one unless it is None.
 
-    Raises GraphError when two methods have one address.
+    Raises GraphError when two methods share an address.
     """
     marked: dict[str, EndpointSpec] = {}
     for base in reversed(cls.__mro__):
@@ -75,7 +78,7 @@ def endpoints(cls: type[Any]) -> dict[str, EndpointSpec]:
     addresses = [spec.name for spec in found.values()]
     for name, spec in found.items():
         if addresses.count(spec.name) > 1:
-            raise GraphError(f"{cls.__name__}.{name}: another endpoint has the name {spec.name!r} too")
+            raise GraphError(f"{cls.__name__}.{name}: another endpoint already has the name {spec.name!r}")
     return found
 
 
@@ -94,12 +97,12 @@ def endpoint(
     http_method: str | None = None,
     is_api: bool = False,
 ) -> Any:
-    """Make a method callable by other services, with or without parentheses.
+    """Make a method callable by other services; usable with or without parentheses.
 
-    An `async def` that returns is a unary endpoint. One that yields, or a plain `def` that returns a `Stream` or another
-    async iterator, is a streaming one. `name` is the address, by default the method's name; it may contain slashes.
-    With `DynamoTransport.HTTP` among `transports`, or `is_api` (of 0.1), it is an `@api`; with HTTP alone, only that.
-    Raises GraphError for a name or a method that cannot be called.
+    An `async def` that returns is a unary endpoint. An async generator, or a plain `def` that returns a `Stream` or
+    another async iterator, is a streaming endpoint. `name` is the address, by default the method's name; it may contain
+    slashes. `DynamoTransport.HTTP` in `transports`, or `is_api` (0.1), makes it an `@api` too; HTTP alone, only that.
+    Raises GraphError for an invalid name or a method that takes several parameters.
     """
     wanted = {str(getattr(transport, "name", transport)).upper() for transport in transports or ("DEFAULT",)}
     if is_api:
@@ -148,7 +151,7 @@ def async_on_start(function: F, /) -> F: ...
 @overload
 def async_on_start() -> Callable[[F], F]: ...
 def async_on_start(function: Any = None, /) -> Any:
-    """Run this method (sync or async) after the constructor and before the service takes requests."""
+    """Run this method (sync or async) after the constructor and before the service accepts requests."""
     return _hook("start", function)
 
 
@@ -178,10 +181,10 @@ def liveness(function: F, /) -> F: ...
 @overload
 def liveness(*, route: str = LIVENESS_PATH) -> Callable[[F], F]: ...
 def liveness(function: Any = None, /, *, route: str = LIVENESS_PATH) -> Any:
-    """Ask this method (sync or async, gives a bool) every second whether the service works.
+    """Call this method (sync or async, returns a bool) every second to check that the service works.
 
-    False or an exception takes the process out of discovery and ends it; the supervisor starts another. `GET route`
-    of the service's HTTP server and of its system app asks it too: 200, 503, or 500 with the exception's text.
+    False or an exception removes the process from discovery and ends it; the supervisor starts another. `GET route` of
+    the service's HTTP server and of its system app calls it too: 200, 503, or 500 with the exception's text.
     """
     return _probe("liveness", function, route)
 
@@ -191,15 +194,15 @@ def readiness(function: F, /) -> F: ...
 @overload
 def readiness(*, route: str = READINESS_PATH) -> Callable[[F], F]: ...
 def readiness(function: Any = None, /, *, route: str = READINESS_PATH) -> Any:
-    """Ask this method (sync or async, gives a bool) whether the service can take requests; "ready" waits for True.
+    """Call this method (sync or async, returns a bool) until it returns True; the service is ready then.
 
-    `GET route` asks it too, as with `liveness`.
+    `GET route` calls it too, as with `liveness`.
     """
     return _probe("readiness", function, route)
 
 
 def probes(cls: type[Any], kind: Hook) -> dict[str, str]:
-    """method -> path of GET of each `liveness` or `readiness` hook of a class."""
+    """Return method -> HTTP path of each `liveness` or `readiness` hook of a class."""
     found = {}
     for name in hooks(cls, kind):
         marks = (getattr(vars(base).get(name), PROBE_MARK, {}) for base in cls.__mro__)
@@ -208,9 +211,9 @@ def probes(cls: type[Any], kind: Hook) -> dict[str, str]:
 
 
 def hooks(cls: type[Any], kind: Hook) -> list[str]:
-    """Names of the methods marked with that hook, inherited ones included, base classes first, then in order.
+    """Return the names of the methods marked with a hook, those of base classes first, then in order.
 
-    A method that overrides a hook is one too; None in its place ends it.
+    A method that overrides a hook is a hook; None in its place removes it.
     """
     names: dict[str, None] = {}
     for base in reversed(cls.__mro__):

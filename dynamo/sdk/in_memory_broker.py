@@ -1,4 +1,4 @@
-"""The channels of one plain object, without a graph: messages to those who listen to it, tasks to those who take there."""
+"""Channels in memory: those of a plain object, and of a pool of instances in a test."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from collections.abc import AsyncGenerator, Callable
 from dynamo.errors import OverloadedError
 from dynamo.sdk.broker import Limits, Subscription
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Handler = Callable[[bytes], None]
 
 
 class InMemoryBroker:
+    """Topics and work queues by name; see `dynamo.sdk.broker.Broker`."""
+
     def __init__(self) -> None:
         self._handlers: dict[str, list[Handler]] = {}
         self._queues: dict[str, InMemoryQueue] = {}
@@ -34,8 +36,11 @@ class InMemoryBroker:
 
 
 class InMemorySubscription:
+    """A handler of one topic, until closed."""
+
     def __init__(self, handlers: list[Handler], handler: Handler) -> None:
-        self._handlers, self._handler = handlers, handler
+        self._handlers = handlers
+        self._handler = handler
 
     async def close(self) -> None:
         if self._handler in self._handlers:
@@ -43,10 +48,11 @@ class InMemorySubscription:
 
 
 class InMemoryQueue:
-    """Nobody is ever lost in memory, and nothing grows too old."""
+    """A work queue in memory: there are no lost consumers and no expiry."""
 
     def __init__(self, name: str, limits: Limits) -> None:
-        self.name, self.limits = name, limits
+        self.name = name
+        self.limits = limits
         self.untaken: deque[InMemoryDelivery] = deque()
         self.unfinished = 0
         self.changed = asyncio.Condition()
@@ -76,20 +82,24 @@ class InMemoryQueue:
 
 
 class InMemoryDelivery:
+    """A task in the queue, or checked out by one of its consumers."""
+
     def __init__(self, queue: InMemoryQueue, payload: bytes) -> None:
-        self.payload, self.tries = payload, 0
+        self.payload = payload
+        self.tries = 0
         self._queue = queue
         self._held: set[InMemoryDelivery] = set()
 
     def begin(self, held: set[InMemoryDelivery]) -> None:
-        self._held, self.tries = held, self.tries + 1
+        self._held = held
+        self.tries += 1
         held.add(self)
 
     async def done(self) -> None:
         await self._end(again=False)
 
     async def drop(self, reason: str) -> None:
-        logger.error("task on %s dropped: %s", self._queue.name, reason)
+        log.error("dropped a task on %s: %s", self._queue.name, reason)
         await self._end(again=False)
 
     async def fail(self) -> None:

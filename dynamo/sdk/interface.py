@@ -1,4 +1,4 @@
-"""Interfaces: services known by the endpoints that they must have. `AbstractService` is their base."""
+"""Interfaces: the endpoints that a service must have. `AbstractService` is their base class."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 else:
 
     def abstract_endpoint(method: F) -> F:
-        """Whoever implements this interface has an `@endpoint` of this name; the body here is never run."""
+        """Require an `@endpoint` of this name from every implementation; the body here is never run."""
         setattr(method, ABSTRACT_MARK, True)
         return abstractmethod(method)
 
 
 def check_interface(cls: type[Any]) -> None:
-    """GraphError (a TypeError too) when an abstract endpoint is missing, not decorated, or no method at all."""
+    """Check that a class implements its interfaces.
+
+    Raises GraphError (also a TypeError) when an abstract endpoint is missing, undecorated or not callable.
+    """
     required = {name: base for base in cls.__mro__ for name, value in vars(base).items() if _abstract(value)}
     if not required:
         return

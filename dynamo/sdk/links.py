@@ -1,4 +1,4 @@
-"""Links: which service stands behind a dependency, as a graph module says it."""
+"""Links: which service a graph module puts behind a dependency."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Edge:
-    """`source.link(target)`, said in the module `graph`, which activates the dependency `attribute`."""
+    """`source.link(target)` in the module `graph`, which activates the dependency `attribute`."""
 
     source: type[Any]
     attribute: str
@@ -26,7 +26,7 @@ EDGES: list[Edge] = []  # append-only; a graph reads the edges of its own module
 
 
 def link(cls: type[Any], target: type[U], graph: str) -> type[U]:
-    """Record in `EDGES` that `target` stands behind the dependency of `cls` that it fulfils, in the module `graph`.
+    """Record in `EDGES` that the module `graph` puts `target` behind the dependency of `cls` that it fulfils.
 
     Return `target`. Raises GraphError when none or several dependencies fit.
     """

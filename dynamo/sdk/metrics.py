@@ -1,4 +1,4 @@
-"""Metrics of a component's own."""
+"""`metrics_registry()`: Prometheus metrics of a component."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def metrics_registry() -> CollectorRegistry:
-    """Where a component's Prometheus metrics go: `Counter("answers", "Answers given.", registry=metrics_registry())`.
+    """Return the registry for a component's metrics: `Counter("answers", "Answers sent.", registry=metrics_registry())`.
 
-    The Frontend's /metrics shows them with the labels `service` and `worker_id`. In a served process it is one registry;
-    in plain Python, as in a test, a new one at each call, so that components can be made again and again.
+    The Frontend's /metrics exports them with the labels `service` and `worker_id`. A served process has one registry; in
+    plain Python, as in a test, each call returns a new one, so that components can be constructed repeatedly.
     """
     context = service_context()
     if context is not None:

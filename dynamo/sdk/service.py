@@ -1,4 +1,4 @@
-"""`@service`: declares a class as a service of a graph, and gives the same class back."""
+"""`@service`: declares a class as a service of a graph and returns the class itself."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ HTTP_SETTINGS = ("host", "port")
 
 
 class Service:
-    """Optional base of a service class: it tells type checkers about `link`, which `@service` adds in any case."""
+    """Optional base of a service class, so that type checkers know `link`, which `@service` adds in any case."""
 
     @classmethod
     def link(cls, target: type[U], /) -> type[U]:
-        """Activate this service's dependency that `target` fulfils, in the graph that the calling module declares.
+        """Put `target` behind this service's dependency on it, in the graph that the calling module declares.
 
-        Returns `target`, so that links chain. Raises GraphError when none or several dependencies fit.
+        Return `target`, so that links chain. Raises GraphError when none or several dependencies fit.
         """
         return link(cls, target, sys._getframe(1).f_globals.get("__name__", ""))
 
     @classmethod
     def dynamo_address(cls) -> tuple[str, str]:
-        """(namespace, service name)."""
+        """Return (namespace, service name)."""
         return spec_of(cls).address
 
 
 class AbstractService(Service, Interface, ABC):
-    """Base of an interface: a class whose methods are `@abstract_endpoint`, named in `depends()` and never served.
+    """Base class of interfaces: their methods are `@abstract_endpoint`; `depends()` names them, nothing serves them.
 
-    A service that implements it derives from it, and is put behind the dependency by `.link()`.
+    A service that implements one derives from it, and `.link()` puts it behind the dependency.
     """
 
 
@@ -64,16 +64,16 @@ def _add_attributes(cls: type[Any]) -> None:
 
 
 def _take_http_settings(cls: type[Any]) -> None:
-    """`host` and `port` are settings of every service with an HTTP server, whether its constructor has them or not."""
+    """Accept `host` and `port` as settings of a service with an HTTP server, whether its constructor has them or not."""
     if hasattr(cls, "extra_settings") or cls.__init__ is object.__init__:
         return
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    if parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters):  # else it takes any key in any case
+    if parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters):  # otherwise it accepts any key anyway
         cls.extra_settings = staticmethod(lambda: HTTP_SETTINGS)
 
 
 def parse_envs(envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> dict[str, str]:
-    """`{"A": 1}` or `[{"name": "A", "value": 1}]` -> `{"A": "1"}`."""
+    """Convert `{"A": 1}` or `[{"name": "A", "value": 1}]` to `{"A": "1"}`. Raises GraphError for any other form."""
     if not envs:
         return {}
     if isinstance(envs, Mapping):
@@ -114,11 +114,12 @@ def service(
     system_app: Any = None,
     **ignored: Any,
 ) -> Any:
-    """Declare a class as a service, with or without parentheses. The class itself comes back.
+    """Declare a class as a service; usable with or without parentheses. Returns the class itself.
 
-    `dynamo`: `namespace` (default "dynamo"), `component_type`, and others of the 0.x SDK that have no effect.
-    `resources` and `workers` are per service and count; `ServiceArgs` in the configuration overrides them. `app` is the
-    FastAPI application for `@api` methods, `system_app` that for probes; without them there are new ones.
+    `dynamo` holds `namespace` (default "dynamo"), `component_type`, and keys of the 0.x SDK that have no effect.
+    `resources` are per worker process and `workers` is their number; `ServiceArgs` in the configuration overrides both.
+    `app` is the FastAPI application for `@api` methods, `system_app` the one for probes; by default new ones are made.
+    Raises GraphError for unknown arguments, invalid values, or a class that violates its interface.
     """
     for name in ignored:
         if name not in _IGNORED_IN_0_3:

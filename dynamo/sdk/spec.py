@@ -1,4 +1,4 @@
-"""`ServiceSpec`: what `@service` recorded of a class, and the class that marks interfaces."""
+"""`ServiceSpec`: the declaration that `@service` attaches to a class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPEC_MARK = "__dynamo_service__"
 
 
 class Resources(NamedTuple):
-    """Per worker process. `gpu` may be a fraction; `cpu` and `memory` are declarations for deployment tools."""
+    """Resources of one worker process. `gpu` may be a fraction; `cpu` and `memory` are for deployment tools."""
 
     gpu: float = 0.0
     cpu: str = "1"
@@ -32,7 +32,7 @@ class Resources(NamedTuple):
 
 @dataclass(frozen=True)
 class ServiceSpec:
-    """What the decorator learned: plain data, no sockets."""
+    """Declaration of a service: plain data, no sockets."""
 
     name: str
     namespace: str
@@ -53,7 +53,7 @@ class ServiceSpec:
 
 
 def spec_of(cls: type[Any]) -> ServiceSpec:
-    """The declaration of a service class. Raises GraphError for a class that is not decorated itself."""
+    """Return the declaration of a service class. Raises GraphError for a class that is not decorated itself."""
     spec = vars(cls).get(SPEC_MARK) if isinstance(cls, type) else None
     if not isinstance(spec, ServiceSpec):
         name = cls.__name__ if isinstance(cls, type) else repr(cls)
@@ -66,7 +66,7 @@ def is_service(value: object) -> TypeGuard[type[Any]]:
 
 
 class Interface:
-    """Marker: a base of `AbstractService`, below which a class without `@service` is an interface."""
+    """Marker base of `AbstractService`: a subclass without `@service` is an interface."""
 
 
 def is_interface(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Topics and work queues of a service in a process of a graph: their names in NATS, and their end."""
+"""Topics and work queues of a service on NATS: their subjects and streams, and their deletion."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class ServiceBroker:
-    """How the channels of one service, this process's own or another, reach NATS. It connects at the first use."""
+    """Carries the channels of one service, this process's own or another, over NATS; connects at the first use."""
 
     def __init__(self, runtime: Runtime, namespace: str, service: str) -> None:
         self._runtime = runtime
-        self._namespace, self._service = namespace, service
+        self._namespace = namespace
+        self._service = service
         self._queues: dict[str, Queue] = {}
         self._prefix = f"namespace.{namespace}.component.{service}."
 
@@ -44,7 +45,7 @@ def _stream(namespace: str, service: str, queue: str) -> str:
 
 
 def streams(services: Iterable[tuple[str, type]]) -> list[str]:
-    """The JetStream streams of these services, given with their namespaces."""
+    """Return the names of the JetStream streams of `services`, (namespace, class) pairs."""
     return [
         _stream(namespace, cls.__name__, channel.name)
         for namespace, cls in services
@@ -54,11 +55,14 @@ def streams(services: Iterable[tuple[str, type]]) -> list[str]:
 
 
 async def delete_queues(services: Sequence[tuple[str, type]], nats_url: str, etcd_endpoints: str) -> None:
-    """Delete the work queues of a graph that has ended here, unless instances of it live elsewhere. Never raises."""
+    """Delete the work queues of a graph that has ended here, unless other hosts still run instances of it.
+
+    Failures are logged.
+    """
     names = streams(services)
     if not names:
         return
-    # here, since they are needed at the end of few graphs only
+    # imported here: few graphs need them at their end
     from dynamo.transport.etcd import Etcd
     from dynamo.transport.nats import Nats
     from dynamo.transport.work_queue import delete
@@ -76,4 +80,4 @@ async def delete_queues(services: Sequence[tuple[str, type]], nats_url: str, etc
         finally:
             await nats.close()
     except TransportError as error:
-        log.warning("work queues stay in NATS (%s): %s", ", ".join(names), error.message)
+        log.warning("work queues left in NATS: %s: %s", ", ".join(names), error.message)

@@ -1,4 +1,4 @@
-"""The environment that a launcher gives to a service process."""
+"""Environment variables that a launcher sets for a service process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dynamo.sdk.spec import spec_of
 
 RUN_DIR = "DYNAMO_RUN_DIR"
 RELOAD = "DYNAMO_RELOAD"
-"""set where processes are to say which source files they run"""
+"""set if processes report the source files they run, for restarts on edits"""
 GPU_SHARE = "DYNAMO_GPU_SHARE"
-"""the part of one GPU's memory that is this process's, where several share it"""
+"""fraction of one GPU's memory for this process, if several share the GPU"""
 
 
 def namespace_of(cls: type[Any], services: Mapping[str, Mapping[str, Any]]) -> str:
-    """The namespace under which a service is found: ServiceArgs overrides the decorator."""
+    """Return the namespace that a service registers under; ServiceArgs overrides the decorator."""
     spec = spec_of(cls)
     return service_args(spec.name, services.get(spec.name, {})).namespace or spec.namespace

@@ -1,5 +1,4 @@
-"""The HTTP side of one service's process: `@api` methods and probes on its own server, probes and metrics on the system
-app."""
+"""HTTP of a service process: `@api` methods and probes on its own server, probes and metrics on the system app."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from dynamo.sdk.spec import spec_of
 if TYPE_CHECKING:
     from dynamo.http.api_app import ApiServer
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 CLOSE_S = 1.0
@@ -35,7 +34,7 @@ DEFAULT_CHECKS = "DYNAMO_SYSTEM_APP_USE_DEFAULT_HEALTH_CHECKS"
 
 
 class HttpService:
-    """Both servers of one process; neither exists unless something needs it."""
+    """Both HTTP servers of one process; neither is started unless it is needed."""
 
     def __init__(
         self,
@@ -47,21 +46,24 @@ class HttpService:
         run_dir: Path | None,
         metrics: Callable[[], bytes],
     ) -> None:
-        """`metrics`: what the system app answers to /metrics."""
-        self._instance, self._cls = instance, type(instance)
-        self._settings, self._entry, self._workers, self._run_dir = settings, entry, workers, run_dir
+        """`metrics` returns the text for /metrics of the system app."""
+        self._instance = instance
+        self._cls = type(instance)
+        self._settings = settings
+        self._entry = entry
+        self._workers = workers
+        self._run_dir = run_dir
         self._metrics = metrics
         self._spec = spec_of(self._cls)
         self._server: ApiServer | None = None
         self._system: ApiServer | None = None
         self.starting = True
-        """until the start hooks are done, probes answer without the component's methods: healthy, and not ready"""
+        """before the start hooks are done, probes do not call the component's methods: live, not ready"""
 
     async def start_system_app(self) -> None:
-        """Probes and metrics on DYNAMO_SYSTEM_APP_HOST and _PORT, if DYNAMO_SYSTEM_APP_ENABLED says so: from before the
-        start hooks on.
+        """Serve probes and metrics on DYNAMO_SYSTEM_APP_HOST and _PORT, if DYNAMO_SYSTEM_APP_ENABLED is true.
 
-        Raises StartError when the port is taken.
+        It runs before the start hooks do. Raises StartError when the port is in use.
         """
         if not _enabled(SYSTEM_APP):
             return
@@ -76,10 +78,10 @@ class HttpService:
         app = create_api(self._spec.system_app, f"{self._spec.name}-system", [], self._checks(), self._metrics)
         self._system = ApiServer(app, host, listener)
         await self._system.start()
-        logger.info("system app: %s", self._system.url)
+        log.info("system app: %s", self._system.url)
 
     async def start(self) -> str | None:
-        """Accept requests for `@api` methods; gives the URL. None: the service has nothing to do with HTTP."""
+        """Accept requests for `@api` methods; return the URL, or None for a service without any."""
         if not self._spec.routes and self._spec.app is None:
             return None
         from dynamo.http.api_app import ApiServer  # FastAPI, only where it is used
@@ -91,8 +93,9 @@ class HttpService:
         return self._server.url
 
     def listen(self, host: str, port: int | None) -> socket.socket:
-        """For the server of this service, one socket in each of its workers: the kernel spreads connections over those
-        that live. Raises StartError when the port is taken.
+        """Open the listening socket of this service's server; the kernel spreads connections over its live workers.
+
+        Raises StartError when the port is in use.
         """
         from dynamo.http.api_app import listen
 
@@ -102,12 +105,12 @@ class HttpService:
         return claim(ports, self._spec.name, port, lambda p, s: listen(host, p, shared=s), shared)
 
     async def stop(self, limit_s: float) -> None:
-        """Accept nothing new, and return when the running answers have ended; those that take longer are cut."""
-        self.starting = True  # the system app tells meanwhile that this process is not ready any more
+        """Stop accepting requests and wait up to `limit_s` for running responses; then cut them."""
+        self.starting = True  # the system app meanwhile reports this process as not ready
         await _stop(self._server, limit_s)
 
     async def close(self) -> None:
-        """The system app goes last."""
+        """Close the system app."""
         await _stop(self._system, CLOSE_S)
 
     def _checks(self) -> dict[str, Callable[[], Awaitable[tuple[int, str]]]]:
@@ -162,10 +165,10 @@ def _enabled(variable: str) -> bool:
 
 
 def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) -> tuple[str, int | None]:
-    """Where a service's HTTP server listens; port None: any free one.
+    """Return the host and port of a service's HTTP server; port None means any free one.
 
-    From its configuration, else its constructor's defaults; for the entry of the graph then DYNAMO_HOST and
-    DYNAMO_PORT, else 127.0.0.1:8000. Raises ConfigError for what is no port.
+    They come from its configuration, else, for the entry of the graph, from DYNAMO_HOST and DYNAMO_PORT, else from its
+    constructor's defaults, else 127.0.0.1:8000. Raises ConfigError for an invalid port.
     """
     found = declared(cls)
     values: dict[str, Any] = {}
@@ -192,22 +195,22 @@ def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) ->
 def claim(
     ports: Path, service: str, port: int | None, listen: Callable[[int | None, bool], socket.socket], shared: bool
 ) -> socket.socket:
-    """Listen on the service's port, the same one for all of its workers and after a restart: the file `ports` has it.
+    """Listen on a service's port, which all its workers share and keep across restarts: the file `ports` records it.
 
-    `listen(port, shared)` makes the socket. Raises StartError when another service of the graph has the port, or
-    another program.
+    `listen(port, shared)` opens the socket. Raises StartError when another service of the graph, or another program,
+    uses the port.
     """
     with ports.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         claimed: dict[str, int] = json.loads(file.read() or "{}")
-        for name, taken in claimed.items():
-            if name != service and taken == port:
+        for name, claimed_port in claimed.items():
+            if name != service and claimed_port == port:
                 raise StartError(
-                    f"{service} cannot listen on port {port}: {name} has it", hint=f"set {service}.port to another one"
+                    f"{service} cannot listen on port {port}: {name} uses it", hint=f"set {service}.port to a free port"
                 )
         if shared and service not in claimed and port:
-            listen(port, False).close()  # with SO_REUSEPORT, the port would be shared with whoever else shares it
+            listen(port, False).close()  # SO_REUSEPORT alone would share the port with any other program that sets it
         listener = listen(port or claimed.get(service), shared)
         claimed[service] = listener.getsockname()[1]
         file.truncate(0)

@@ -2,9 +2,9 @@
 
     etcdctl put /dynamo/processor/router random
 
-sets `router` of each Processor of namespace `dynamo`, as ai-dynamo 0.3 had it for some keys; `dynamo set` does the same
-and checks it. The value is read as one on the command line is: JSON, else text, converted by the parameter's type. A
-bad one is refused. Without the key, the configured value counts.
+sets `router` of every Processor of the namespace `dynamo`, in the key layout of ai-dynamo 0.3; `dynamo set` does the
+same and validates first. Values are parsed as on the command line: JSON, else text, converted to the parameter's type.
+Invalid values are rejected. Without the key, the configured value applies.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dynamo.config.overrides import parse_value
 from dynamo.config.provenance import alike, suggestion
 from dynamo.config.settings import Setting, converted, declared, expectation
 from dynamo.errors import DynamoError, GraphError, TransportError
+from dynamo.tasks import TaskSet
 
 if TYPE_CHECKING:
     from dynamo.rpc.runtime import Runtime
@@ -29,52 +30,55 @@ log = logging.getLogger(__name__)
 
 STATES_PREFIX = "settings/"
 FIRST_LOOK_S = 2.0
-"""A process does not wait longer for etcd before it serves; it follows etcd all the same."""
+"""How long a process waits for etcd before it serves; it follows etcd in any case."""
 
 
 class LiveSetting(msgspec.Struct):
-    """What one process says of one live setting, with values as text."""
+    """State of one live setting in one process, with values as text."""
 
     configured: str
     value: str
     allowed: str
     """such as `one of round-robin, random`"""
     given: str | None = None
-    """what is in etcd, as far as this process has seen"""
+    """the value in etcd that this process has seen last"""
     error: str = ""
-    """why it refused `given`"""
+    """why `given` was rejected; empty if it was not"""
     hint: str = ""
 
 
 States: TypeAlias = dict[str, LiveSetting]
-"""By name: JSON in etcd under `settings/<namespace>/<Service>/<lease hex>`, for as long as a process lives."""
+"""By name; JSON in etcd under `settings/<namespace>/<Service>/<lease hex>` while the process lives."""
 
 
 def setting_prefix(namespace: str, service: str) -> str:
-    """Of the keys that are put to change settings; the layout is ai-dynamo 0.3's."""
+    """Return the etcd prefix of the keys that change a service's settings, in the layout of ai-dynamo 0.3."""
     return f"/{namespace}/{service.lower()}/"
 
 
 def live_settings(cls: type[Any]) -> dict[str, Setting]:
-    """The settings that a class declares as live, by the names there. Raises GraphError for one that is no parameter."""
+    """Return the settings that a class declares as live, by name.
+
+    Raises GraphError for a name that is not a constructor parameter.
+    """
     names = getattr(cls, "live_settings", ())
-    names = (names,) if isinstance(names, str) else names  # ("router") is meant as ("router",)
+    names = (names,) if isinstance(names, str) else names  # ("router") stands for ("router",)
     found = declared(cls)
     known = found.settings if found is not None else {}
     for name in names:
         if alike(name) not in known:
             raise GraphError(
-                f"{cls.__name__}.live_settings: {name!r} is no parameter of the constructor",
+                f"{cls.__name__}.live_settings: {name!r} is not a constructor parameter",
                 hint=suggestion(name, (alike(key) for key in known), f"settings of {cls.__name__}"),
             )
     return {name: known[alike(name)] for name in names}
 
 
 class LiveSettings:
-    """The live settings of one instance: follows etcd, sets attributes, tells what holds.
+    """Live settings of one instance: follow etcd, set attributes, publish their state.
 
-    Attributes have the names of the parameters, and what they were at first counts as configured. A property may refuse
-    a value by raising. Raises GraphError where the constructor keeps no such attribute.
+    Attributes have the names of the parameters; their values after construction are the configured ones. A property may
+    reject a value by raising. Raises GraphError when the constructor does not set such an attribute.
     """
 
     def __init__(self, instance: Any, namespace: str) -> None:
@@ -84,12 +88,12 @@ class LiveSettings:
         self._settings = live_settings(type(instance))
         self._prefix = setting_prefix(namespace, self._service)
         self._unknown: set[str] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks = TaskSet("live settings")
         self._looked = asyncio.Event()
         for name, setting in self._settings.items():
             if not hasattr(instance, setting.name):
                 raise GraphError(
-                    f"{self._service}.live_settings: {name!r} is no attribute",
+                    f"{self._service}.live_settings: {name!r} is not an attribute",
                     hint=f"write self.{setting.name} = {setting.name} in {self._service}.__init__",
                 )
         self._configured = {name: getattr(instance, setting.name) for name, setting in self._settings.items()}
@@ -99,31 +103,30 @@ class LiveSettings:
         }
 
     async def start(self, runtime: Runtime) -> None:
-        """Follow etcd until `stop`; the values that are there now hold when this returns. Without settings, nothing."""
+        """Follow etcd until `stop`; values that are in etcd now are set on return. No-op without live settings."""
         if self._settings:
-            self._task = asyncio.get_running_loop().create_task(self._follow(runtime), name="live settings")
+            self._tasks.spawn(self._follow(runtime), name="follow etcd")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_LOOK_S):
                     await self._looked.wait()
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        """Stop following etcd."""
+        await self._tasks.aclose()
 
     async def _follow(self, runtime: Runtime) -> None:
-        told = f"{STATES_PREFIX}{self._namespace}/{self._service}/{runtime.instance_id:x}"
+        state_key = f"{STATES_PREFIX}{self._namespace}/{self._service}/{runtime.instance_id:x}"
         async for view in runtime.follow(self._prefix):
-            changed = self.take({key.removeprefix(self._prefix): value for key, value in view.items()})
+            changed = self.apply({key.removeprefix(self._prefix): value for key, value in view.items()})
             if changed or not self._looked.is_set():
                 try:
-                    await runtime.publish(told, self.states)
-                except TransportError as error:  # the lease puts it when etcd is back
-                    log.debug("%s: %s", told, error.message)
+                    await runtime.publish(state_key, self.states)
+                except TransportError as error:  # published when etcd is back
+                    log.debug("cannot publish %s: %s", state_key, error.message)
             self._looked.set()
 
-    def take(self, view: dict[str, bytes]) -> bool:
-        """Set what differs from before; `view` is all that etcd has now, by name. True where there was a difference."""
+    def apply(self, view: dict[str, bytes]) -> bool:
+        """Apply the values in etcd, by name; return whether any differs from before."""
         unknown = view.keys() - self._settings.keys()
         for name in unknown - self._unknown:
             hint = suggestion(name, self._settings, "live settings")
@@ -136,22 +139,25 @@ class LiveSettings:
         return bool(changed)
 
     def _change(self, name: str, given: str | None) -> None:
-        setting, state, what = self._settings[name], self.states[name], f"{self._service}.{name}"
-        state.given, state.error, state.hint = given, "", ""
+        setting = self._settings[name]
+        state = self.states[name]
+        what = f"{self._service}.{name}"
+        state.given = given
+        state.error = ""
+        state.hint = ""
         try:
             value = self._configured[name]
             if given is not None:
                 value = converted(setting, parse_value(given), lambda: what)
             setattr(self._instance, setting.name, value)
-        except Exception as error:  # not of the setting's type, or what a property of the class raises
+        except Exception as error:  # wrong type, or raised by a property of the class
             message, hint = (error.message, error.hint) if isinstance(error, DynamoError) else (repr(error), None)
-            state.error, state.hint = (
-                f"{what}: {message.removeprefix(f'{what}: ').removeprefix(f'{name}: ')}",
-                hint or "",
-            )
-            log.warning("%s (etcd %s%s); it stays %s", state.error, self._prefix, name, state.value)
+            state.error = f"{what}: {message.removeprefix(f'{what}: ').removeprefix(f'{name}: ')}"
+            state.hint = hint or ""
+            log.warning("%s (etcd %s%s); keeping %s", state.error, self._prefix, name, state.value)
             return
-        before, state.value = state.value, _text(getattr(self._instance, setting.name))
+        before = state.value
+        state.value = _text(getattr(self._instance, setting.name))
         if state.value != before:
             log.info("%s: %s -> %s (%s)", name, before, state.value, "configured" if given is None else "etcd")
 

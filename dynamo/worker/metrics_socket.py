@@ -1,7 +1,7 @@
-"""The unix socket on which a process tells the supervisor of its host what it counts, also while NATS and etcd are away.
+"""The unix socket on which a process serves its metrics to the supervisor of its host, independent of NATS and etcd.
 
-A connection asks with one line, the path of a page, and gets a line with its size in bytes, and the page: half a page, of
-a process that is killed meanwhile, would spoil the text of all.
+A request is one line, the path of a page; the response is a line with the size in bytes, then the page. The size lets the
+reader drop the partial page of a process that was killed meanwhile, which would corrupt the text of all processes.
 """
 
 from __future__ import annotations
@@ -18,27 +18,31 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ASK_S = 2.0
-"""The longest that anybody waits for a process, which may be stopped or very busy."""
+"""Longest wait for a process, which may be stopped or very busy."""
 
 METRICS, TARGETS = "/metrics", "/metrics/targets"
 
 
 def path_of(run_dir: Path, process: str) -> Path:
+    """Return the path of a process's socket."""
     return run_dir / f"{process}.metrics"
 
 
 class MetricsSocket:
+    """Serves pages, by path, on a unix socket."""
+
     def __init__(self, path: Path, pages: Pages) -> None:
-        self._path, self._pages = path, pages
+        self._path = path
+        self._pages = pages
         self._server: asyncio.Server | None = None
 
     async def open(self) -> None:
-        """From now on the event loop answers. What a process of that name that died left there is replaced."""
+        """Listen; replace the socket that a dead process of the same name left behind."""
         try:
             self._path.unlink(missing_ok=True)
             self._server = await asyncio.start_unix_server(self._answer, self._path)
         except OSError as error:  # such as a path of more than 107 bytes
-            log.warning("the metrics port does not show this process: %s: %s", self._path, error)
+            log.warning("the metrics port will not include this process: %s: %s", self._path, error)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -49,20 +53,21 @@ class MetricsSocket:
                     writer.write(b"%d\n%b" % (len(found), found))
                     await writer.drain()
         except (OSError, TimeoutError) as error:
-            log.debug("not told: %r", error)
-        except Exception:  # a collector of a component's own
-            log.exception("the metrics of this process cannot be told")
+            log.debug("metrics not sent: %r", error)
+        except Exception:  # raised by a component's collector
+            log.exception("failed to render this process's metrics")
         finally:
             writer.close()
 
     def close(self) -> None:
+        """Stop listening and remove the socket."""
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
 
 
 async def ask(path: Path, page: str) -> bytes:
-    """What the process at `path` tells; empty from one that does not answer in `ASK_S`."""
+    """Return a page of the process at `path`; empty if it does not respond within `ASK_S`."""
     writer: asyncio.StreamWriter | None = None
     try:
         async with asyncio.timeout(ASK_S):

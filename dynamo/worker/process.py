@@ -1,8 +1,8 @@
 """The life of one service process: `python -m dynamo.worker.process GRAPH --service-name NAME`.
 
 construct -> start hooks -> connect -> find the services it calls -> register its endpoints -> accept HTTP -> ready ->
-(SIGTERM) -> stop HTTP -> deregister -> finish running requests -> shutdown hooks -> close. Start hooks come before the
-connections, so that an engine may fork.
+(SIGTERM) -> stop HTTP -> deregister -> finish running requests -> shutdown hooks -> close. Start hooks run before any
+connection opens, so that an engine may fork.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvloop
 
-from dynamo import log
 from dynamo.config.service_config import ServiceConfig
 from dynamo.config.settings import constructor_arguments
 from dynamo.errors import DynamoError
 from dynamo.http.scrape_targets import ScrapeTargets
+from dynamo.log import configure
 from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import bind
 from dynamo.sdk.channels import attach
@@ -47,22 +47,23 @@ from dynamo.worker.stubs import InstancePool
 if TYPE_CHECKING:
     from dynamo.http.prometheus_text import Pages
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 DRAIN_S = 25.0
 MIN_DRAIN_S = 0.2
 GC_THRESHOLDS = (20_000, 20, 50)
-"""Objects of a few hundred running requests stay young: with Python's 700 the collector took 9 % of a token's time."""
+"""Keep the objects of a few hundred running requests in the youngest generation: with Python's default of 700, garbage
+collection took 9 % of a token's time."""
 LIVENESS_EVERY_S = 1.0
 READINESS_EVERY_S = 0.02
 
 
 Scrape = Callable[["Pages", Callable[[], bool]], Coroutine[Any, Any, None]]
-"""shows the pages of a process, which is ready where the second says so, until it is cancelled"""
+"""serve the pages of a process until cancelled; the second argument returns whether the process is ready"""
 
 
 class Status:
-    """Tells the supervisor, if there is one, over the pipe that it gave; else `on_ready` is called."""
+    """Reports to the supervisor over the pipe it passed; without a supervisor, `on_ready` is called when ready."""
 
     def __init__(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
         self._on_ready = on_ready
@@ -71,8 +72,8 @@ class Status:
         if self._fd is not None:
             os.set_inheritable(self._fd, False)
 
-    def tell(self, event: str, **fields: Any) -> bool:
-        """True when a supervisor was told."""
+    def report(self, event: str, **fields: Any) -> bool:
+        """Report an event; return whether there is a supervisor that received it."""
         if self._fd is None:
             if event == "ready" and self._on_ready is not None:
                 self._on_ready(fields)
@@ -80,24 +81,28 @@ class Status:
         try:
             os.write(self._fd, json.dumps({"event": event, **fields}).encode() + b"\n")
         except OSError:
-            self._fd = None  # the supervisor has gone; this process will hear of it
+            self._fd = None  # the supervisor has died; the kernel signals this process
         return self._fd is not None
 
     def progress(self, text: str) -> None:
-        self.tell("progress", text=text)
+        """Report what the start is waiting for."""
+        self.report("progress", text=text)
 
 
 class ServiceProcess:
-    """One worker of one service. `run` returns the exit code. `scrape` shows its metrics where it runs alone."""
+    """One worker of one service. `scrape` serves its metrics where there is no supervisor."""
 
     def __init__(
         self, graph: Graph, name: str, worker_id: int, workers: int, status: Status, scrape: Scrape | None = None
     ) -> None:
-        self.graph, self.name, self.status = graph, name, status
+        self.graph = graph
+        self.name = name
+        self.status = status
         self.cls = graph.service(name)
         self.config = ServiceConfig.get_instance()
         self.namespace = namespace_of(self.cls, self.config)
-        self.worker_id, self.workers = worker_id, workers
+        self.worker_id = worker_id
+        self.workers = workers
         self.label = name if workers == 1 else f"{name}:{worker_id}"
         self.stopping = asyncio.Event()
         self.instance: Any = None
@@ -106,10 +111,12 @@ class ServiceProcess:
         self._scrape = scrape
         self._scraped: asyncio.Task[None] | None = None
         self._socket: MetricsSocket | None = None
-        self._constructed = self._ready = False
+        self._constructed = False
+        self._ready = False
         self._drain_s = DRAIN_S
 
     async def run(self) -> int:
+        """Run from construction to shutdown; return the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopping.set)
@@ -145,16 +152,16 @@ class ServiceProcess:
             if self.stopping.is_set():
                 return 0
             gc.collect()
-            gc.freeze()  # what lives now lives long: later collections need not look at it
+            gc.freeze()  # objects that exist now are long-lived: exclude them from later collections
             gc.set_threshold(*GC_THRESHOLDS)
             self._ready = True
-            self.status.tell("ready", lease=runtime.instance_id, **self._url(), **_sources())
+            self.status.report("ready", lease=runtime.instance_id, **self._url(), **_sources())
             return await self._live(runtime)
         finally:
             await self._shut_down(runtime)
 
     async def _show_metrics(self, runtime: Runtime, run_dir: Path | None) -> None:
-        """To the supervisor, or, where there is none, on the metrics port."""
+        """Serve metrics to the supervisor or, without one, on the metrics port."""
 
         async def metrics() -> bytes:
             return runtime.metrics.text(lent=True)
@@ -231,6 +238,7 @@ class ServiceProcess:
             await runtime.serve(self.namespace, self.name, endpoint.name, method, endpoint.types()[0], stats_data)
 
     async def _unless_stopping(self, work: Any) -> None:
+        """Await `work`, or until a stop is requested."""
         waiting = asyncio.ensure_future(work)
         stopping = asyncio.ensure_future(self.stopping.wait())
         await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -239,7 +247,7 @@ class ServiceProcess:
         await asyncio.gather(waiting, stopping, return_exceptions=True)
 
     async def _live(self, runtime: Runtime) -> int:
-        """Until told to stop (0), or until a liveness hook fails (1): then out of discovery first."""
+        """Serve until a stop is requested (return 0) or a liveness hook fails (deregister, return 1)."""
         while True:
             try:
                 await asyncio.wait_for(self.stopping.wait(), LIVENESS_EVERY_S)
@@ -247,7 +255,7 @@ class ServiceProcess:
                 pass
             else:
                 self._ready = False
-                self.status.tell("draining")
+                self.status.report("draining")
                 return 0
             try:
                 alive = all(await self._call_hooks("liveness"))
@@ -256,9 +264,9 @@ class ServiceProcess:
                 alive, reason = False, error.message if isinstance(error, DynamoError) else repr(error)
                 hint = error.hint if isinstance(error, DynamoError) else None
             if not alive:
-                logger.error("not alive: %s", reason)
+                log.error("liveness check failed: %s", reason)
                 await runtime.deregister()
-                self.status.tell("failed", error=reason, hint=hint)
+                self.status.report("failed", error=reason, hint=hint)
                 await runtime.drain(0.0)
                 self._drain_s = MIN_DRAIN_S
                 return 1
@@ -272,7 +280,7 @@ class ServiceProcess:
             try:
                 await self._call_hooks("shutdown")
             except Exception:
-                logger.exception("a shutdown hook failed")
+                log.exception("shutdown hook failed")
         if self.http is not None:
             await self.http.close()
         if self.live is not None:
@@ -282,11 +290,11 @@ class ServiceProcess:
         if self._socket is not None:
             self._socket.close()
         await runtime.close()
-        logger.debug("stopped in %.2f s", time.monotonic() - started)
+        log.debug("stopped in %.2f s", time.monotonic() - started)
 
 
 def _sources() -> dict[str, list[str]]:
-    """The source files below the working directory that this process runs, where the supervisor restarts on edits."""
+    """Return the source files below the working directory that this process has imported, with `--reload` only."""
     if not os.environ.get(RELOAD):
         return {}
     here = f"{os.getcwd()}/"
@@ -299,6 +307,7 @@ def main(
     on_ready: Callable[[dict[str, Any]], None] | None = None,
     scrape: Scrape | None = None,
 ) -> NoReturn:
+    """Run one service process; exit with its code."""
     parser = argparse.ArgumentParser(prog="python -m dynamo.worker.process")
     parser.add_argument("graph")
     parser.add_argument("--service-name", required=True)
@@ -307,7 +316,7 @@ def main(
     options = parser.parse_args(argv)
     status = Status(on_ready)
     label = options.service_name if options.workers == 1 else f"{options.service_name}:{options.worker_id}"
-    log.configure(label)
+    configure(label)
 
     async def run() -> int:
         graph = load(options.graph)
@@ -317,16 +326,16 @@ def main(
     try:
         code = uvloop.run(run())
     except DynamoError as error:
-        if not status.tell("failed", error=error.message, hint=error.hint):
-            logger.error("%s", error)
+        if not status.report("failed", error=error.message, hint=error.hint):
+            log.error("%s", error)
         code = error.exit_code
     except Exception as error:
-        status.tell("failed", error=f"{type(error).__name__}: {error}")
-        logger.exception("%s failed", label)
+        status.report("failed", error=f"{type(error).__name__}: {error}")
+        log.exception("%s failed", label)
         code = 1
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(code)  # threads of an engine must not hold the exit up
+    os._exit(code)  # an engine's threads must not delay the exit
 
 
 if __name__ == "__main__":

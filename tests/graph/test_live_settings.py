@@ -61,7 +61,7 @@ async def test_etcd_by_hand(served: Served, env: dict[str, str]) -> None:
             served.wait_for(f'[Voice:{number}] Voice.mode: expected one of loud, quiet, found "shrill"', 5)
         assert ask(served) == ["quiet 4"] * 2
         before = time.monotonic()
-        while 'tuned.Voice.mode: expected one of loud, quiet, found "shrill"; it stays quiet' not in (
+        while 'tuned.Voice.mode: expected one of loud, quiet, found "shrill"; keeping quiet' not in (
             command("status", **env).stdout.splitlines()
         ):
             assert time.monotonic() - before < 5

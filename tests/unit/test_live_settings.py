@@ -59,7 +59,7 @@ def test_each_value_is_the_last_good_one_or_the_configured_one(views: list[dict[
     configured = expected = values(instance)
     before: dict[str, str] = {}
     for view in views:
-        assert live.take({name: text.encode() for name, text in view.items()}) == (view != before)
+        assert live.apply({name: text.encode() for name, text in view.items()}) == (view != before)
         expected = {
             name: TAKEN[name].get(view[name], expected[name]) if name in view else configured[name] for name in expected
         }
@@ -74,20 +74,20 @@ def test_one_line_for_a_change_and_none_for_the_same_again(caplog: pytest.LogCap
     live = LiveSettings(Tuned(), "n")
     with caplog.at_level(logging.INFO, "dynamo"):
         for text in (b"loud", b"loud", b'"loud"'):
-            live.take({"mode": text})
-        live.take({})
+            live.apply({"mode": text})
+        live.apply({})
     assert caplog.messages == ["mode: quiet -> loud (etcd)", "mode: loud -> quiet (configured)"]
 
 
 def test_a_bad_value_says_what_was_found_and_what_is_allowed(caplog: pytest.LogCaptureFixture) -> None:
     live = LiveSettings(Tuned(), "n")
-    live.take({"mode": b"lout"})
+    live.apply({"mode": b"lout"})
     (line,) = caplog.messages
     assert line == (
-        'Tuned.mode: expected one of loud, quiet, found "lout" (etcd /n/tuned/mode); it stays quiet'
+        'Tuned.mode: expected one of loud, quiet, found "lout" (etcd /n/tuned/mode); keeping quiet'
     )  # fmt: skip
     assert live.states["mode"].hint == "did you mean loud? choices: loud, quiet"
-    live.take({"mode": b"\xff\xfe"})
+    live.apply({"mode": b"\xff\xfe"})
     assert live.states["mode"].error.startswith("Tuned.mode: expected one of loud, quiet")
 
 
@@ -95,7 +95,7 @@ def test_a_key_that_is_no_live_setting_is_named_once(caplog: pytest.LogCaptureFi
     instance = Tuned()
     live = LiveSettings(instance, "n")
     for view in ({"fixed": b"2"}, {"fixed": b"3"}, {"fixed": b"3", "moode": b"loud"}):
-        assert not live.take(view)
+        assert not live.apply(view)
     assert instance.fixed == 1
     first, second = caplog.messages
     assert first.startswith("Tuned.fixed (etcd /n/tuned/fixed): no such live setting; live settings: mode, max-words")
@@ -123,11 +123,11 @@ def test_a_property_may_refuse_and_round(caplog: pytest.LogCaptureFixture) -> No
 
     instance = Guarded()
     live = LiveSettings(instance, "n")
-    live.take({"limit": b"10"})
-    assert caplog.messages == ["Guarded.limit: ValueError('at most 9') (etcd /n/guarded/limit); it stays 3"]
-    live.take({"limit": b"100"})
+    live.apply({"limit": b"10"})
+    assert caplog.messages == ["Guarded.limit: ValueError('at most 9') (etcd /n/guarded/limit); keeping 3"]
+    live.apply({"limit": b"100"})
     assert (live.states["limit"].error, live.states["limit"].hint) == ("Guarded.limit: at most 99", "give less")
-    live.take({"limit": b"0"})
+    live.apply({"limit": b"0"})
     assert (instance.limit, live.states["limit"].value) == (1, "1")
 
 
@@ -151,7 +151,7 @@ def test_declarations() -> None:
             self.mode = mode
 
     with pytest.raises(
-        GraphError, match=r"Misspelled.live_settings: 'moode' is no parameter of the constructor"
+        GraphError, match=r"Misspelled.live_settings: 'moode' is not a constructor parameter"
     ) as bad:
         live_settings(Misspelled)
     assert "did you mean mode?" in str(bad.value.hint)
@@ -162,5 +162,5 @@ def test_declarations() -> None:
         def __init__(self, mode: str = "") -> None:
             pass
 
-    with pytest.raises(GraphError, match=r"Forgotten.live_settings: 'mode' is no attribute"):
+    with pytest.raises(GraphError, match=r"Forgotten.live_settings: 'mode' is not an attribute"):
         LiveSettings(Forgotten(), "n")

@@ -259,7 +259,7 @@ def test_what_api_refuses() -> None:
     with pytest.raises(GraphError, match="goes on a method"):
         api(int)
     for name in ("a b", "a?b"):
-        with pytest.raises(GraphError, match="is no path"):
+        with pytest.raises(GraphError, match="is not a valid path"):
             api(name=name)(lambda self: None)
     with pytest.raises(GraphError, match="expected one of GET"):
         api(http_method="FETCH")(lambda self: None)
@@ -273,7 +273,7 @@ def test_what_api_refuses() -> None:
         @api(name="/x")
         def two(self) -> None: ...
 
-    with pytest.raises(GraphError, match=r"Twice.two: POST /x is answered by Twice.one too"):
+    with pytest.raises(GraphError, match=r"Twice.two: POST /x is already served by Twice.one"):
         service(Twice)
 
 
@@ -328,7 +328,7 @@ def test_claims(tmp_path: Any) -> None:
     number = one.getsockname()[1]
     two = claim(ports, "A", None, bind, True)
     assert two.getsockname()[1] == number
-    with pytest.raises(StartError, match=f"B cannot listen on port {number}: A has it"):
+    with pytest.raises(StartError, match=f"B cannot listen on port {number}: A uses it"):
         claim(ports, "B", number, bind, True)
     one.close()
     two.close()

@@ -154,7 +154,7 @@ def test_wrong_declarations() -> None:
             Topic(Event, name=name)
     with pytest.raises(GraphError, match="WorkQueue max_tries: expected more than 0, found 0"):
         WorkQueue(Event, max_tries=0)
-    with pytest.raises(GraphError, match=r"Twice.other: events has the name 'events' too"):
+    with pytest.raises(GraphError, match=r"Twice.other: events already has the name 'events'"):
 
         @service
         class Twice(Base):
@@ -248,4 +248,4 @@ async def test_a_task_that_does_not_fit_is_dropped(caplog: pytest.LogCaptureFixt
     await worker.tasks.put("text")  # type: ignore[arg-type]
     await worker.tasks.put(Event(2))
     assert (await anext(worker.tasks.take())).task == Event(2)
-    assert "task on tasks dropped: invalid Event" in caplog.text
+    assert "dropped a task on tasks: invalid Event" in caplog.text

@@ -210,7 +210,7 @@ def test_endpoints_take_one_request() -> None:
 
 
 def test_two_endpoints_of_one_name() -> None:
-    with pytest.raises(GraphError, match="another endpoint has the name 'run' too"):
+    with pytest.raises(GraphError, match="another endpoint already has the name 'run'"):
 
         @service
         class Twice:

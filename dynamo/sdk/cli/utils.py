@@ -4,4 +4,4 @@ from dynamo.sdk.core.runner import TargetEnum
 
 
 def configure_target_environment(target: TargetEnum) -> None:
-    """Nothing: there is one target, and `@service` works without it."""
+    """No-op, kept for ai-dynamo 0.3: only one target exists."""

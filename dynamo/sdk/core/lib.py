@@ -9,4 +9,4 @@ __all__ = ["DYNAMO_IMAGE", "abstract_endpoint", "depends", "service", "set_targe
 
 
 def set_target(target: object) -> None:
-    """Nothing: there is one target."""
+    """No-op, kept for ai-dynamo 0.3: only one target exists."""

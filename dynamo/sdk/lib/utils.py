@@ -1,4 +1,4 @@
-"""What components of ai-dynamo 0.2 and 0.3 imported from `dynamo.sdk.lib.utils`."""
+"""Names that components of ai-dynamo 0.2 and 0.3 import from `dynamo.sdk.lib.utils`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["get_capi_library_path", "get_host_port", "get_system_app_host_port",
 
 
 def get_capi_library_path() -> NoReturn:
-    """There is no C library here: an engine publishes its KV events in Python."""
+    """Raise ConfigError: there is no C library, engines publish their KV events in Python."""
     raise ConfigError(
         "get_capi_library_path: dynamo has no C library",
-        hint="leave VLLM_KV_CAPI_PATH out; KV events need no patched vLLM here",
+        hint="remove VLLM_KV_CAPI_PATH; KV events work with an unpatched vLLM",
     )

@@ -1,4 +1,4 @@
-"""Names that components of ai-dynamo 0.2 and 0.3 imported from `dynamo.sdk.core.protocol.interface`."""
+"""Names that components of ai-dynamo 0.2 and 0.3 import from `dynamo.sdk.core.protocol.interface`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ AbstractDynamoService = AbstractService
 
 
 class ComponentType(StrEnum):
-    """What `@service(dynamo={"component_type": ...})` takes."""
+    """Values of `@service(dynamo={"component_type": ...})`."""
 
     PLANNER = "planner"
 
 
 class LinkedServices:
-    """A graph leaves out what is not linked by itself, so that nothing is to be done here."""
+    """No-op, kept for ai-dynamo 0.3: a graph leaves out unlinked services by itself."""
 
     @staticmethod
     def remove_unused_edges() -> None:
-        """Nothing: `.dependencies` of a service shows only what is linked, as soon as anything of it is."""
+        """Do nothing: `.dependencies` of a service already shows only what is linked."""

@@ -4,6 +4,6 @@ from enum import Enum
 
 
 class TargetEnum(Enum):
-    """Where a graph runs; there is one target."""
+    """Where a graph runs; only one target exists."""
 
     DYNAMO = "dynamo"
