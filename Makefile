@@ -6,7 +6,7 @@ PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint fmt bench clean
+.PHONY: help install serve test lint fmt bench docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,14 @@ fmt: install ## format the code
 
 bench: install ## CPU per token and per request; PEERS=DIR measures ai-dynamo beside it
 	@$(BIN)/python -m benchmarks $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+docs: $(VENV)/.docs ## the documentation as a website, in build/site; any broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(PIP_FIND_LINKS)) \
+	  --overrides container/overrides.txt --constraints container/constraints.txt --editable ".[docs]"
+	@touch $@
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

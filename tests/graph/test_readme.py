@@ -1,4 +1,4 @@
-"""The README's commands and programs, run as they stand."""
+"""The commands and programs of README.md and docs/, run as they stand."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import yaml
 from dynamo.llm import tiny
 from tests.graph.conftest import ROOT, Served
 
-README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def block(kind: str, containing: str) -> str:
@@ -56,23 +57,34 @@ def test_the_openai_client(tiny_graph: Served) -> None:
 
 
 def test_every_dry_run_prints_a_configuration() -> None:
-    commands = [
-        line.partition("#")[0].strip() for line in block("bash", "configs/agg_mock.yaml            #").splitlines()
-    ]
-    assert len(commands) >= 4
+    shell = "\n".join(text for language, text in BLOCKS if language == "bash")
+    lines = re.findall(r"^dynamo serve graphs\.(?!.*--service-name).* -f .*", shell, re.MULTILINE)
+    commands = sorted({line.partition("#")[0].replace("--dry-run", "").strip() for line in lines})
+    assert len(commands) >= 8
     for command in commands:
-        done = run(command if "--dry-run" in command else f"{command} --dry-run")
+        done = run(f"{command} --dry-run")
         assert done.returncode == 0, done.stderr
         last = done.stdout.splitlines()[-1]
         assert json.loads(last.removeprefix("DYNAMO_SERVICE_CONFIG=")).keys() >= {"Frontend", "VllmWorker"}
 
 
+def test_a_model_of_your_own_reaches_every_service_that_needs_it() -> None:
+    command = block("bash", "--Common.model=Qwen/Qwen3-0.6B      #").partition("#")[0].strip()
+    done = run(f"{command} --dry-run")
+    assert done.returncode == 0, done.stderr
+    services = json.loads(done.stdout.splitlines()[-1].removeprefix("DYNAMO_SERVICE_CONFIG="))
+    assert {name: values["model"] for name, values in services.items()} == {
+        "Processor": "Qwen/Qwen3-0.6B",
+        "VllmWorker": "Qwen/Qwen3-0.6B",
+    }
+
+
 def test_shown_files_are_the_files() -> None:
     source = (ROOT / "graphs/agg.py").read_text("utf-8")
     assert source.endswith(block("python", "Frontend.link(Processor)"))
-    for name in re.findall(r"`(configs/\w+\.yaml)`", README):
+    for name in re.findall(r"`(configs/\w+\.yaml)`", TEXT):
         assert yaml.safe_load((ROOT / name).read_text("utf-8"))
-    for name in re.findall(r"^\d+\..*?`((?:dynamo|components)/[\w/.]+)`", README, re.MULTILINE):
+    for name in re.findall(r"^\d+\..*?`((?:dynamo|components)/[\w/.]+)`", TEXT, re.MULTILINE):
         assert (ROOT / name).exists(), name
 
 
@@ -83,8 +95,8 @@ def test_the_error_shown_is_the_error(tmp_path: Path) -> None:
     (tmp_path / "agg.yaml").write_text("\n".join(lines))
     done = run(f"dynamo serve graphs.agg:Frontend -f {tmp_path}/agg.yaml --dry-run")
     shown = block("text", "blok-size").splitlines()
-    told = done.stderr.replace(f"{tmp_path}/agg.yaml", "configs/agg.yaml").splitlines()
-    assert told[:2] == shown
+    printed = done.stderr.replace(f"{tmp_path}/agg.yaml", "configs/agg.yaml").splitlines()
+    assert printed[:2] == shown
     assert done.returncode == 1
 
 
@@ -96,6 +108,7 @@ def test_the_service_of_ones_own(serve_graph: Callable[..., Served], tmp_path: P
     served.stop()
 
 
-def test_make_targets_that_the_readme_names_exist() -> None:
+def test_make_targets_that_the_documents_name_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    assert set(re.findall(r"`?make ([a-z]+)`?", README)) <= targets
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)", TEXT, re.MULTILINE))
+    assert {"serve", "test", "lint", "bench", "docs"} <= named <= targets
