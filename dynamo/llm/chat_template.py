@@ -22,7 +22,7 @@ from dynamo.errors import RequestError, StartError
 
 DEFAULT = "default"
 TOOL_USE = "tool_use"
-_CONTINUE_HERE = "DYNAMO_CONTINUE_HERE "
+_CONTINUATION_MARK = "DYNAMO_CONTINUATION_MARK "
 
 
 class _Generation(jinja2.ext.Extension):
@@ -103,7 +103,7 @@ class ChatTemplate:
             content = prepared[-1].get("content")
             if not isinstance(content, str):
                 raise RequestError("continue_final_message: the last message has no text", param="messages")
-            prepared[-1]["content"] = content + _CONTINUE_HERE
+            prepared[-1]["content"] = content + _CONTINUATION_MARK
         variables = {
             **self._special_tokens,
             "documents": None,
@@ -124,11 +124,11 @@ def _cut_at_mark(prompt: str) -> str:
 
     If the space at the mark's end is missing, the template trims messages: then the text's end is trimmed too.
     """
-    at = prompt.rfind(_CONTINUE_HERE.strip())
+    at = prompt.rfind(_CONTINUATION_MARK.strip())
     if at < 0:
         raise RequestError("continue_final_message: the template changes the last message", param="messages")
     kept = prompt[:at]
-    return kept if prompt.startswith(_CONTINUE_HERE, at) else kept.rstrip()
+    return kept if prompt.startswith(_CONTINUATION_MARK, at) else kept.rstrip()
 
 
 def _template_messages(messages: Sequence[Mapping[str, Any]], *, knows_developer: bool) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a worker reports to routers while it serves: the blocks in its KV caches, and its load."""
+"""A worker's reports to routers while it serves: the blocks in its KV caches, and its load."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _ActiveRequest:
 
 
 class _RankState:
-    """One data-parallel rank: its requests, and what is to be published about it."""
+    """One data-parallel rank: its requests, and the state of its messages."""
 
     def __init__(self, number: int, blocks: BlockMap) -> None:
         self.number = number

@@ -48,7 +48,10 @@ class Router(Service):
 
 class Pair:
     def __init__(self, engine: FakeEngine, worker: VllmWorker, router: Router, runtimes: tuple[Runtime, ...]) -> None:
-        self.engine, self.worker, self.router, self.runtimes = engine, worker, router, runtimes
+        self.engine = engine
+        self.worker = worker
+        self.router = router
+        self.runtimes = runtimes
         self.id = runtimes[0].instance_id
 
     async def snapshot(self) -> list[KvSnapshot]:

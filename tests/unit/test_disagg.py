@@ -37,7 +37,7 @@ COUNTS = st.integers(0, 5000)
 
 @dataclasses.dataclass
 class Settings:
-    """As `PrefillSettings` has them."""
+    """A decode worker's settings; see `PrefillSettings`."""
 
     remote_prefill: bool
     conditional_disagg: bool
@@ -128,7 +128,7 @@ class Pool:
 
     async def waiting(self) -> int:
         if self.lost:
-            raise TransportError("NATS is away")
+            raise TransportError("NATS is unreachable")
         return self.queue
 
     # -- the workers
@@ -245,7 +245,7 @@ async def test_a_lost_queue_ends_the_wait() -> None:
     assert pool.counted("local_prefills_total", reason="failed") == 1
 
 
-@pytest.mark.parametrize("error", [OverloadedError("full"), TransportError("NATS is away")])
+@pytest.mark.parametrize("error", [OverloadedError("full"), TransportError("NATS is unreachable")])
 async def test_a_queue_that_refuses_tasks_costs_no_request(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     pool = Pool(refuse(error))
     assert (await pool.run(ask())).kv_transfer is None

@@ -225,7 +225,7 @@ def test_eviction_order_is_oldest_first_and_from_the_end_of_a_prompt() -> None:
         scheduler.add(Text([number] * 8, 1))
         drain(scheduler)
     cache.listen()
-    scheduler.add(Text([3] * 12, 1))  # one block is unused; two have to go
+    scheduler.add(Text([3] * 12, 1))  # one block is unused; two must be evicted
     drain(scheduler)
     removed = [name for event in cache.drain_events() if isinstance(event, BlocksRemoved) for name in event.hashes]
     assert removed == block_hashes([1] * 8, SIZE)[::-1]

@@ -123,7 +123,7 @@ class MockRank:
             self.scheduler.fetched(sequence)
             sequence.cached_tokens = (
                 source.cached_tokens
-            )  # as with vLLM: tokens that no engine computed for this request
+            )  # as in vLLM: tokens not computed for this request by any engine
             size_bytes = missing * self._transfer_bytes_per_token
             transfer = KvTransfers(pulls=1, bytes=size_bytes, seconds=time.monotonic() - started_s)
         self.transfers = self.transfers.plus(transfer)
