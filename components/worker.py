@@ -11,6 +11,7 @@ from components.prefill_worker import PrefillWorker
 from dynamo.errors import ConfigError
 from dynamo.kv_router.events import KvEvents, KvSnapshot, SnapshotRequest, WorkerLoad
 from dynamo.llm.cached_blocks import CachedBlocks
+from dynamo.llm.engine import Generate
 from dynamo.llm.protocol import Delta, GenerateRequest, ModelCard, model_key
 from dynamo.llm.remote_prefill import RemotePrefill
 from dynamo.llm.worker_reporter import WorkerReporter
@@ -72,9 +73,9 @@ class VllmWorker(EngineService):
                 or with remote_prefill, which depends on what is cached.
             remote_prefill: let PrefillWorkers compute prompts.
             conditional_disagg: only long prompts, and only while the prefill queue is short; False: all prompts.
-            max_local_prefill_length: tokens not cached here up to which a prompt is not long.
-            max_prefill_queue_size: waiting tasks in the prefill queue from which on prompts are computed here.
-            prefill_timeout_s: time for a prompt to wait in the queue and be computed there; then it is computed here.
+            max_local_prefill_length: a prompt is long if more tokens of it than this are not cached here.
+            max_prefill_queue_size: the prefill queue is short while fewer tasks than this wait in it.
+            prefill_timeout_s: time limit for a prompt to wait in the queue and be computed there; then it is computed here.
         """
         self.router = router
         named = engine_args.get("served-model-name", engine_args.get("served_model_name", model))
@@ -120,10 +121,10 @@ class VllmWorker(EngineService):
         if not await self.start_engine():
             return
         cached_blocks.open(self.info)
-        # A request passes through the reporter, then the prefill client where there is one, to the engine.
-        generate = self.engine.generate
+        # the way of a request: reporter, then the prefill client if there is one, then the engine
+        generate: Generate = self.engine.generate
         if is_linked(self, "prefill_worker"):
-            self.prefill_client = self._make_prefill_client(cached_blocks, runtime)
+            self.prefill_client = self._make_prefill_client(generate, cached_blocks, runtime)
             await runtime.listen(self.prefill_client.offers_subject, self.prefill_client.on_offer)
             generate = self.prefill_client.generate
         self.reporter = WorkerReporter(
@@ -148,12 +149,14 @@ class VllmWorker(EngineService):
             reason = f"the {self.engine_name} engine emits no KV events"
         log.warning("KV events disabled, routers cannot see this worker's cache: %s", reason)
 
-    def _make_prefill_client(self, cached_blocks: CachedBlocks, runtime: ProcessRuntime) -> RemotePrefill:
+    def _make_prefill_client(
+        self, generate: Generate, cached_blocks: CachedBlocks, runtime: ProcessRuntime
+    ) -> RemotePrefill:
         # imported here: a dry run needs no prometheus_client
         from dynamo.llm.disagg_metrics import DecodeMetrics
 
         return RemotePrefill(
-            self.engine.generate,
+            generate,
             workers=self.prefill_worker,
             queue=self.prefill_worker.tasks,
             settings=self,

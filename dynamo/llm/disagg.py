@@ -66,22 +66,22 @@ class PrefillSettings(Protocol):
 
     @property
     def conditional_disagg(self) -> bool:
-        """Only prompts that are long, and only while the queue is short; False: all prompts."""
+        """Let them compute only long prompts, and only while the queue is short; False: all prompts."""
         ...
 
     @property
     def max_local_prefill_length(self) -> int:
-        """Tokens not in the decode worker's prefix cache up to which a prompt is not long."""
+        """A prompt is long if more tokens of it than this are not in the decode worker's prefix cache."""
         ...
 
     @property
     def max_prefill_queue_size(self) -> int:
-        """Waiting tasks from which on the queue is not short."""
+        """The queue is short while fewer tasks than this wait in it."""
         ...
 
     @property
     def prefill_timeout_s(self) -> float:
-        """Time for a prompt to wait in the queue and be computed by a prefill worker."""
+        """Time limit for a prompt to wait in the queue and be computed by a prefill worker."""
         ...
 
 

@@ -65,6 +65,10 @@ KvListener = Callable[[int, Sequence[EngineEvent]], None]
 """Called on the event loop with a data-parallel rank and the changes of its KV cache since the last call, in order."""
 
 
+Generate = Callable[[GenerateRequest], Stream[Delta]]
+"""`Engine.generate`, or what stands before it in a worker: see `RemotePrefill` and `WorkerReporter`"""
+
+
 class Engine(Protocol):
     """An inference engine: started once, then runs many requests at a time."""
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,6 +23,7 @@ from dynamo.llm.disagg import (
     PrefillWorkers,
     local_prefill_reason,
 )
+from dynamo.llm.engine import Generate
 from dynamo.llm.protocol import Delta, GenerateRequest
 from dynamo.sdk.depends import direct, instance_ids
 from dynamo.streams import Stream
@@ -53,7 +53,7 @@ class RemotePrefill:
 
     def __init__(
         self,
-        generate: Callable[[GenerateRequest], Stream[Delta]],
+        generate: Generate,
         *,
         workers: PrefillWorkers,
         queue: PrefillQueue,

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from dynamo.errors import DynamoError
@@ -14,7 +14,7 @@ from dynamo.kv_router.block_map import BlockMap
 from dynamo.kv_router.events import Change, KvEvents, KvSnapshot, WorkerLoad
 from dynamo.kv_router.hashing import pack
 from dynamo.llm.cached_blocks import CachedBlocks
-from dynamo.llm.engine import Engine, EngineInfo
+from dynamo.llm.engine import Engine, EngineInfo, Generate
 from dynamo.llm.protocol import Delta, GenerateRequest
 from dynamo.streams import Channel, Stream
 from dynamo.tasks import TaskSet
@@ -82,7 +82,7 @@ class WorkerReporter:
 
     def __init__(
         self,
-        generate: Callable[[GenerateRequest], Stream[Delta]],
+        generate: Generate,
         *,
         engine: Engine,
         info: EngineInfo,

@@ -121,9 +121,8 @@ class MockRank:
             transfer = KvTransfers(pulls=1, failures=1, seconds=time.monotonic() - started_s)
         else:
             self.scheduler.fetched(sequence)
-            sequence.cached_tokens = (
-                source.cached_tokens
-            )  # as in vLLM: tokens not computed for this request by any engine
+            # as in vLLM: only tokens that no engine computed for this request
+            sequence.cached_tokens = source.cached_tokens
             size_bytes = missing * self._transfer_bytes_per_token
             transfer = KvTransfers(pulls=1, bytes=size_bytes, seconds=time.monotonic() - started_s)
         self.transfers = self.transfers.plus(transfer)
