@@ -1,4 +1,4 @@
-"""EngineService: what the services around an engine share, which are VllmWorker and PrefillWorker."""
+"""EngineService: the common part of VllmWorker and PrefillWorker, the services that run an engine."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from dynamo.sdk import Service, liveness, metrics_registry, on_shutdown, service
 log = logging.getLogger(__name__)
 
 SIZES = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+"""vLLM's flags whose product is the number of GPUs"""
 
 
 class EngineService(Service):
-    """Keys of the configuration that are not parameters of the constructor go to the engine, as vLLM's flags."""
+    """Starts, watches and stops an engine. Settings that are not parameters of the constructor are vLLM's flags."""
 
     extra_settings = staticmethod(engine_arguments)
     info: EngineInfo
-    """once the engine has started"""
+    """set once the engine has started"""
 
     @staticmethod
     def gpus_needed(settings: Mapping[str, Any]) -> float:
-        """GPUs of one worker on this host with these settings, unless ServiceArgs says otherwise."""
+        """Return the GPUs of one worker on this host with these settings, unless ServiceArgs says otherwise."""
         if settings.get("engine") == "mock" or cpu_build():
             return 0
         return math.ceil(math.prod(number(settings, size, 1, 1) for size in SIZES) / number(settings, "nnodes", 1, 1))
 
     @staticmethod
     def check_settings(settings: Mapping[str, Any], where: Callable[[str], str]) -> None:
-        """Of vLLM's flags, those that say how many GPUs and hosts it takes."""
+        """Validate those of vLLM's flags that determine how many GPUs and hosts it takes."""
         for size in SIZES:
             number(settings, size, 1, 1, where=where)
         MultiNode.of(settings, where)
@@ -42,45 +43,50 @@ class EngineService(Service):
     def __init__(
         self, model: str, engine: str, speedup_ratio: float | None, engine_args: dict[str, Any], *, kv_transfer: bool
     ) -> None:
-        """`kv_transfer`: the engine gives KV to other engines and takes it from them."""
-        self.model, self.engine_name = model, engine
-        if engine == "mock" and (loose := unchecked(engine_args)):
-            log.warning("vLLM is not installed: nothing says whether it has a flag %s", " or ".join(loose))
+        """`kv_transfer`: the engine sends KV to other engines, or fetches it from them."""
+        self.model = model
+        self.engine_name = engine
+        if engine == "mock" and (unknown := unchecked(engine_args)):
+            log.warning("vLLM is not installed: cannot validate flag %s", " or ".join(unknown))
         if speedup_ratio is not None and engine == "mock":
             engine_args["speedup-ratio"] = speedup_ratio
         if kv_transfer:
             engine_args["kv-transfer"] = True
-        self.engine = engines.create(engine, model, engine_args, self._progress)
+        self.engine = engines.create(engine, model, engine_args, self._report_progress)
 
-    def _progress(self, text: str) -> None:
+    def _report_progress(self, text: str) -> None:
         context = service_context()
         if context is not None:
             context.progress(text)
 
     async def start_engine(self) -> bool:
-        """False where this process runs a part of another one's engine: then it has no endpoints."""
+        """Start the engine and set `info`.
+
+        Returns False on a follower node of an engine that spans several hosts: this process then has no endpoints.
+        """
         self.info = await self.engine.start()
         context = service_context()
-        if context is not None and self.info.part_of:
-            context.headless = self.info.part_of
-        return not self.info.part_of
+        if context is not None and self.info.headless:
+            context.headless = self.info.headless
+        return not self.info.headless
 
-    def count(self, endpoint: str, instance_id: int) -> None:
+    def export_engine_metrics(self, endpoint: str, instance_id: int) -> None:
         """Export the engine's load on /metrics, labelled with an endpoint's name and this process's instance id."""
-        # here, so that a dry run does not import prometheus_client
+        # imported here: a dry run needs no prometheus_client
         from dynamo.llm.engine_metrics import EngineCollector
 
         labels = {"component": self.dynamo_address()[1], "endpoint": endpoint, "worker_id": f"{instance_id:x}"}
         metrics_registry().register(EngineCollector(self.engine, self.info, **labels))
 
     def stats_data(self) -> dict[str, float]:
-        """For `$SRV.STATS` and `dynamo status`."""
+        """Return the engine's load for `$SRV.STATS` and `dynamo status`."""
         from dynamo.llm.engine_metrics import load_metrics
 
         return load_metrics(self.engine, self.info)
 
     @liveness
     async def healthy(self) -> bool:
+        """Check the engine. Raises EngineError if it has failed."""
         await self.engine.check_health()
         return True
 

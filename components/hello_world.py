@@ -1,4 +1,4 @@
-"""Three services that pass a text on: the smallest graph with HTTP in front."""
+"""Three services that pass a text along: the smallest graph with an HTTP endpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ class Text(BaseModel):
 
 @service(dynamo={"namespace": "inference"})
 class Backend(Service):
+    """Answers with the words of the text, one by one."""
+
     def __init__(self, message: str = "back") -> None:
+        """
+        Args:
+            message: appended to the text.
+        """
         self.message = message
 
     @endpoint
@@ -26,9 +32,15 @@ class Backend(Service):
 
 @service(dynamo={"namespace": "inference"})
 class Middle(Service):
+    """Calls Backend and streams its answer on."""
+
     backend = depends(Backend)
 
     def __init__(self, message: str = "mid") -> None:
+        """
+        Args:
+            message: appended to the text.
+        """
         self.message = message
 
     @endpoint
@@ -39,17 +51,19 @@ class Middle(Service):
 
 @service(dynamo={"namespace": "inference"})
 class Frontend(Service):
+    """Serves `POST /generate`."""
+
     middle = depends(Middle)
 
     def __init__(self, message: str = "Frontend") -> None:
         """
         Args:
-            message: what each answer begins with.
+            message: the beginning of each answer.
         """
         self.message = message
 
     @api
     async def generate(self, request: Text) -> AsyncIterator[str]:
-        """Send a text through the graph; the answer is streamed."""
+        """Send a text through the graph and stream the answer."""
         async for answer in self.middle.generate(request):
             yield f"{self.message}: {answer}"

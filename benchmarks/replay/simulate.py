@@ -15,9 +15,8 @@ from benchmarks.processes import StartError
 from benchmarks.replay.capacity import Engines
 from benchmarks.replay.client import Answer, Due, Replay
 from benchmarks.replay.prompts import Prompts
-from dynamo.engines.mock.kv_cache import KvCache
-from dynamo.engines.mock.scheduler import Scheduler
-from dynamo.engines.mock.scheduler import Sequence as Running
+from dynamo.engines.mock.block_pool import BlockPool
+from dynamo.engines.mock.scheduler import ScheduledSequence, Scheduler
 from dynamo.engines.mock.timing import step_ms
 from dynamo.kv_router.block_map import BlockMap
 from dynamo.kv_router.events import KvEvents, KvSnapshot, WorkerLoad
@@ -28,7 +27,7 @@ from dynamo.kv_router.router import KvRouter
 MODES = ("round-robin", "random", "power-of-two", "least-loaded", *KV_MODES)
 
 
-class _Request(Running):
+class _Request(ScheduledSequence):
     """One request of the trace, in an engine."""
 
     __slots__ = ("answer", "expected_hit", "first_token")
@@ -42,7 +41,7 @@ class _Worker:
     def __init__(self, id: int, engines: Engines, simulation: Simulation) -> None:
         self.id, self._engines, self._simulation = id, engines, simulation
         self.scheduler: Scheduler[_Request] = Scheduler(
-            KvCache(engines.blocks, engines.block, events=True),
+            BlockPool(engines.blocks, engines.block, events=True),
             batched_tokens=engines.batched_tokens,
             sequences=engines.max_sequences,
         )
@@ -87,7 +86,7 @@ class _Worker:
 
     def _tell(self) -> None:
         caches = self._simulation.router.caches
-        self._ledger.apply(self.scheduler.cache.take_events())
+        self._ledger.apply(self.scheduler.pool.drain_events())
         if changes := self._ledger.changes():
             self._sequence += 1
             caches.take_events(KvEvents(self.id, 0, self._sequence, changes))
@@ -104,8 +103,8 @@ class _Worker:
             waiting=len(scheduler.waiting),
             prefill_blocks=sum(new),
             decode_blocks=sum(-(-r.length // block) for r in self._requests),
-            kv_blocks=scheduler.cache.usable,
-            kv_usage=scheduler.cache.usage,
+            kv_blocks=scheduler.pool.usable,
+            kv_usage=scheduler.pool.usage,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             accepted=accepted,
@@ -154,7 +153,7 @@ class Simulation:
         if mode in KV_MODES:
             kv_mode: KvMode = mode  # type: ignore[assignment]
             question = RouteRequest(
-                str(number), len(request.prompt), self._engines.block, pack(request.names), mode=kv_mode
+                str(number), len(request.prompt), self._engines.block, pack(request.hashes), mode=kv_mode
             )
             route = self.router.route(question)
             request.expected_hit = route.overlap_blocks * self._engines.block

@@ -1,6 +1,6 @@
-"""Chat templates: messages to the prompt's text, exactly as transformers' `apply_chat_template` renders it.
+"""Chat templates: render messages to a prompt exactly as transformers' `apply_chat_template` does.
 
-transformers takes 6 s of CPU to import, so its environment is made here. The test compares the two.
+Importing transformers takes 6 s of CPU, so its Jinja environment is rebuilt here; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dynamo.errors import RequestError, StartError
 
 DEFAULT = "default"
 TOOL_USE = "tool_use"
-_CONTINUE_HERE = "DYNAMO_CONTINUE_HERE "
+_CONTINUATION_MARK = "DYNAMO_CONTINUATION_MARK "
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant said, for training; here it is as if it were not there."""
+    """`{% generation %}` marks the assistant's text for training; here it has no effect."""
 
     tags = {"generation"}
 
@@ -47,7 +47,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which a model never saw."""
+    """Serialize without escaping HTML, as Jinja's own filter would: models are not trained on that."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -64,10 +64,10 @@ _environment.globals["strftime_now"] = _strftime_now
 
 
 class ChatTemplate:
-    """A model's templates by name; "tool_use", where there is one, is taken for requests with tools.
+    """A model's templates by name. The template "tool_use", if there is one, is used for requests with tools.
 
-    `special_tokens` are variables for the template, such as `bos_token`. Raises StartError for a template that is not
-    Jinja.
+    `special_tokens` are variables of the template, such as `bos_token`. Raises StartError for a template with a syntax
+    error.
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, Any]) -> None:
@@ -88,55 +88,59 @@ class ChatTemplate:
         continue_final_message: bool = False,
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt, special tokens included. `continue_final_message`: end inside the last message, to be continued.
+        """Return the prompt, special tokens included.
 
-        Raises RequestError for messages that the template refuses or cannot take.
+        With `continue_final_message` it ends with the text of the last message, for the model to continue. Raises
+        RequestError for messages that the template rejects.
         """
-        wanted = TOOL_USE if tools and TOOL_USE in self._templates else DEFAULT
-        found = self._templates.get(wanted) or next(iter(self._templates.values()), None)
-        if found is None:
+        name = TOOL_USE if tools and TOOL_USE in self._templates else DEFAULT
+        chosen = self._templates.get(name) or next(iter(self._templates.values()), None)
+        if chosen is None:
             raise RequestError("this model has no chat template", hint="use /v1/completions", param="messages")
-        template, text = found
-        given = _template_messages(messages, knows_developer="developer" in text)
+        template, text = chosen
+        prepared = _template_messages(messages, knows_developer="developer" in text)
         if continue_final_message:
-            content = given[-1].get("content")
+            content = prepared[-1].get("content")
             if not isinstance(content, str):
                 raise RequestError("continue_final_message: the last message has no text", param="messages")
-            given[-1]["content"] = content + _CONTINUE_HERE
+            prepared[-1]["content"] = content + _CONTINUATION_MARK
         variables = {
             **self._special_tokens,
             "documents": None,
             **(arguments or {}),
-            "messages": given,
+            "messages": prepared,
             "tools": tools or None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         try:
             prompt = template.render(variables)
-        except Exception as error:  # a template is a program: any exception of it is about these messages
-            raise RequestError(f"the model's chat template refuses these messages: {error}", param="messages") from None
-        return _cut(prompt) if continue_final_message else prompt
+        except Exception as error:  # a template is a program, and may fail in any way on these messages
+            raise RequestError(f"the model's chat template rejects these messages: {error}", param="messages") from None
+        return _cut_at_mark(prompt) if continue_final_message else prompt
 
 
-def _cut(prompt: str) -> str:
-    """The prompt up to the mark. A template that trims messages has trimmed the mark's space: then the text's end too."""
-    at = prompt.rfind(_CONTINUE_HERE.strip())
+def _cut_at_mark(prompt: str) -> str:
+    """Return the prompt up to the mark of `continue_final_message`.
+
+    If the space at the mark's end is missing, the template trims messages: then the text's end is trimmed too.
+    """
+    at = prompt.rfind(_CONTINUATION_MARK.strip())
     if at < 0:
         raise RequestError("continue_final_message: the template changes the last message", param="messages")
     kept = prompt[:at]
-    return kept if prompt.startswith(_CONTINUE_HERE, at) else kept.rstrip()
+    return kept if prompt.startswith(_CONTINUATION_MARK, at) else kept.rstrip()
 
 
 def _template_messages(messages: Sequence[Mapping[str, Any]], *, knows_developer: bool) -> list[dict[str, Any]]:
-    """Messages as templates expect them, where OpenAI's differ: text instead of parts, tool arguments as objects.
+    """Convert OpenAI's messages to those that templates expect: text instead of parts, tool arguments as objects.
 
-    Raises RequestError for images and other parts that no engine here takes.
+    Raises RequestError for images and other parts that the engines do not support.
     """
     return [_template_message(i, message, knows_developer) for i, message in enumerate(messages)]
 
 
 def _template_message(i: int, message: Mapping[str, Any], knows_developer: bool) -> dict[str, Any]:
-    # clients send the answer's own fields back, with null where there was nothing
+    # clients send back the fields of an earlier response, null ones included
     plain = {name: value for name, value in message.items() if value is not None}
     if plain.get("role") == "developer" and not knows_developer:
         plain["role"] = "system"
@@ -144,7 +148,7 @@ def _template_message(i: int, message: Mapping[str, Any], knows_developer: bool)
     if isinstance(content, list):
         plain["content"] = "\n".join(_part_text(part, f"messages.{i}.content.{j}") for j, part in enumerate(content))
     elif content is None:
-        # with tool calls, templates test for none; elsewhere they would print it
+        # templates test for none beside tool calls; elsewhere they would print it
         plain["content"] = None if plain.get("tool_calls") else ""
     if plain.get("tool_calls"):
         plain["tool_calls"] = [_with_object(call, f"messages.{i}.tool_calls") for call in plain["tool_calls"]]
@@ -162,7 +166,7 @@ def _part_text(part: Any, path: str) -> str:
 
 
 def _with_object(call: Any, path: str) -> Any:
-    """A tool call whose arguments are an object: OpenAI has them as text, templates write them with `tojson`."""
+    """Return a tool call with its arguments as an object: they are text in OpenAI's API, and templates apply `tojson`."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise RequestError(f"Invalid value for '{path}': each has a function.", param=path)
@@ -176,8 +180,10 @@ def _with_object(call: Any, path: str) -> Any:
 
 
 def read_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """A model's templates by name: the tokenizer configuration's, overridden by `chat_template.jinja` and by files of
-    `additional_chat_templates`."""
+    """Return a model's templates by name.
+
+    Those of the tokenizer's `config` are overridden by `chat_template.jinja` and by `additional_chat_templates/*.jinja`.
+    """
     found: dict[str, str] = {}
     given = config.get("chat_template")
     if isinstance(given, str):

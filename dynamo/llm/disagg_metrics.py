@@ -1,4 +1,4 @@
-"""Prometheus metrics of prefill by another worker."""
+"""Prometheus metrics of disaggregated prefill."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 
 
 
 class DecodeMetrics:
-    """Of a decode worker. `reason` of a local prefill: short, queue (too many wait), no-worker, request (it has several
-    choices or wants logprobs of the prompt), timeout or failed."""
+    """Metrics of a decode worker.
+
+    `reason` of a local prefill: short, queue (too many tasks wait), no-worker, request (it has several choices or asks for
+    logprobs of the prompt), timeout or failed.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._remote = Counter(
@@ -22,55 +25,58 @@ class DecodeMetrics:
         )
         self._local = Counter(
             "dynamo_disagg_local_prefills",
-            "Prompts computed by the decode worker though it may ask a prefill worker.",
+            "Prompts computed by the decode worker although remote prefill is enabled.",
             ["reason"],
             registry=registry,
         )
         self._failures = Counter(
             "dynamo_disagg_failures",
-            "Prompts that a prefill worker should have computed and did not.",
+            "Remote prefills that failed or timed out.",
             registry=registry,
         )
         self._wait = Histogram(
             "dynamo_disagg_prefill_seconds",
-            "From the decision to the prefill worker's answer, with the wait in the queue.",
+            "Time from the decision to the prefill worker's answer, with the wait in the queue.",
             buckets=_SECONDS,
             registry=registry,
         )
         self._transfer = Histogram(
             "dynamo_disagg_transfer_seconds",
-            "From the prefill worker's answer to the first token: the KV's transfer and a step.",
+            "Time from the prefill worker's answer to the first token: the KV transfer and a step.",
             buckets=_SECONDS,
             registry=registry,
         )
 
     def remote(self, tokens: int, seconds: float) -> None:
+        """Count a prompt that a prefill worker computed."""
         self._remote.inc()
         self._tokens.inc(tokens)
         self._wait.observe(seconds)
 
     def local(self, reason: str) -> None:
+        """Count a prompt that is computed here."""
         self._local.labels(reason).inc()
         if reason in ("timeout", "failed"):
             self._failures.inc()
 
     def transferred(self, seconds: float) -> None:
+        """Record the time of a KV transfer."""
         self._transfer.observe(seconds)
 
 
 class PrefillMetrics:
-    """Of a prefill worker."""
+    """Metrics of a prefill worker."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.waiting = Gauge(
             "dynamo_prefill_queue_waiting",
-            "Tasks that no prefill worker has taken; all of them tell the same.",
+            "Tasks that no prefill worker has taken; all prefill workers report the same number.",
             registry=registry,
         )
-        self.in_hand = Gauge("dynamo_prefill_tasks_in_hand", "Tasks taken and not done.", registry=registry)
-        self.done = Counter("dynamo_prefill_tasks", "Prompts computed for others.", registry=registry)
+        self.in_hand = Gauge("dynamo_prefill_tasks_in_hand", "Tasks taken and not completed.", registry=registry)
+        self.done = Counter("dynamo_prefill_tasks", "Prompts computed for decode workers.", registry=registry)
         self.unwanted = Counter(
-            "dynamo_prefill_tasks_unwanted", "Tasks whose decode worker declined or was gone.", registry=registry
+            "dynamo_prefill_tasks_unwanted", "Tasks whose decode worker declined or did not answer.", registry=registry
         )
         self.failed = Counter("dynamo_prefill_tasks_failed", "Tasks that failed or were cancelled.", registry=registry)
-        self.tokens = Counter("dynamo_prefill_tokens", "Tokens of the prompts computed for others.", registry=registry)
+        self.tokens = Counter("dynamo_prefill_tokens", "Prompt tokens computed for decode workers.", registry=registry)

@@ -1,4 +1,4 @@
-"""What a worker needs from an inference engine. Two exist: vLLM and the mock."""
+"""The interface of an inference engine, implemented by vLLM and by the mock."""
 
 from __future__ import annotations
 
@@ -11,40 +11,47 @@ from dynamo.streams import Stream
 
 
 class EngineInfo(NamedTuple):
-    """What an engine knows once it has started. Lengths in tokens; `kv_blocks` are those of one rank."""
+    """Properties of a started engine. Lengths are in tokens."""
 
     context_length: int
     kv_block_size: int
     kv_blocks: int
+    """KV blocks of one rank"""
     ranks: int = 1
-    """data-parallel engines, each with a KV cache of its own"""
+    """data-parallel ranks, each with its own KV cache"""
     slots: int = 0
     """requests that one rank runs at a time: vLLM's max-num-seqs"""
-    part_of: str = ""
-    """for a node of an engine that spans several hosts, other than its leader: what it is, since it takes no requests"""
+    headless: str = ""
+    """description of a follower node of an engine that spans several hosts, which takes no requests; else empty"""
 
 
 class EngineStats(NamedTuple):
-    """Load of an engine at one moment; `kv_usage` is a fraction of 0 to 1, hits and queries count tokens."""
+    """Load of one rank at one moment. The prefix counters are in tokens, since the start."""
 
     running: int
     waiting: int
     kv_usage: float
+    """fraction of the KV blocks in use, 0 to 1"""
     prefix_queries: int
+    """prompt tokens looked up in the prefix cache"""
     prefix_hits: int
+    """prompt tokens found there"""
 
 
 class KvTransfers(NamedTuple):
-    """KV that an engine fetched from others since its start. `seconds` are summed over all pulls; `expired`: requests
-    whose KV it kept and nobody fetched."""
+    """KV transfers of an engine since its start."""
 
     pulls: int = 0
+    """fetches from other engines that have ended, failed ones included"""
     failures: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    """sum over all pulls"""
     expired: int = 0
+    """prompts whose KV was kept for another engine and not fetched in time"""
 
     def plus(self, other: KvTransfers) -> KvTransfers:
+        """Return the sum of both."""
         return KvTransfers(
             self.pulls + other.pulls,
             self.failures + other.failures,
@@ -55,29 +62,60 @@ class KvTransfers(NamedTuple):
 
 
 KvListener = Callable[[int, Sequence[EngineEvent]], None]
-"""Gets a data-parallel rank and what changed in its KV cache since the last call, in order; on the event loop."""
+"""Called on the event loop with a data-parallel rank and the changes of its KV cache since the last call, in order."""
+
+
+Generate = Callable[[GenerateRequest], Stream[Delta]]
+"""`Engine.generate`, or what stands before it in a worker: see `RemotePrefill` and `WorkerReporter`"""
 
 
 class Engine(Protocol):
-    """Started once, then generates for many requests at a time.
+    """An inference engine: started once, then runs many requests at a time."""
 
-    `start` is called before any gRPC channel is open, in the main thread: an engine may fork. `generate` returns at
-    once; the stream's errors are RequestError for a bad request and EngineError when the engine has failed. Cancelling
-    the stream aborts the request and frees its KV blocks. `check_health` raises EngineError. `kv_events` is called before
-    `start` by whoever wants to hear of the KV cache; it returns False when this engine will not tell. `stats` has one
-    entry for each data-parallel rank; `kv_transfers` is None for an engine that transfers no KV, or does not count it.
+    async def start(self) -> EngineInfo:
+        """Load the model. Called in the main thread, before any gRPC channel is open: an engine may fork.
 
-    `prefill` computes the KV of a prompt and keeps it for another engine: what it returns is that request's
-    `kv_transfer` there (vLLM's kv_transfer_params). KV that nobody fetches is freed after a time. A `generate` with a
-    `kv_transfer` that cannot be fetched computes the prompt itself. Cancelling `prefill` frees everything.
-    """
+        Raises StartError.
+        """
+        ...
 
-    async def start(self) -> EngineInfo: ...
-    def generate(self, request: GenerateRequest) -> Stream[Delta]: ...
-    async def prefill(self, request: GenerateRequest) -> dict[str, Any]: ...
-    async def abort(self, request_id: str) -> None: ...
-    def stats(self) -> Sequence[EngineStats]: ...
-    def kv_transfers(self) -> KvTransfers | None: ...
-    def kv_events(self, listener: KvListener) -> bool: ...
-    async def check_health(self) -> None: ...
-    async def stop(self) -> None: ...
+    def generate(self, request: GenerateRequest) -> Stream[Delta]:
+        """Return the deltas of a request, without waiting.
+
+        The stream ends with RequestError for an invalid request and with EngineError if the engine has failed. Cancelling
+        it aborts the request and frees its KV blocks. If the KV that `kv_transfer` names cannot be fetched, the prompt is
+        computed.
+        """
+        ...
+
+    async def prefill(self, request: GenerateRequest) -> dict[str, Any]:
+        """Compute the KV of a prompt and keep it for another engine, for a limited time.
+
+        Returns the `kv_transfer` of the request to the other engine (vLLM's kv_transfer_params). Cancelling frees
+        everything. Raises RequestError and EngineError as `generate` does.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """Cancel all requests with that id."""
+        ...
+
+    def stats(self) -> Sequence[EngineStats]:
+        """Return the load of each data-parallel rank."""
+        ...
+
+    def kv_transfers(self) -> KvTransfers | None:
+        """Return the transfers so far; None for an engine that transfers no KV, or does not count it."""
+        ...
+
+    def kv_events(self, listener: KvListener) -> bool:
+        """Report changes of the KV cache to `listener`; return False if this engine cannot. To be called before `start`."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raise EngineError if the engine has failed."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop the engine; running requests end with EngineError."""
+        ...

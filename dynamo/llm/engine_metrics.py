@@ -1,4 +1,4 @@
-"""An engine's load, for Prometheus and for `$SRV.STATS`, under ai-dynamo's names."""
+"""An engine's load for Prometheus and for `$SRV.STATS`, under ai-dynamo's names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from dynamo.llm.engine import Engine, EngineInfo, EngineStats
 
 
 class EngineCollector(Collector):
-    """Reads the engine at each scrape, and never else.
+    """Collector that reads the engine at each scrape.
 
-    `worker_id` is the lease in hex. With several data-parallel ranks there is a sample for each, with the label `dp_rank`.
+    With several data-parallel ranks there is a sample for each, with the label `dp_rank`.
     """
 
     def __init__(self, engine: Engine, info: EngineInfo, *, component: str, endpoint: str, worker_id: str) -> None:
-        self._engine, self._info = engine, info
+        """`worker_id` is the instance id in hex."""
+        self._engine = engine
+        self._info = info
         self._labels = {"component": component, "endpoint": endpoint, "worker_id": worker_id}
 
     def collect(self) -> Iterable[Metric]:
@@ -25,27 +27,41 @@ class EngineCollector(Collector):
         blocks = self._info.kv_blocks
         yield self._gauge("llm_kv_blocks_active", "KV blocks in use.", [_active_blocks(r, blocks) for r in ranks])
         yield self._gauge("llm_kv_blocks_total", "KV blocks.", [blocks for _ in ranks])
-        yield self._gauge("llm_requests_active_slots", "Requests that the engine runs.", [r.running for r in ranks])
+        yield self._gauge("llm_requests_active_slots", "Requests running in the engine.", [r.running for r in ranks])
         slots = [self._info.slots for _ in ranks]
-        yield self._gauge("llm_requests_total_slots", "Requests that the engine can run at a time.", slots)
-        yield self._gauge("llm_requests_waiting", "Requests that wait in the engine.", [r.waiting for r in ranks])
+        yield self._gauge(
+            "llm_requests_total_slots", "Largest number of requests that the engine runs at a time.", slots
+        )
+        yield self._gauge("llm_requests_waiting", "Requests waiting in the engine.", [r.waiting for r in ranks])
         queries, hits = [r.prefix_queries for r in ranks], [r.prefix_hits for r in ranks]
         yield self._counter("llm_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries)
         yield self._counter("llm_prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits)
         rates = [100 * hit / query if query else 0.0 for hit, query in zip(hits, queries, strict=True)]
-        yield self._gauge("llm_kv_hit_rate_percent", "Of the prompt tokens so far, found in the prefix cache.", rates)
+        yield self._gauge("llm_kv_hit_rate_percent", "Percentage of prompt tokens found in the prefix cache.", rates)
         yield from self._transfers()
 
     def _transfers(self) -> Iterable[Metric]:
-        found = self._engine.kv_transfers()
-        if found is None:
+        transfers = self._engine.kv_transfers()
+        if transfers is None:
             return
         for name, text, count in (
-            ("kv_transfers", "Fetches of a prompt's KV from another engine that have ended.", found.pulls),
-            ("kv_transfer_failures", "Those that failed: the prompt was computed here.", found.failures),
-            ("kv_transfer_bytes", "KV fetched from other engines.", found.bytes),
-            ("kv_transfer_seconds", "Time of all fetches, from their turn to their end.", found.seconds),
-            ("kv_unclaimed", "Prompts whose KV was kept for another engine and not fetched in time.", found.expired),
+            ("kv_transfers", "Completed and failed fetches of a prompt's KV from another engine.", transfers.pulls),
+            (
+                "kv_transfer_failures",
+                "Failed fetches of a prompt's KV; the prompt was computed here.",
+                transfers.failures,
+            ),
+            ("kv_transfer_bytes", "Bytes of KV fetched from other engines.", transfers.bytes),
+            (
+                "kv_transfer_seconds",
+                "Total duration of all fetches, without their wait for KV blocks.",
+                transfers.seconds,
+            ),
+            (
+                "kv_unclaimed",
+                "Prompts whose KV was kept for another engine and not fetched in time.",
+                transfers.expired,
+            ),
         ):
             family = CounterMetricFamily(f"dynamo_disagg_{name}", text, labels=list(self._labels))
             family.add_metric(list(self._labels.values()), count)
@@ -67,9 +83,9 @@ class EngineCollector(Collector):
 
 
 def load_metrics(engine: Engine, info: EngineInfo) -> dict[str, float]:
-    """What a worker's `stats_data` says: all ranks together, with the names of ai-dynamo 0.3's `load_metrics`.
+    """Return the load of all ranks together under the names of ai-dynamo 0.3's `load_metrics`.
 
-    `gpu_cache_usage_perc` and `gpu_prefix_cache_hit_rate` are fractions of 0 to 1, as they were there.
+    `gpu_cache_usage_perc` and `gpu_prefix_cache_hit_rate` are fractions of 0 to 1, as in ai-dynamo.
     """
     ranks = engine.stats()
     queries = sum(rank.prefix_queries for rank in ranks)

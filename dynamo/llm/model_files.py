@@ -1,4 +1,4 @@
-"""From a model's name to its files: a directory, the model that ships with the project, or a Hugging Face id."""
+"""The files of a model by its name: a directory, the model that ships with the project, or a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dynamo.llm import tiny
 
 
 def resolve(name: str) -> str:
-    """The directory of a local model (as text), or the hub id itself when it is to be found or fetched from there."""
+    """Return the directory of dynamo-tiny for its name; other names, directories and hub ids, are returned unchanged."""
     if name == tiny.NAME:
         return str(tiny.MODEL_DIR)
     return name
 
 
 def tokenizer_dir(name: str) -> Path:
-    """The directory that holds the tokenizer of a model; files come from the hub or its cache if need be.
+    """Return the directory that holds a model's tokenizer, downloaded from the hub if it is not in its cache.
 
-    Raises StartError when there is no such model, or no network to fetch it.
+    Raises StartError if there is no such model, or it cannot be downloaded.
     """
     if not name:
         raise StartError("no model is configured", hint="set `model:` in the configuration, for example dynamo-tiny")
@@ -28,7 +28,7 @@ def tokenizer_dir(name: str) -> Path:
         return path
     if name.startswith(("/", ".", "~")):
         raise StartError(f"model directory {name} does not exist", hint="check `model:` in the configuration")
-    from huggingface_hub import snapshot_download  # 0.3 s to import, and a local model needs none of it
+    from huggingface_hub import snapshot_download  # takes 0.3 s to import; not needed for a local model
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.model", "*.jinja", "*.txt"]
@@ -36,7 +36,7 @@ def tokenizer_dir(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or isinstance(error, LocalEntryNotFoundError)
-        reason = "it is not in the local cache and the hub cannot be reached" if offline else str(error).split("\n")[0]
+        reason = "not in the local cache, and the hub is unreachable" if offline else str(error).split("\n")[0]
         raise StartError(
             f"model {name!r} cannot be loaded: {reason}",
             hint="use a local directory, set HF_TOKEN for a gated model, or try model: dynamo-tiny",

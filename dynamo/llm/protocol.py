@@ -1,4 +1,4 @@
-"""Messages of the LLM layer, as they cross processes: HTTP server -> Processor -> worker, and deltas back."""
+"""Messages of the LLM services: requests from HTTP server to Processor to worker, and deltas back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "abort"
 
 
 class Sampling(msgspec.Struct, omit_defaults=True):
-    """How to choose tokens. Names and meanings are OpenAI's where it has them, else vLLM's; None: the model's default."""
+    """Sampling parameters, with OpenAI's names and meanings where it has them, else vLLM's. None: the model's default."""
 
     n: int = 1
     max_tokens: int | None = None
@@ -30,30 +30,30 @@ class Sampling(msgspec.Struct, omit_defaults=True):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
-    """how many alternatives to report for each token; 0: only the chosen one; None: none"""
+    """number of alternatives to report for each token; 0: only the chosen token; None: no log probabilities"""
     prompt_logprobs: int | None = None
     logit_bias: dict[str, float] | None = None
     structured: dict[str, Any] | None = None
-    """what the output must be: one of `json` (a schema), `json_object`, `regex`, `choice`, `grammar`"""
+    """constraint on the output: one of `json` (a schema), `json_object`, `regex`, `choice`, `grammar`"""
     priority: int = 0
 
 
 RouterMode = Literal["round-robin", "random", "power-of-two", "least-loaded", "kv", "kv-load", "approx-kv"]
-"""How a worker is chosen for a request; the modes that end in or begin with kv are the Router's."""
+"""Policy that chooses a worker for a request; the modes with kv in their name are the Router's."""
 
 
 class Routing(msgspec.Struct, omit_defaults=True):
-    """What one request wants otherwise than the Processor and the Router are set; None: as they are set."""
+    """Overrides of the routing settings for one request; None: as the Processor and the Router are configured."""
 
     mode: RouterMode | None = None
     temperature: float | None = None
     overlap_credit: float | None = None
     worker: int | None = None
-    """the instance that must answer"""
+    """id of the instance that must process the request"""
 
 
 class ChatRequest(msgspec.Struct, omit_defaults=True):
-    """A validated chat completion: messages as OpenAI has them, content a string or a list of parts."""
+    """A validated chat completion request. Messages are OpenAI's; their content is a string or a list of parts."""
 
     model: str
     messages: list[dict[str, Any]]
@@ -61,7 +61,7 @@ class ChatRequest(msgspec.Struct, omit_defaults=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     stream: bool = True
-    """False: the reader wants the whole text at once"""
+    """False: the client receives the whole text in one response"""
     template_arguments: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -69,7 +69,7 @@ class ChatRequest(msgspec.Struct, omit_defaults=True):
 
 
 class CompletionRequest(msgspec.Struct, omit_defaults=True):
-    """A validated text completion of one prompt: text or token ids."""
+    """A validated text completion request for one prompt, as text or token ids."""
 
     model: str
     prompt: str | list[int]
@@ -80,19 +80,19 @@ class CompletionRequest(msgspec.Struct, omit_defaults=True):
 
 
 class GenerateRequest(msgspec.Struct, omit_defaults=True):
-    """What a worker gets: token ids, never text."""
+    """A request to a worker: token ids, never text."""
 
     token_ids: list[int]
     sampling: Sampling
     request_id: str = ""
     final_only: bool = False
-    """give one delta for each choice, at its end: nobody reads the text before"""
+    """send a single delta for each choice, at its end, since the client does not stream"""
     rank: int | None = None
-    """the data-parallel engine that should take it; None: any"""
+    """data-parallel rank that runs the request; None: any"""
     expected_hit: int = 0
     """prompt tokens that the router expects in this worker's prefix cache"""
     kv_transfer: dict[str, Any] | None = None
-    """where the prompt's KV is to be fetched: what `Engine.prefill` gave on another worker; None: it is computed here"""
+    """address of the prompt's KV, as `Engine.prefill` returned it on another worker; None: compute it here"""
 
 
 class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
@@ -105,10 +105,10 @@ class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
 
 
 class Delta(msgspec.Struct, array_like=True, gc=False):
-    """What one engine step adds to one choice of one request. `text` holds whole characters only.
+    """The output of one engine step for one choice of a request. `text` holds whole characters only.
 
-    `prompt_tokens` and `cached_tokens` (prompt tokens whose KV was found in the cache) come with the first delta of a
-    request and are None later.
+    `prompt_tokens` and `cached_tokens` (prompt tokens whose KV was in the cache) are set in the first delta of a request
+    and None in the others.
     """
 
     text: str
@@ -122,11 +122,11 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
 
 
 class ModelCard(msgspec.Struct):
-    """What a worker says of its model, in etcd under `models/<name>/<lease hex>`."""
+    """A worker's description of its model, in etcd under `models/<name>/<lease hex>`."""
 
     name: str
     source: str
-    """where the model comes from, as configured: a directory, a hub id, or dynamo-tiny"""
+    """the model as configured: a directory, a hub id, or dynamo-tiny"""
     namespace: str
     component: str
     context_length: int
@@ -138,7 +138,7 @@ class ModelCard(msgspec.Struct):
 
 
 class ServedModel(NamedTuple):
-    """A model that can answer now, as clients see it. `created` is Unix time in seconds."""
+    """A model that is being served, as clients see it. `created` is Unix time in seconds."""
 
     name: str
     root: str
@@ -150,4 +150,5 @@ MODELS_PREFIX = "models/"
 
 
 def model_key(name: str, lease_id: int) -> str:
+    """Return the etcd key of a worker's `ModelCard`."""
     return f"{MODELS_PREFIX}{name}/{lease_id:x}"

@@ -1,7 +1,7 @@
-"""Text to tokens and back, for the Processor.
+"""A model's tokenizer, for the Processor.
 
-A model with `tokenizer.json` is read by the tokenizers library alone: ready in 0.1 s, where importing transformers takes
-6 s of CPU. Models without one go through transformers.
+A `tokenizer.json` is loaded with the tokenizers library alone, in 0.1 s; importing transformers takes 6 s of CPU. Models
+without that file are loaded with transformers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dynamo.errors import StartError
 from dynamo.llm.chat_template import ChatTemplate, read_templates
 
 THREAD_ABOVE_CHARS = 4000
-"""Tokenizing costs about 1 µs a token; longer texts go to a thread, so that streams do not wait."""
+"""Longer texts are tokenized in a thread, so that they do not delay the streams. Tokenizing takes about 1 µs a token."""
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template. Raises StartError when the directory holds no tokenizer."""
+    """A model's tokenizer and chat template. Raises StartError if the directory contains no tokenizer."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -39,31 +39,34 @@ class Tokenizer:
     def _load_fast(self, file: Path) -> None:
         try:
             fast = FastTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises Exception itself
+        except Exception as error:  # the library raises plain Exception
             raise StartError(f"{file} is not a tokenizer: {str(error).splitlines()[0]}") from None
         fast.no_truncation()
-        fast.no_padding()  # both may be saved in the file, for training
+        fast.no_padding()  # the file may enable both, for training
         self._encode = lambda text, special: list(fast.encode_batch_fast([text], add_special_tokens=special)[0].ids)
         self._decode = lambda ids, skip: fast.decode(ids, skip_special_tokens=skip)
         self.vocabulary_size = fast.get_vocab_size()
 
     def _load_slow(self, directory: Path) -> None:
-        from transformers import AutoTokenizer  # 6 s of CPU, so only for models that need it
+        from transformers import AutoTokenizer  # takes 6 s of CPU, so only for models that need it
 
         try:
             slow = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise StartError(
-                f"{directory} holds no tokenizer: {str(error).splitlines()[0]}", hint="give a complete model directory"
+                f"{directory} contains no tokenizer: {str(error).splitlines()[0]}",
+                hint="use a complete model directory",
             ) from None
         self._encode = lambda text, special: list(slow.encode(text, add_special_tokens=special))
         self._decode = lambda ids, skip: str(slow.decode(ids, skip_special_tokens=skip))
         self.vocabulary_size = len(slow)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of the tokens."""
         return self._decode(token_ids, skip_special_tokens)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the tokens of a text; special tokens are those that the model puts around it."""
         if len(text) > THREAD_ABOVE_CHARS:
             return await asyncio.to_thread(self._encode, text, add_special_tokens)
         return self._encode(text, add_special_tokens)
@@ -80,7 +83,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`bos_token` and its like, as text; a model may have further ones under `extra_special_tokens`."""
+    """Return `bos_token` and the other special tokens as text, also those under `extra_special_tokens`."""
     extra = config.get("extra_special_tokens")
     named = {**(extra if isinstance(extra, dict) else {}), **config}
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What a worker tells others while it serves: the blocks in its KV caches, and its load."""
+"""A worker's reports to routers while it serves: the blocks in its KV caches, and its load."""
 
 from __future__ import annotations
 
@@ -6,258 +6,280 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
 
 from dynamo.errors import DynamoError
 from dynamo.kv_router.block_map import BlockMap
-from dynamo.kv_router.events import Change, EngineEvent, KvEvents, KvSnapshot, WorkerLoad
-from dynamo.kv_router.hashing import block_hashes, pack
-from dynamo.llm.engine import Engine, EngineInfo
+from dynamo.kv_router.events import Change, KvEvents, KvSnapshot, WorkerLoad
+from dynamo.kv_router.hashing import pack
+from dynamo.llm.cached_blocks import CachedBlocks
+from dynamo.llm.engine import Engine, EngineInfo, Generate
 from dynamo.llm.protocol import Delta, GenerateRequest
 from dynamo.streams import Channel, Stream
+from dynamo.tasks import TaskSet
 
 log = logging.getLogger(__name__)
 
-M = TypeVar("M", KvEvents, WorkerLoad)
-Publish = Callable[[M], Awaitable[None]]
-
-KV_EVERY_S = 0.005
-LOAD_EVERY_S = 0.010
-LOAD_AT_LEAST_EVERY_S = 1.0
+KV_INTERVAL_S = 0.005
+"""shortest time between two messages about KV blocks"""
+LOAD_INTERVAL_S = 0.010
+"""shortest time between two messages about the load"""
+LOAD_MAX_INTERVAL_S = 1.0
+"""longest time between them"""
 PUBLISH_TIMEOUT_S = 1.0
 HASH_BYTES = 8
 MESSAGE_HASHES = 32_768
-"""of one KvEvents: 256 KiB, where NATS takes 1 MiB"""
+"""of one KvEvents: 256 KiB, where NATS accepts 1 MiB"""
 SNAPSHOT_HASHES = 65_536
 """of one part of a snapshot"""
 
+M_contra = TypeVar("M_contra", contravariant=True)
 
-class _Request:
-    """One that is accepted and not finished. Lengths in tokens; `generated` is of all its choices."""
+
+class Publisher(Protocol[M_contra]):
+    """A topic of the worker."""
+
+    async def publish(self, message: M_contra) -> None: ...
+
+
+class _ActiveRequest:
+    """A request that has been accepted and has not ended."""
 
     __slots__ = ("generated", "prompt", "request")
 
     def __init__(self, request: GenerateRequest) -> None:
-        self.request, self.prompt, self.generated = request, len(request.token_ids), 0
+        self.request = request
+        self.prompt = len(request.token_ids)
+        self.generated = 0  # tokens of all its choices
 
     @property
     def to_prefill(self) -> int:
-        """Tokens of the prompt that this worker has still to compute."""
+        """Prompt tokens that this worker has yet to compute; `expected_hit` may change while the request runs."""
         return 0 if self.generated else max(self.prompt - self.request.expected_hit, 0)
 
 
-class _Rank:
-    """One data-parallel engine."""
+class _RankState:
+    """One data-parallel rank: its requests, and the state of its messages."""
 
-    def __init__(self, number: int, block_size: int) -> None:
+    def __init__(self, number: int, blocks: BlockMap) -> None:
         self.number = number
-        self.ledger = BlockMap(block_size)
-        self.sequence = 0  # of the last message made
-        self.outbox: deque[KvEvents] = deque()
-        self.requests: set[_Request] = set()
-        self.accepted: list[str] = []
-        self.changed = False  # its load, since it was last told
-        self.told_at = 0.0
+        self.blocks = blocks
+        self.sequence = 0  # of the last KvEvents made
+        self.unsent: deque[KvEvents] = deque()
+        self.requests: set[_ActiveRequest] = set()
+        self.accepted: list[str] = []  # request ids since the last WorkerLoad
+        self.load_changed = False  # since the last WorkerLoad
+        self.load_published_s = 0.0
 
 
 class WorkerReporter:
-    """Stands before a started engine, follows its requests and its KV events, and publishes both once `start` is called.
+    """A `generate` that follows each request, and publishes the worker's load and its KV blocks after `start`.
 
-    What cannot be published is dropped: a subscriber sees the gap in `KvEvents.sequence` and asks for a snapshot, and
-    the next `WorkerLoad` replaces the one that was lost.
+    Messages that cannot be published are dropped: a subscriber sees the gap in `KvEvents.sequence` and requests a
+    snapshot, and the next `WorkerLoad` replaces the one that was lost.
     """
 
     def __init__(
         self,
-        worker: int,
+        generate: Generate,
+        *,
         engine: Engine,
         info: EngineInfo,
-        *,
-        kv_events: bool,
-        publish_kv: Publish[KvEvents],
-        publish_load: Publish[WorkerLoad],
-        generate: Callable[[GenerateRequest], Stream[Delta]] | None = None,
+        instance_id: int,
+        cached_blocks: CachedBlocks,
+        kv_events: Publisher[KvEvents],
+        load: Publisher[WorkerLoad],
     ) -> None:
-        """`generate` stands before the engine's own; it may change `expected_hit` of a request while that runs."""
-        self._worker, self._engine, self._info, self._kv_events = worker, engine, info, kv_events
-        self._generate = generate or engine.generate
-        self._publish_kv, self._publish_load = publish_kv, publish_load
-        self._ranks = [_Rank(number, info.kv_block_size) for number in range(info.ranks)]
-        self._kv_changed, self._load_changed = asyncio.Event(), asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._generate = generate
+        self._engine = engine
+        self._info = info
+        self._instance_id = instance_id
+        self._cached_blocks = cached_blocks
+        self._kv_topic = kv_events
+        self._load_topic = load
+        self._ranks = [_RankState(number, blocks) for number, blocks in enumerate(cached_blocks.ranks)]
+        self._load_changed = asyncio.Event()
+        self._background = TaskSet("worker reporter")
 
     def start(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._load_changed.set()  # the first time at once
-        self._tasks.append(loop.create_task(self._tell_load()))
-        if self._kv_events:
-            self._tasks.append(loop.create_task(self._tell_kv()))
+        """Begin to publish; the first load immediately."""
+        self._load_changed.set()
+        self._background.spawn(self._publish_load(), name="load")
+        if self._cached_blocks.reported:
+            self._background.spawn(self._publish_kv_events(), name="KV events")
 
     async def stop(self) -> None:
-        """Publishes nothing more. May be called without `start`."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Stop publishing; no-op without `start`."""
+        await self._background.aclose()
 
     # -- requests
 
     def generate(self, request: GenerateRequest) -> Stream[Delta]:
-        """What the engine gives. Of several ranks, one is chosen here when the request names none, so that it is known."""
+        """Return the deltas of a request.
+
+        With several ranks, `request.rank` is set to the rank with the fewest requests where it is None.
+        """
         if request.rank is None and len(self._ranks) > 1:
             request.rank = min(self._ranks, key=lambda rank: len(rank.requests)).number
         stream = self._generate(request)
         number = request.rank or 0
         if not 0 <= number < len(self._ranks):
-            return stream  # an error
+            return stream  # it ends with the engine's RequestError
         return self._follow(self._ranks[number], request, stream)
 
-    def _follow(self, rank: _Rank, request: GenerateRequest, stream: Stream[Delta]) -> Stream[Delta]:
-        followed = _Request(request)
-        rank.requests.add(followed)
+    def _follow(self, rank: _RankState, request: GenerateRequest, stream: Stream[Delta]) -> Stream[Delta]:
+        active = _ActiveRequest(request)
+        rank.requests.add(active)
         if request.request_id:
             rank.accepted.append(request.request_id)
-        self._load_changes(rank)
+        self._mark_load(rank)
 
-        def cancel() -> None:
-            finish()
+        def on_cancel() -> None:
+            forget()
             stream.cancel()
 
-        out: Channel[Delta] = Channel(on_cancel=cancel, on_consumed=stream.consumed)
+        out: Channel[Delta] = Channel(on_cancel=on_cancel, on_consumed=stream.consumed)
         push = out.push
 
-        def take(delta: Delta) -> None:  # for every token of every stream: no more than it must
-            if not followed.generated:
-                self._load_changes(rank)
-            followed.generated += len(delta.token_ids)
+        def on_delta(delta: Delta) -> None:  # runs for each token of each stream, so it does no more than it must
+            if not active.generated:
+                self._mark_load(rank)
+            active.generated += len(delta.token_ids)
             push(delta)
 
-        def finish() -> None:
-            rank.requests.discard(followed)
-            self._load_changes(rank)
-
-        def end(error: BaseException | None) -> None:
-            finish()
+        def on_end(error: BaseException | None) -> None:
+            forget()
             out.end(error)
 
-        stream.pipe(take, end, counted=False)
-        return Stream(out)
+        def forget() -> None:
+            rank.requests.discard(active)
+            self._mark_load(rank)
 
-    def hit(self, request: GenerateRequest) -> int:
-        """Prompt tokens in the prefix cache: what the engine has told of it, else what the router expects."""
-        number, size = request.rank or 0, self._info.kv_block_size
-        if not self._kv_events or not 0 <= number < len(self._ranks):
-            return request.expected_hit
-        return self._ranks[number].ledger.found(block_hashes(request.token_ids, size)) * size
+        stream.pipe(on_delta, on_end, counted=False)
+        return Stream(out)
 
     # -- load
 
-    def _load_changes(self, rank: _Rank) -> None:
-        rank.changed = True
-        self._load_changed.set()
-
     def load(self, number: int) -> WorkerLoad:
-        """The load of a rank now; `accepted` names the requests since the last call."""
-        rank, info, size = self._ranks[number], self._info, self._info.kv_block_size
+        """Return the load of a rank now; `accepted` lists the requests since the last call."""
+        rank = self._ranks[number]
         stats = self._engine.stats()[number]
-        accepted, rank.accepted = rank.accepted, []
+        block_size = self._info.kv_block_size
+        accepted = rank.accepted
+        rank.accepted = []
         return WorkerLoad(
-            worker=self._worker,
+            worker=self._instance_id,
             rank=number,
             running=stats.running,
             waiting=stats.waiting,
-            prefill_blocks=sum(_blocks(r.to_prefill, size) for r in rank.requests),
-            decode_blocks=sum(_blocks(r.prompt + r.generated, size) for r in rank.requests),
-            kv_blocks=info.kv_blocks,
+            prefill_blocks=sum(_blocks(r.to_prefill, block_size) for r in rank.requests),
+            decode_blocks=sum(_blocks(r.prompt + r.generated, block_size) for r in rank.requests),
+            kv_blocks=self._info.kv_blocks,
             kv_usage=stats.kv_usage,
             prefix_queries=stats.prefix_queries,
             prefix_hits=stats.prefix_hits,
             accepted=accepted,
             kv_sequence=rank.sequence,
-            kv_block_size=size,
-            kv_events=self._kv_events,
+            kv_block_size=block_size,
+            kv_events=self._cached_blocks.reported,
         )
 
-    async def _tell_load(self) -> None:
+    def _mark_load(self, rank: _RankState) -> None:
+        """Mark the load of a rank as changed, to be published soon."""
+        rank.load_changed = True
+        self._load_changed.set()
+
+    async def _publish_load(self) -> None:
+        """Publish the load of each rank after changes, and at least every LOAD_MAX_INTERVAL_S."""
         while True:
             try:
-                async with asyncio.timeout(LOAD_AT_LEAST_EVERY_S):
+                async with asyncio.timeout(LOAD_MAX_INTERVAL_S):
                     await self._load_changed.wait()
             except TimeoutError:
                 pass
             self._load_changed.clear()
-            now = time.monotonic()
+            now_s = time.monotonic()
             for rank in self._ranks:
-                if rank.changed or now - rank.told_at >= LOAD_AT_LEAST_EVERY_S:
-                    rank.changed, rank.told_at = False, now
-                    await _send(self._publish_load, self.load(rank.number))
-            await asyncio.sleep(LOAD_EVERY_S)
+                if rank.load_changed or now_s - rank.load_published_s >= LOAD_MAX_INTERVAL_S:
+                    rank.load_changed = False
+                    rank.load_published_s = now_s
+                    await _publish(self._load_topic, self.load(rank.number))
+            await asyncio.sleep(LOAD_INTERVAL_S)
 
     # -- KV blocks
 
-    def take_events(self, number: int, events: Sequence[EngineEvent]) -> None:
-        """The engine's listener."""
-        self._ranks[number].ledger.apply(events)
-        self._kv_changed.set()
-
     def snapshot(self) -> Stream[KvSnapshot]:
-        """All blocks of all ranks as of now; what changed up to here is in messages up to the snapshot's `sequence`."""
+        """Return all blocks of all ranks as of now, as a stream of parts.
+
+        Messages up to the snapshot's `sequence` are contained in it; later ones apply on top of it.
+        """
         channel: Channel[KvSnapshot] = Channel()
+        part_bytes = SNAPSHOT_HASHES * HASH_BYTES
         for rank in self._ranks:
-            self._cut(rank)
-            hashes, part_bytes = pack(rank.ledger.blocks()), SNAPSHOT_HASHES * HASH_BYTES
+            self._collect_changes(rank)
+            hashes = pack(rank.blocks.blocks())
             for start in range(0, len(hashes) or 1, part_bytes):
-                part, last = hashes[start : start + part_bytes], start + part_bytes >= len(hashes)
+                part = hashes[start : start + part_bytes]
+                last = start + part_bytes >= len(hashes)
                 channel.push(
-                    KvSnapshot(self._worker, rank.number, rank.sequence, self._info.kv_block_size, part, last=last)
+                    KvSnapshot(self._instance_id, rank.number, rank.sequence, self._info.kv_block_size, part, last=last)
                 )
         channel.end()
         return Stream(channel)
 
-    async def _tell_kv(self) -> None:
+    async def _publish_kv_events(self) -> None:
+        changed = self._cached_blocks.changed
         while True:
-            await self._kv_changed.wait()
-            self._kv_changed.clear()
+            await changed.wait()
+            changed.clear()
             for rank in self._ranks:
-                self._cut(rank)
-                while rank.outbox:
-                    if not await _send(self._publish_kv, rank.outbox.popleft()):
-                        rank.outbox.clear()  # subscribers must ask for a snapshot in any case
-            await asyncio.sleep(KV_EVERY_S)
+                self._collect_changes(rank)
+                while rank.unsent:
+                    if not await _publish(self._kv_topic, rank.unsent.popleft()):
+                        rank.unsent.clear()  # subscribers must request a snapshot in any case
+            await asyncio.sleep(KV_INTERVAL_S)
 
-    def _cut(self, rank: _Rank) -> None:
-        """Make messages of what has changed since the last call: from here on `sequence` stands for it."""
-        for changes in _messages(rank.ledger.changes()):
+    def _collect_changes(self, rank: _RankState) -> None:
+        """Queue messages about the changes since the last call; `rank.sequence` then stands for the state of now."""
+        for changes in _split(rank.blocks.changes()):
             rank.sequence += 1
-            rank.outbox.append(KvEvents(self._worker, rank.number, rank.sequence, changes))
+            rank.unsent.append(KvEvents(self._instance_id, rank.number, rank.sequence, changes))
 
 
 def _blocks(tokens: int, block_size: int) -> int:
+    """Return the number of blocks that hold `tokens` tokens."""
     return -(-tokens // block_size)
 
 
-def _messages(changes: Sequence[Change]) -> Iterator[list[Change]]:
-    """Cut into lists of at most MESSAGE_HASHES hashes."""
+def _split(changes: Sequence[Change]) -> Iterator[list[Change]]:
+    """Split changes into lists of at most MESSAGE_HASHES hashes."""
     message: list[Change] = []
-    room_bytes = full_bytes = MESSAGE_HASHES * HASH_BYTES
+    message_bytes = MESSAGE_HASHES * HASH_BYTES
+    room_bytes = message_bytes
     for change in changes:
         start = 0
         while start < len(change.hashes):
             part = change.hashes[start : start + room_bytes]
             message.append(Change(change.stored, part))
-            start, room_bytes = start + len(part), room_bytes - len(part)
+            start += len(part)
+            room_bytes -= len(part)
             if not room_bytes:
                 yield message
-                message, room_bytes = [], full_bytes
+                message = []
+                room_bytes = message_bytes
     if message:
         yield message
 
 
-async def _send(publish: Publish[M], message: M) -> bool:
-    """False when it did not leave: without NATS a worker goes on."""
+M = TypeVar("M")
+
+
+async def _publish(topic: Publisher[M], message: M) -> bool:
+    """Publish a message; return False, and log, if that fails: a worker continues without NATS."""
     try:
         async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-            await publish(message)
+            await topic.publish(message)
     except (DynamoError, TimeoutError) as error:
         log.debug("%s not published: %s", type(message).__name__, error)
         return False

@@ -1,4 +1,4 @@
-"""The length of a queue as a decode worker sees it: tasks in hand are not in it. On real JetStream."""
+"""The length of the prefill queue as a decode worker sees it, without tasks in hand. On real JetStream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.contract.test_work_queue import Task, front_on, worker_on
 __all__ = ["make", "namespace"]  # fixtures
 
 
-async def test_waiting_are_those_that_nobody_has_taken(make: Make, namespace: str) -> None:
+async def test_waiting_counts_tasks_that_no_worker_has_taken(make: Make, namespace: str) -> None:
     front = front_on(await make(), namespace)
     worker = worker_on(await make(), namespace)
     assert await front.worker.tasks.waiting() == 0

@@ -1,4 +1,4 @@
-"""A worker's KV events, load and snapshots over real NATS and the stream plane, while NATS goes away too."""
+"""A worker's KV events, load and snapshots over real NATS and the stream plane, and across an outage of NATS."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dynamo.sdk.spec import spec_of
 from dynamo.worker.broker import ServiceBroker
 from dynamo.worker.stubs import InstancePool
 from tests.contract.rpc_steps import soon
-from tests.unit.test_worker_events import FakeEngine
+from tests.unit.test_worker_reporter import FakeEngine
 
 NAMESPACE = "dynamo"
 
@@ -48,7 +48,10 @@ class Router(Service):
 
 class Pair:
     def __init__(self, engine: FakeEngine, worker: VllmWorker, router: Router, runtimes: tuple[Runtime, ...]) -> None:
-        self.engine, self.worker, self.router, self.runtimes = engine, worker, router, runtimes
+        self.engine = engine
+        self.worker = worker
+        self.router = router
+        self.runtimes = runtimes
         self.id = runtimes[0].instance_id
 
     async def snapshot(self) -> list[KvSnapshot]:
@@ -89,7 +92,7 @@ async def pair(private_infra: Infra, tmp_path: Path, monkeypatch: pytest.MonkeyP
     await asyncio.gather(theirs.close(), ours.close())
 
 
-async def test_a_router_hears_changes_load_and_snapshots(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_router_receives_changes_load_and_snapshots(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_reporter, "SNAPSHOT_HASHES", 1000)
     held = {block for prompt in range(50) for block in pair.engine.store(prompt * 1000, 50)}
     await soon(lambda: pair.router.held() == held)
@@ -112,15 +115,15 @@ async def test_the_largest_messages_pass(pair: Pair) -> None:
     assert {block for part in await pair.snapshot() for block in unpack(part.hashes)} == held
 
 
-async def test_after_nats_was_away_the_gap_shows_and_a_snapshot_closes_it(pair: Pair, private_infra: Infra) -> None:
+async def test_a_snapshot_closes_the_gap_after_an_outage_of_nats(pair: Pair, private_infra: Infra) -> None:
     held = set(pair.engine.store(0, 3))
     await soon(lambda: pair.router.kv)
     private_infra.processes["nats"].kill()
-    assert pair.worker.activity is not None
-    rank = pair.worker.activity._ranks[0]
+    assert pair.worker.reporter is not None
+    rank = pair.worker.reporter._ranks[0]
     for prompt in range(1, 6):
         held |= set(pair.engine.store(prompt * 1000, 3))
-        await soon(lambda number=prompt + 1: rank.sequence == number and not rank.outbox)
+        await soon(lambda number=prompt + 1: rank.sequence == number and not rank.unsent)
     lost = len(pair.router.kv)
     await private_infra.restart_nats()
     for runtime in pair.runtimes:
@@ -132,5 +135,5 @@ async def test_after_nats_was_away_the_gap_shows_and_a_snapshot_closes_it(pair: 
     assert pair.router.held() != held
     parts = await pair.snapshot()
     assert pair.router.held(parts[-1].sequence, {b for part in parts for b in unpack(part.hashes)}) == held
-    told = len(pair.router.load)
-    await soon(lambda: len(pair.router.load) > told and pair.router.load[-1].kv_sequence == 7, 5)
+    before = len(pair.router.load)
+    await soon(lambda: len(pair.router.load) > before and pair.router.load[-1].kv_sequence == 7, 5)

@@ -1,4 +1,4 @@
-"""graphs.disagg with mock workers: whoever is killed, drained or full, answers are right and all KV blocks come back."""
+"""graphs.disagg with mock workers: while workers are killed, drained or full, answers stay right and no KV block is lost."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _NEW = count(1)
 
 
 def prompt(length: int = LONG) -> list[int]:
-    """One that no other begins like."""
+    """Return a prompt that shares no prefix with any other."""
     number = next(_NEW)
     return [100 + number % 400, 100 + number // 400, *(100 + i % 700 for i in range(length - 2))]
 
 
 def expected(prompts: list[list[int]]) -> list[str]:
-    """What the mock engine says by itself."""
+    """Return the answers of a mock engine without a graph."""
 
     async def work() -> list[str]:
         engine = MockEngine("dynamo-tiny", {"speedup-ratio": 0, "max-model-len": 32768}, lambda _: None)
@@ -56,7 +56,7 @@ async def ask(served: Served, client: httpx.AsyncClient, tokens: list[int]) -> s
 
 
 def ask_all(served: Served, prompts: list[list[int]], meanwhile: Callable[[], Awaitable[None]] | None = None) -> None:
-    """At once; the answers must be right."""
+    """Send all prompts concurrently; the answers must be right."""
 
     async def work() -> list[str]:
         async with httpx.AsyncClient(limits=httpx.Limits(max_connections=100)) as client, asyncio.TaskGroup() as group:
@@ -88,7 +88,7 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> No
 
 
 def settled(served: Served) -> None:
-    """No worker holds a block or a task; what nobody fetches is held for 30 s."""
+    """Wait until no worker holds a block or a task; KV that is not fetched is held for 30 s."""
 
     def idle() -> bool:
         found = metrics(served)
@@ -112,9 +112,9 @@ def graph(serve_graph: Start) -> Served:
 
 @pytest.fixture
 def served(graph: Served) -> Iterator[Served]:
-    """Two of each; as it was, after each test."""
+    """Two workers of each kind, idle again after each test."""
     until(lambda: live(graph, "VllmWorker") == live(graph, "PrefillWorker") == 2, "two workers of each kind")
-    ask_all(graph, [prompt() for _ in range(4)])  # all of them know each other
+    ask_all(graph, [prompt() for _ in range(4)])  # so that all connections are open
     yield graph
     settled(graph)
 
@@ -128,7 +128,7 @@ def test_long_prompts_are_computed_by_prefill_workers_and_short_ones_are_not(ser
     assert total(served, "dynamo_disagg_transfer_seconds_count") == remote(served)
 
 
-def test_what_the_decode_worker_has_cached_is_not_long(served: Served) -> None:
+def test_prompts_cached_by_the_decode_worker_are_not_long(served: Served) -> None:
     tokens = prompt()
     ask_all(served, [tokens])
     ask_all(served, [tokens])  # the other worker
@@ -175,7 +175,7 @@ def test_without_any_prefill_worker_prompts_are_computed_here_until_one_is_back(
     until(lambda: ask_all(served, [prompt()]) is None and remote(served) > before, "a prefill worker is asked again")
 
 
-def test_a_drained_decode_worker_finishes_what_it_has(served: Served) -> None:
+def test_a_drained_decode_worker_finishes_its_requests(served: Served) -> None:
     seen = len(served.output)
 
     async def drain() -> None:
@@ -186,7 +186,7 @@ def test_a_drained_decode_worker_finishes_what_it_has(served: Served) -> None:
     served.wait_for("VllmWorker:1 ready again", 20, after=seen)
 
 
-def test_a_drained_prefill_worker_finishes_what_it_has(served: Served) -> None:
+def test_a_drained_prefill_worker_finishes_its_prompts(served: Served) -> None:
     seen = len(served.output)
 
     async def drain() -> None:
@@ -213,7 +213,7 @@ def test_a_killed_decode_worker_leaves_nothing_in_the_prefill_workers(served: Se
     served.wait_for("VllmWorker:2 ready again", 20, after=seen)
 
 
-def test_clients_that_go_away_leave_nothing_behind(served: Served) -> None:
+def test_disconnected_clients_leave_nothing_behind(served: Served) -> None:
     async def work() -> None:
         async with httpx.AsyncClient(limits=httpx.Limits(max_connections=100)) as client:
             asked = [asyncio.create_task(ask(served, client, prompt())) for _ in range(40)]
@@ -225,7 +225,7 @@ def test_clients_that_go_away_leave_nothing_behind(served: Served) -> None:
     asyncio.run(work())
 
 
-def test_settings_change_while_it_runs(served: Served) -> None:
+def test_settings_change_while_the_graph_runs(served: Served) -> None:
     env = environment(served)
 
     def set_to(setting: str, value: str) -> None:
@@ -253,7 +253,7 @@ def test_settings_change_while_it_runs(served: Served) -> None:
             command("set", "--unset", f"VllmWorker.{name}", **env)
 
 
-def test_a_full_queue_and_a_slow_pool_delay_nobody(served: Served) -> None:
+def test_a_full_queue_and_a_slow_pool_delay_no_request(served: Served) -> None:
     env = environment(served)
     try:
         assert command("set", "VllmWorker.max-prefill-queue-size=2", **env).returncode == 0

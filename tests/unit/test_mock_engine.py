@@ -1,4 +1,4 @@
-"""The mock engine: deterministic tokens, stop conditions, cancellation, ranks, what it tells, and failures on purpose."""
+"""The mock engine: deterministic tokens, stop conditions, cancellation, ranks, KV events, injected faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from components.worker import VllmWorker
 from dynamo.config.settings import declared
 from dynamo.engines.mock import MockEngine, faults
-from dynamo.engines.mock import engine as mock_engine
+from dynamo.engines.mock import rank as mock_rank
 from dynamo.engines.mock.settings import MockSettings, mock_settings
 from dynamo.engines.mock.timing import decode_ms, prefill_ms
 from dynamo.errors import ContextLengthError, EngineError, RequestError, StartError
@@ -69,7 +69,9 @@ SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 
 @SLOW
 @given(PROMPTS, st.integers(1, 39), st.integers(0, 2**63), st.booleans())
-def test_a_continued_request_goes_on_the_same(prompt: list[int], cut: int, seed: int, ignore_eos: bool) -> None:
+def test_a_continued_request_generates_the_same_tokens(
+    prompt: list[int], cut: int, seed: int, ignore_eos: bool
+) -> None:
     whole = answer(request(prompt, seed=seed, ignore_eos=ignore_eos))
     cut = min(cut, len(whole) - 1)
     if cut == 0:
@@ -119,7 +121,7 @@ def test_the_first_of_several_stop_strings_counts() -> None:
     assert text(answer(request([1, 2], ignore_eos=True, stop=[late, early]))) == whole[: whole.index(early)]
 
 
-def test_seeds_and_prompts_decide() -> None:
+def test_tokens_depend_on_seed_and_prompt() -> None:
     base = tokens(answer(request([1, 2, 3], ignore_eos=True)))
     assert tokens(answer(request([1, 2, 3], ignore_eos=True))) == base
     assert tokens(answer(request([1, 2, 3], ignore_eos=True, seed=1))) != base
@@ -164,14 +166,14 @@ def test_texts_are_what_the_tokens_decode_to() -> None:
         assert delta.text == decode(delta.token_ids)
 
 
-def test_refusals() -> None:
+def test_invalid_requests_are_rejected() -> None:
     with pytest.raises(RequestError, match="logprobs"):
         answer(request([1], logprobs=1))
     with pytest.raises(RequestError, match="do not fit 100"):
         answer(request([1] * 100), **{"max-model-len": 100})
 
 
-def test_cancelling_frees() -> None:
+def test_cancelling_frees_blocks_and_stops_stepping() -> None:
     async def work(engine: MockEngine) -> None:
         running = engine.generate(request([1], max_tokens=None, ignore_eos=True))
         await running.__anext__()
@@ -182,16 +184,16 @@ def test_cancelling_frees() -> None:
         running.cancel()
         assert engine.stats()[0][:3] == (0, 0, 0.0)
         await asyncio.sleep(0.05)
-        assert engine._ranks[0]._stepping is None, "an idle engine costs nothing"
+        assert engine._ranks[0]._next_step is None, "an idle engine costs nothing"
         for name in ("a", "b"):
             engine.generate(request([1], name=name)).pipe(lambda _: None, lambda _: None)
         await engine.abort("a")
-        assert {g.request.request_id for g in engine._live} == {"b"}
+        assert {g.request.request_id for g in engine._running} == {"b"}
 
     run(work, **{"speedup-ratio": 1})
 
 
-def test_stopping_ends_what_runs() -> None:
+def test_stopping_ends_running_requests() -> None:
     async def work(engine: MockEngine) -> None:
         stream = engine.generate(request([1], max_tokens=None, ignore_eos=True))
         await stream.__anext__()
@@ -203,7 +205,7 @@ def test_stopping_ends_what_runs() -> None:
     run(work)
 
 
-def test_a_reader_may_start_and_cancel_others_meanwhile() -> None:
+def test_a_callback_may_start_and_cancel_requests() -> None:
     async def work(engine: MockEngine) -> int:
         ended = asyncio.Event()
         got: list[Delta] = []
@@ -225,9 +227,9 @@ def test_a_reader_may_start_and_cancel_others_meanwhile() -> None:
 
 
 def paced(prompt: list[int], late_s: float = 0.0, **arguments: Any) -> list[float]:
-    """The delays, in ms, that the engine asks its loop for, by a clock that goes on when it is asked.
+    """Return the delays, in ms, that the engine schedules, with a clock that advances by each of them.
 
-    The first step ends `late_s` after its time.
+    The first step ends `late_s` late.
     """
 
     async def work(engine: MockEngine) -> list[float]:
@@ -242,7 +244,7 @@ def paced(prompt: list[int], late_s: float = 0.0, **arguments: Any) -> list[floa
         clock = SimpleNamespace(now=5.0, monotonic=lambda: clock.now)
         rank._loop = SimpleNamespace(call_later=wait, call_soon=loop.call_soon)  # type: ignore[assignment]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mock_engine, "time", clock)
+            patch.setattr(mock_rank, "time", clock)
             assert len([d async for d in engine.generate(request(prompt, max_tokens=5, ignore_eos=True))]) == 5
         return asked
 
@@ -250,7 +252,7 @@ def paced(prompt: list[int], late_s: float = 0.0, **arguments: Any) -> list[floa
     return found
 
 
-def test_pace() -> None:
+def test_steps_take_the_modelled_time() -> None:
     cache_tokens = 16383 * 64
     expected = [prefill_ms(100), *(decode_ms((100 + i) / cache_tokens) for i in range(1, 5))]
     assert paced([1] * 100, **{"speedup-ratio": 1}) == pytest.approx(expected)
@@ -265,7 +267,7 @@ def test_a_late_step_shortens_the_next() -> None:
     late = paced([1] * 100, late_s=2e-3, **{"speedup-ratio": 1})
     assert late == pytest.approx([usual[0], usual[1] - 2, *usual[2:]])
     very_late = paced([1] * 100, late_s=2e-2, **{"speedup-ratio": 1})
-    assert very_late == pytest.approx([usual[0], 0, *usual[2:]]), "but no more than one step is made up for"
+    assert very_late == pytest.approx([usual[0], 0, *usual[2:]]), "at most one step is made up for"
 
 
 def test_cached_tokens_and_stats() -> None:
@@ -281,7 +283,7 @@ def test_cached_tokens_and_stats() -> None:
     run(work, **{"block-size": 64})
 
 
-def test_events_tell_what_the_cache_holds() -> None:
+def test_events_match_the_cached_blocks() -> None:
     events: list[tuple[int, list[EngineEvent]]] = []
 
     async def main() -> None:
@@ -313,12 +315,12 @@ def test_events_tell_what_the_cache_holds() -> None:
     assert not MockEngine("dynamo-tiny", {"enable-prefix-caching": False}, print).kv_events(lambda *_: None)
 
 
-def test_ranks_are_apart() -> None:
-    heard: set[int] = set()
+def test_ranks_have_separate_caches() -> None:
+    reported: set[int] = set()
 
     async def main() -> None:
         engine = MockEngine("dynamo-tiny", {"speedup-ratio": 0, "data-parallel-size": 3}, lambda _: None)
-        engine.kv_events(lambda rank, _: heard.add(rank))
+        engine.kv_events(lambda rank, _: reported.add(rank))
         assert (await engine.start()).ranks == 3
 
         async def hit(rank: int) -> int | None:
@@ -327,7 +329,7 @@ def test_ranks_are_apart() -> None:
             return (await engine.generate(asked).__anext__()).cached_tokens
 
         assert [await hit(rank) for rank in (1, 1, 2)] == [0, 128, 0]
-        assert heard == {1, 2}
+        assert reported == {1, 2}
         assert [stats.prefix_queries for stats in engine.stats()] == [0, 260, 130]
         streams = [engine.generate(request([1], max_tokens=None, ignore_eos=True)) for _ in range(7)]
         assert sorted(s.running + s.waiting for s in engine.stats()) == [2, 2, 3]
@@ -348,7 +350,7 @@ def test_a_preempted_request_gives_the_same_tokens() -> None:
     assert [text(d) for d in found] == [text(d) for d in roomy]
 
 
-def test_more_than_the_kv_cache_is_refused() -> None:
+def test_prompts_larger_than_the_kv_cache_are_rejected() -> None:
     small = {"block-size": 16, "num-gpu-blocks-override": 5}
     with pytest.raises(ContextLengthError, match="64 prompt tokens do not fit 64"):
         answer(request([1] * 64), **small)
@@ -362,7 +364,7 @@ def test_more_than_the_kv_cache_is_refused() -> None:
         answer(request([]))
 
 
-def test_errors_in_the_middle() -> None:
+def test_injected_errors() -> None:
     async def work(engine: MockEngine) -> list[int]:
         async def read(number: int) -> int:
             got: list[Delta] = []
@@ -383,7 +385,7 @@ def test_errors_in_the_middle() -> None:
 
 
 def test_freezing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "NOTICED_S", 0.0)
+    monkeypatch.setattr(faults, "DETECTION_S", 0.0)
 
     async def work(engine: MockEngine) -> None:
         await engine.check_health()
@@ -417,7 +419,7 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(done.stdout.splitlines()) == 6  # the last had no time to be read
+    assert len(done.stdout.splitlines()) == 6  # the process is killed before the last is read
 
 
 def test_settings() -> None:
@@ -431,9 +433,9 @@ def test_settings() -> None:
         mock_settings({"block_size": "x"})
 
 
-def test_a_worker_takes_the_settings_of_the_mock() -> None:
+def test_a_worker_accepts_the_mock_settings() -> None:
     takes = declared(VllmWorker)
     assert takes is not None
-    for name in set(MockSettings.__struct_fields__) - {"kv_transfer"}:  # which the worker itself gives
+    for name in set(MockSettings.__struct_fields__) - {"kv_transfer"}:  # set by the worker itself
         assert takes.takes(name.replace("_", "-")), name
     assert not takes.takes("mock-crash-after-token")

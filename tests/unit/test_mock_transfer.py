@@ -1,4 +1,4 @@
-"""KV that one mock engine computes for another: the same tokens, no block lost, whoever goes away at whatever moment."""
+"""KV transfer between mock engines: the same tokens and no lost block, whichever side stops at any moment."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo.engines.mock import MockEngine, transfer
-from dynamo.engines.mock.kv_cache import KvCache
-from dynamo.engines.mock.scheduler import Scheduler, Sequence
+from dynamo.engines.mock.block_pool import BlockPool
+from dynamo.engines.mock.scheduler import ScheduledSequence, Scheduler
 from dynamo.errors import EngineError, RequestError
 from dynamo.kv_router.events import BlocksStored, EngineEvent
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
@@ -61,7 +61,7 @@ def prompt(length: int, first: int = 1) -> list[int]:
 
 @SLOW
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 3), st.booleans())
-def test_tokens_are_the_same_and_every_block_comes_back(length: int, shared: int, ranks: int, caching: bool) -> None:
+def test_tokens_are_the_same_and_all_blocks_are_freed(length: int, shared: int, ranks: int, caching: bool) -> None:
     async def main() -> None:
         options = {"enable-prefix-caching": caching, "data-parallel-size": ranks}
         async with engine(**options) as lender, engine(**options) as taker, engine() as plain:
@@ -82,7 +82,7 @@ def test_tokens_are_the_same_and_every_block_comes_back(length: int, shared: int
     asyncio.run(main())
 
 
-async def test_fetched_blocks_are_told_and_found_like_computed_ones() -> None:
+async def test_fetched_blocks_are_reported_and_found_like_computed_ones() -> None:
     events: dict[str, list[EngineEvent]] = {"fetched": [], "computed": []}
     asked = prompt(5 * BLOCK)
     async with engine() as lender:
@@ -99,7 +99,7 @@ async def test_fetched_blocks_are_told_and_found_like_computed_ones() -> None:
     assert isinstance(events["fetched"][0], BlocksStored)
 
 
-async def test_the_lenders_own_cache_counts_as_cached() -> None:
+async def test_prefix_hits_of_the_prefill_engine_count_as_cached() -> None:
     asked = prompt(5 * BLOCK)
     async with engine() as lender, engine() as taker:
         await lender.prefill(request(asked))
@@ -107,7 +107,7 @@ async def test_the_lenders_own_cache_counts_as_cached() -> None:
         assert (await read(taker, request(asked, kv_transfer=again)))[0].cached_tokens == 4 * BLOCK
 
 
-async def test_what_is_gone_is_computed() -> None:
+async def test_kv_that_is_no_longer_available_is_computed() -> None:
     asked = prompt(30)
     async with engine() as taker, engine() as plain:
         async with engine(**{"kv-transfer-lease-s": 0.01}) as lender:
@@ -120,13 +120,13 @@ async def test_what_is_gone_is_computed() -> None:
         await until(lambda: usage(taker) == 0)
 
 
-async def test_a_lender_that_stops_in_the_middle_costs_the_computation_only() -> None:
+async def test_kv_is_computed_when_the_lender_stops_during_the_transfer() -> None:
     asked = prompt(64)
     slow = {"speedup-ratio": 100.0, "mock-kv-bandwidth-gb-s": 1e-9}
     async with engine(**slow) as lender, engine(**slow) as taker, engine() as plain:
         found = await lender.prefill(request(asked))
         waiting = asyncio.create_task(tokens(taker, request(asked, kv_transfer=found)))
-        await until(lambda: not len(lender._lender))
+        await until(lambda: not len(lender._leases))
         assert usage(lender) > 0
         assert usage(taker) > 0
         await lender.stop()
@@ -134,7 +134,7 @@ async def test_a_lender_that_stops_in_the_middle_costs_the_computation_only() ->
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.005, 0.02, 0.05])
-async def test_whoever_cancels_leaves_nothing_behind(wait_s: float) -> None:
+async def test_cancelled_transfers_free_all_blocks(wait_s: float) -> None:
     pace = {"speedup-ratio": 2.0, "mock-kv-bandwidth-gb-s": 1e-3}
     async with engine(**pace) as lender, engine(**pace) as taker:
 
@@ -147,13 +147,13 @@ async def test_whoever_cancels_leaves_nothing_behind(wait_s: float) -> None:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        for name in list(lender._lender._kept):  # computed, and nobody has asked for it: the lease's case
-            lender._lender.drop(name)
+        for name in list(lender._leases._leases):  # computed and not fetched yet: freed by the lease
+            lender._leases.release(name)
         await until(lambda: usage(lender) == usage(taker) == 0)
         assert await tokens(taker, request([1, 2, 3]))
 
 
-async def test_a_full_cache_makes_prompts_wait_and_none_is_lost() -> None:
+async def test_prompts_wait_for_a_full_cache_and_all_complete() -> None:
     """Each cache holds two prompts; ten are on their way."""
     small = {"num-gpu-blocks-override": 2 * 6 + 1, "max-model-len": 6 * BLOCK}
     async with engine(**small) as lender, engine(**small) as taker, engine() as plain:
@@ -180,7 +180,7 @@ async def test_a_transfer_takes_its_modelled_time() -> None:
         assert asyncio.get_running_loop().time() - started >= 1.5  # 150 tokens at 10 ms
 
 
-async def test_bad_use_is_an_error() -> None:
+async def test_invalid_use_raises() -> None:
     async with engine(**{"kv-transfer": False}) as plain, engine() as taker:
         with pytest.raises(EngineError, match="does not compute KV for others"):
             await plain.prefill(request([1, 2]))
@@ -188,7 +188,7 @@ async def test_bad_use_is_an_error() -> None:
             await read(taker, request([1, 2], kv_transfer={"remote_host": "x"}))
 
 
-class Fetched(Sequence):
+class Fetched(ScheduledSequence):
     def __init__(self, prompt: list[int], size: int, outputs: int) -> None:
         from dynamo.kv_router.hashing import block_hashes
 
@@ -204,10 +204,10 @@ def advance(sequence: Fetched) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_whatever_happens_in_whatever_order_blocks_add_up(data: st.DataObject) -> None:
+def test_block_counts_are_consistent_in_any_order_of_events(data: st.DataObject) -> None:
     """The scheduler alone: prompts computed, fetched, not fetched, kept and removed at random, in a small cache."""
     size = 4
-    cache = KvCache(data.draw(st.integers(12, 40)), size)
+    cache = BlockPool(data.draw(st.integers(12, 40)), size)
     scheduler: Scheduler[Fetched] = Scheduler(cache, batched_tokens=data.draw(st.integers(4, 40)), sequences=4)
     kept: list[Fetched] = []
     known: list[Fetched] = []
@@ -269,12 +269,12 @@ def test_whatever_happens_in_whatever_order_blocks_add_up(data: st.DataObject) -
     assert cache.free == cache.usable
 
 
-async def test_the_address_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name server that is slow would stop every stream of the process for each prompt."""
+async def test_the_advertised_address_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow name server would otherwise block all streams of the process at each prompt."""
     asked: list[str] = []
     monkeypatch.setattr(transfer, "advertised_host", lambda url: asked.append(url) or "127.0.0.1")
-    lender = transfer.KvLender(1.0)
+    lender = transfer.KvLeaseServer(1.0)
     await asyncio.gather(lender.open(), lender.open())
-    assert lender.place("a", 0)["host"] == lender.place("b", 0)["host"] == "127.0.0.1"
+    assert lender.source("a", 0)["host"] == lender.source("b", 0)["host"] == "127.0.0.1"
     assert len(asked) == 1
     await lender.close()

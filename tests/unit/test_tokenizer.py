@@ -1,6 +1,6 @@
-"""Tokenizer and chat templates: the prompt must be, character for character, what transformers makes of it.
+"""Tokenizer and chat templates: prompts must equal those of transformers, character for character.
 
-The only module of the tests that imports transformers (6 s), and only where it compares.
+This is the only test module that imports transformers (6 s), and only in the tests that compare.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def model(directory: Path, template: Any = None, **config: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", ["llama3", "chatml", "mistral", "deepseek"])
-def test_prompts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_prompts_match_transformers(name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     text = (TEMPLATES / f"{name}.jinja").read_text("utf-8")
@@ -96,7 +96,7 @@ def test_prompts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         assert asyncio.run(ours.encode(rendered, add_special_tokens=False)) == ids
 
 
-def test_tokens_are_those_of_transformers() -> None:
+def test_tokens_match_transformers() -> None:
     from transformers import AutoTokenizer
 
     ours, theirs = Tokenizer(tiny.MODEL_DIR), AutoTokenizer.from_pretrained(str(tiny.MODEL_DIR))
@@ -117,7 +117,7 @@ def render(directory: Path, messages: Any = HELLO, **options: Any) -> str:
     return Tokenizer(directory).template.render(messages, **options)
 
 
-def test_where_templates_come_from(tmp_path: Path) -> None:
+def test_template_sources(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with {{ tools | length }}"}]
     directory = model(tmp_path / "m", named)
     assert render(directory) == "plain"
@@ -152,7 +152,7 @@ def test_a_model_without_template(tmp_path: Path) -> None:
     assert "/v1/completions" in str(caught.value.hint)
 
 
-def test_templates_that_refuse(tmp_path: Path) -> None:
+def test_messages_rejected_by_templates(tmp_path: Path) -> None:
     reasons = {
         "{{ raise_exception('roles must alternate') }}": "roles must alternate",
         "{{ messages[5].content.upper() }}": "has no element 5",
@@ -200,7 +200,7 @@ def test_openai_messages_for_templates(tmp_path: Path) -> None:
     assert render(knows, [{"role": "developer", "content": "x"}]) == "developer!"
 
 
-def test_messages_stay_as_they_are(tmp_path: Path) -> None:
+def test_messages_are_not_modified(tmp_path: Path) -> None:
     directory = model(tmp_path / "m", "{% for m in messages %}{{ m.content }}{% endfor %}")
     call = {"function": {"name": "f", "arguments": "{}"}}
     messages = [
@@ -220,7 +220,7 @@ def test_messages_stay_as_they_are(tmp_path: Path) -> None:
 # -- files
 
 
-def test_directories_that_hold_no_tokenizer(tmp_path: Path) -> None:
+def test_directories_without_a_tokenizer(tmp_path: Path) -> None:
     directory = model(tmp_path / "m", "x")
     (directory / "tokenizer_config.json").write_text("{", "utf-8")
     with pytest.raises(StartError, match="not JSON"):

@@ -19,8 +19,8 @@ import msgspec
 import pytest
 
 from dynamo.engines.mock import MockEngine
-from dynamo.engines.mock.kv_cache import KvCache
-from dynamo.engines.mock.scheduler import Scheduler, Sequence
+from dynamo.engines.mock.block_pool import BlockPool
+from dynamo.engines.mock.scheduler import ScheduledSequence, Scheduler
 from dynamo.kv_router.events import BlocksCleared, BlocksRemoved, EngineEvent
 from dynamo.kv_router.hashing import ROOT, block_hashes
 from dynamo.llm.engine import Engine
@@ -133,7 +133,7 @@ def random_trace(seed: int) -> Trace:
     return Trace(f"random {seed}", blocks, rng.choice((33, 64, 100, 512)), rng.choice((2, 4, 16)), arrivals)
 
 
-class Traced(Sequence):
+class Traced(ScheduledSequence):
     __slots__ = ("max_tokens", "name")
 
     def __init__(self, arrival: Arrival, *, prefix_caching: bool) -> None:
@@ -159,7 +159,7 @@ def flat(events: Iterable[EngineEvent]) -> list[list[Any]]:
 
 
 def run_mock(trace: Trace) -> TraceLog:
-    cache = KvCache(trace.blocks, BLOCK, events=True)
+    cache = BlockPool(trace.blocks, BLOCK, events=True)
     scheduler: Scheduler[Traced] = Scheduler(
         cache,
         batched_tokens=trace.batched_tokens,
@@ -185,7 +185,7 @@ def run_mock(trace: Trace) -> TraceLog:
         steps.append(
             StepLog(
                 computed,
-                flat(cache.take_events()),
+                flat(cache.drain_events()),
                 [s.name for s in scheduler.running],
                 [s.name for s in scheduler.waiting],
                 round(cache.usage, 6),
@@ -429,7 +429,7 @@ def engine_log() -> EngineLog:
 
 def test_the_whole_engine_stores_and_finds_the_same(engine_log: EngineLog) -> None:
     """vLLM with its model, by way of ZeroMQ; then the mock's core, made to generate the tokens that the model chose."""
-    cache = KvCache(ENGINE["num-gpu-blocks-override"], BLOCK, events=True)
+    cache = BlockPool(ENGINE["num-gpu-blocks-override"], BLOCK, events=True)
     scheduler: Scheduler[Traced] = Scheduler(cache, batched_tokens=2048, sequences=128)
     found = []
     for answer in engine_log.answers:
@@ -445,7 +445,7 @@ def test_the_whole_engine_stores_and_finds_the_same(engine_log: EngineLog) -> No
             scheduler.complete(advance)
         found.append(Answered(answer.prompt, sequence.output, sequence.cached_tokens))
     assert found == engine_log.answers
-    events = flat(cache.take_events())
+    events = flat(cache.drain_events())
     assert events == renamed(engine_log.events)
     assert {kind for kind, *_ in events} == {"stored", "removed"}
     assert (scheduler.prefix_queries, scheduler.prefix_hits) == (engine_log.queries, engine_log.hits)

@@ -1,6 +1,7 @@
-"""An engine without a model: deterministic tokens at a modelled pace, and the KV cache and scheduler of vLLM v1.
+"""An inference engine without a model: deterministic tokens at a modelled pace, with vLLM v1's scheduler and KV cache.
 
-`kv_cache` and `scheduler` are pure: no clock, no event loop. `timing` says how long a step takes; `engine` runs the steps.
+`block_pool` and `scheduler` are pure: no clock, no event loop. `timing` gives the duration of a step; `rank` runs the
+steps of one data-parallel rank on the event loop, `engine` is the whole engine.
 """
 
 from __future__ import annotations
@@ -14,4 +15,5 @@ __all__ = ["MockEngine", "create"]
 
 
 def create(model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> MockEngine:
+    """Make the engine for `dynamo.engines.create`."""
     return MockEngine(model, arguments, progress)

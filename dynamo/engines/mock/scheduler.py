@@ -1,17 +1,17 @@
-"""Which sequences compute how many tokens in a step. By the rules of vLLM v1; pure, so that a simulator can run it.
+"""Selection of the sequences and token counts of each engine step. Rules of vLLM v1; pure, so that a simulator can run it.
 
-Seen in vLLM 0.32 (v1/core/sched/scheduler.py, without async scheduling), and compared with it step by step in
+Taken from vLLM 0.32 (v1/core/sched/scheduler.py, without async scheduling) and compared with it step by step in
 tests/vllm/test_mock_parity.py:
 
-* running sequences first, in the order of their admission, then waiting ones, until the step's tokens are given out;
-* when blocks run out the sequence admitted last is put back to the head of the queue and computes everything again,
-  what it generated included; a step that did so admits nobody;
-* a sequence is admitted when the blocks for all its tokens are free, though it takes only those of its first chunk;
-* found in the prefix cache are whole blocks up to the last token but one;
-* a generated token's block is stored in the step that computes the token, which is the one after it was generated: a
-  request's last token is never stored;
-* a sequence whose KV is fetched from another engine gets all its blocks when its turn comes and waits beside the others;
-  once the KV is there its last token is computed, as if all before it had been found in the cache.
+* running sequences first, in the order of their admission, then waiting ones, until the step's token budget is used up;
+* when blocks run out, the sequence admitted last is preempted: it returns to the head of the queue and computes everything
+  again, including what it had generated. A step that preempted admits no sequence;
+* a sequence is admitted when the blocks for all its tokens are free, though it allocates only those of its first chunk;
+* the prefix cache is used for whole blocks, up to the last token but one;
+* a generated token's block is stored in the step that computes the token, which is the step after the one that generated
+  it: a request's last token is never stored;
+* a sequence whose KV is fetched from another engine gets all its blocks when its turn comes and waits outside the queue.
+  Once the KV has arrived, its last token is computed, as if all tokens before it had been found in the cache.
 """
 
 from __future__ import annotations
@@ -20,107 +20,121 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
-from dynamo.engines.mock.kv_cache import Block, KvCache
+from dynamo.engines.mock.block_pool import Block, BlockPool
 from dynamo.kv_router.hashing import ROOT, BlockHash, block_hashes
 
 
-class Sequence:
-    """A prompt with one output. `names` are those of the prompt's full blocks; it may be given to several sequences."""
+class ScheduledSequence:
+    """A prompt with one output.
+
+    `hashes` are those of the prompt's full blocks; the given list is copied, so several sequences may share it.
+    """
 
     __slots__ = (
         "blocks",
         "cached_tokens",
         "computed",
         "fetches",
-        "names",
+        "hashes",
         "output",
         "preemptions",
         "prompt",
         "room",
         "running",
-        "unnamed",
+        "uncached",
     )
 
-    def __init__(self, prompt: list[int], names: list[BlockHash]) -> None:
-        self.prompt, self.names = prompt, list(names)
+    def __init__(self, prompt: list[int], hashes: list[BlockHash]) -> None:
+        self.prompt = prompt
+        self.hashes = list(hashes)
         self.output: list[int] = []
-        self.computed = 0  # tokens whose KV is there at the end of the step
+        self.computed = 0  # tokens whose KV is computed at the end of the step
         self.running = False
-        self.blocks: list[Block] = []
-        self.unnamed = 0  # blocks held behind them
+        self.blocks: list[Block] = []  # held and in the prefix cache
+        self.uncached = 0  # further blocks held, behind those
         self.room = 0  # tokens that fit into both
         self.cached_tokens = 0  # prompt tokens found in the prefix cache at the first admission
         self.preemptions = 0
-        self.fetches = False  # its prompt's KV comes from elsewhere: from `add` until it is there, or cannot be had
+        self.fetches = False  # the prompt's KV comes from another engine; False again once it has arrived or failed
 
     @property
     def length(self) -> int:
+        """Tokens of the prompt and of the output so far."""
         return len(self.prompt) + len(self.output)
 
     def tokens(self, first: int, end: int) -> list[int]:
+        """Return the tokens `first` to `end` (exclusive) of prompt and output."""
         prompt = len(self.prompt)
         return self.prompt[first:end] + self.output[max(first - prompt, 0) : max(end - prompt, 0)]
 
 
-S = TypeVar("S", bound=Sequence)
+S = TypeVar("S", bound=ScheduledSequence)
 
 
-class Step(NamedTuple):
-    """What a step computes: tokens of prompts (or of what was preempted), and sequences that get one more token."""
+class ScheduledStep(NamedTuple):
+    """The work of one step."""
 
     prefill_tokens: int
+    """tokens of prompts, and of preempted sequences that are computed again"""
     decodes: int
+    """sequences that get one more token"""
 
 
 class Scheduler(Generic[S]):
     """`schedule` a step, wait as long as it takes, `complete` it; `add` and `remove` at any time.
 
-    A sequence must fit into the cache alone (`KvCache.usable` blocks), and without chunked prefill into one step. No more
-    than `batched_tokens` sequences run at a time; vLLM refuses to start with a larger `sequences`.
+    Each sequence alone must fit into the pool (`BlockPool.usable` blocks), and without chunked prefill into one step. At
+    most `batched_tokens` sequences run at a time; vLLM refuses to start with a larger `sequences`.
     """
 
     def __init__(
         self,
-        cache: KvCache,
+        pool: BlockPool,
         *,
         batched_tokens: int,
         sequences: int,
         chunked_prefill: bool = True,
         prefix_caching: bool = True,
     ) -> None:
-        self.cache = cache
+        self.pool = pool
         self.running: list[S] = []
         self.waiting: OrderedDict[S, None] = OrderedDict()
-        self.prefix_queries = self.prefix_hits = 0
-        """prompt tokens looked up and found; what a preempted sequence finds again is not counted"""
+        self.prefix_queries = 0
+        """prompt tokens looked up in the prefix cache, once per sequence: not again after a preemption"""
+        self.prefix_hits = 0
+        """those of `prefix_queries` that were found"""
         self.kv_tokens = 0
-        """whose KV the running sequences read, each its own: what they share counts for each"""
-        self._batched_tokens, self._sequences = batched_tokens, min(sequences, batched_tokens)
-        self._chunked_prefill, self._prefix_caching = chunked_prefill, prefix_caching
+        """tokens whose KV the running sequences read; shared blocks count for each sequence"""
         self.batch: list[S] = []
-        """what the step computes, in the order of admission"""
+        """the sequences of the current step, in the order of admission"""
         self.to_fetch: list[S] = []
-        """have their blocks since the last look; the caller takes them out and says `fetched` or `not_fetched` later"""
+        """sequences with newly allocated blocks; the caller removes them from here, fetches their KV, and calls `fetched`
+        or `not_fetched`"""
+        self._batched_tokens = batched_tokens
+        self._max_running = min(sequences, batched_tokens)
+        self._chunked_prefill = chunked_prefill
+        self._prefix_caching = prefix_caching
         self._fetching: dict[S, None] = {}
-        self._fetched: list[S] = []  # wait for a place among those that run
-        # All that run are computed up to their last token, and take one a step. Only the one admitted last may not be: as
-        # long as it is not, it takes all that is left of a step, so that nobody is admitted behind it.
-        self._partial: S | None = None
-        self._refused: tuple[S, int] | None = None
+        self._fetched: list[S] = []  # waiting until fewer than `_max_running` run
+        # All running sequences are computed up to their last token and decode one per step. Only the one admitted last may
+        # still be in its prefill: until that is complete it uses up the step's budget, so that none is admitted behind it.
+        self._prefilling: S | None = None
+        self._refused: tuple[S, int] | None = None  # a sequence that did not fit, and `BlockPool.version` then
 
     def __len__(self) -> int:
-        return len(self.running) + self.idle
+        return len(self.running) + self.queued
 
     @property
-    def idle(self) -> int:
-        """Sequences that wait, for blocks or for their KV."""
+    def queued(self) -> int:
+        """Number of sequences that wait, for blocks or for their KV."""
         return len(self.waiting) + len(self._fetching) + len(self._fetched)
 
     def add(self, sequence: S) -> None:
+        """Append a sequence to the queue."""
         self.waiting[sequence] = None
 
     def remove(self, sequence: S) -> None:
-        """Wherever it is; its blocks are free at once. Nothing happens if it has ended."""
+        """Remove a sequence in whatever state it is and free its blocks immediately; no-op if it has ended."""
         if sequence.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -139,12 +153,14 @@ class Scheduler(Generic[S]):
         self._leave(sequence)
 
     def free(self, sequence: S) -> None:
-        """The blocks of a sequence that does not run."""
-        self.cache.release(sequence.blocks, sequence.unnamed)
-        sequence.blocks, sequence.unnamed, sequence.room = [], 0, 0
+        """Free the blocks of a sequence that is not running."""
+        self.pool.release(sequence.blocks, sequence.uncached)
+        sequence.blocks = []
+        sequence.uncached = 0
+        sequence.room = 0
 
     def fetched(self, sequence: S) -> None:
-        """Its KV is there: its blocks are stored. Nothing happens if it was removed."""
+        """Store the blocks of a sequence whose KV has arrived; no-op if the sequence was removed."""
         if sequence in self._fetching:
             del self._fetching[sequence]
             sequence.fetches = False
@@ -152,138 +168,102 @@ class Scheduler(Generic[S]):
             self._fetched.append(sequence)
 
     def not_fetched(self, sequence: S) -> None:
-        """Its KV cannot be had: it is the next to be computed here. Nothing happens if it was removed."""
+        """Queue a sequence whose fetch failed at the head, to be computed here; no-op if it was removed."""
         if sequence in self._fetching:
             del self._fetching[sequence]
             sequence.fetches = False
             self.free(sequence)
-            self._wait_first(sequence)
+            self._queue_first(sequence)
 
-    def schedule(self) -> Step | None:
-        """The next step, its KV blocks allocated and stored; None: nothing to do until something changes."""
-        running, partial = self.running, self._partial
-        while self._fetched and len(running) < self._sequences:
-            self._join(self._fetched.pop(0))
-        before = len(running)
-        for sequence in running:  # loses its end meanwhile, at most up to this one
-            if sequence is partial:
-                break
-            computed = sequence.computed + 1
-            if computed >= sequence.room and not self._make_room(sequence, computed):
-                break
-            sequence.computed = computed
-        partial = self._partial
-        decodes = len(running) - (partial is not None)
+    # -- a step
+
+    def schedule(self) -> ScheduledStep | None:
+        """Return the next step, with its KV blocks allocated and stored; None if there is nothing to do until a change."""
+        self._start_fetched()
+        running = len(self.running)
+        self._extend_decodes()
+        decodes = len(self.running) - (self._prefilling is not None)
         self.kv_tokens += decodes
         budget = self._batched_tokens - decodes
-        if partial is not None:
-            budget -= self._continue(partial, budget)
-        if self.waiting and len(running) == before:
-            while budget and self.waiting and len(running) < self._sequences:
-                first = next(iter(self.waiting))
-                if first.fetches:
-                    if not self._reserve(first):
-                        break
-                    continue
-                new = self._admit(first, budget)
-                if not new:
-                    break
-                budget -= new
-        self.batch = running.copy()
-        return Step(self._batched_tokens - decodes - budget, decodes) if running else None
+        if self._prefilling is not None:
+            budget -= self._continue_prefill(self._prefilling, budget)
+        preempted = len(self.running) < running
+        if self.waiting and not preempted:
+            budget = self._admit_waiting(budget)
+        self.batch = self.running.copy()
+        if not self.running:
+            return None
+        return ScheduledStep(self._batched_tokens - decodes - budget, decodes)
 
     def complete(self, emit: Callable[[S], bool]) -> None:
-        """End the step. `emit` appends the next token to a sequence's `output` and tells whether it was the last.
+        """End the step: call `emit` for each sequence that has computed all its tokens, in the order of admission.
 
-        It is called for sequences that have computed all their tokens, in the order of their admission, and may add and
-        remove sequences.
+        `emit` appends the next token to `output` and returns True if it was the last. It may add and remove sequences.
         """
-        partial, ended = self._partial, False
+        prefilling = self._prefilling
+        ended = False
         for sequence in self.batch:
-            if sequence.running and sequence is not partial and emit(sequence) and sequence.running:
+            if sequence.running and sequence is not prefilling and emit(sequence) and sequence.running:
                 ended = True
                 self._release(sequence)
         self.batch = []
         if ended:
             self.running = [sequence for sequence in self.running if sequence.running]
 
-    def _continue(self, partial: S, budget: int) -> int:
-        """Tokens of its next chunk; 0: there are no blocks for it, so it waits again."""
-        new = min(partial.length - partial.computed, budget)
-        if not self._make_room(partial, partial.computed + new):
+    def _start_fetched(self) -> None:
+        """Run sequences whose KV has arrived, as far as there is room; each needs its last token computed."""
+        while self._fetched and len(self.running) < self._max_running:
+            sequence = self._fetched.pop(0)
+            sequence.running = True
+            sequence.computed = sequence.length - 1
+            self.kv_tokens += sequence.computed
+            before_prefilling = len(self.running) - (self._prefilling is not None)
+            self.running.insert(before_prefilling, sequence)
+
+    def _extend_decodes(self) -> None:
+        """Compute one more token of each sequence past its prefill; preempt from the end where blocks run out."""
+        prefilling = self._prefilling
+        for (
+            sequence
+        ) in self.running:  # a preemption removes the last entry, at most the current one: the loop ends earlier
+            if sequence is prefilling:
+                break
+            computed = sequence.computed + 1
+            if computed >= sequence.room and not self._make_room(sequence, computed):
+                break
+            sequence.computed = computed
+
+    def _continue_prefill(self, sequence: S, budget: int) -> int:
+        """Compute the next chunk and return its tokens; 0 if there were no blocks and the sequence was preempted."""
+        new = min(sequence.length - sequence.computed, budget)
+        if not self._make_room(sequence, sequence.computed + new):
             return 0
-        partial.computed += new
+        sequence.computed += new
         self.kv_tokens += new
-        if partial.computed == partial.length:
-            self._partial = None
+        if sequence.computed == sequence.length:
+            self._prefilling = None
         return new
 
-    def _make_room(self, sequence: S, computed: int) -> bool:
-        """Blocks for `computed` tokens, by preemption if need be. False: it was preempted itself, as the last."""
-        while not self._grow(sequence, computed):
-            if self._preempt_last() is sequence:
-                return False
-        return True
-
-    def _find(self, sequence: S) -> list[Block]:
-        """What the prefix cache has of it."""
-        if not self._prefix_caching:
-            return []
-        limit = (sequence.length - 1) // self.cache.block_size
-        self._name(sequence, limit)
-        return self.cache.find(sequence.names, limit)
-
-    def _fits(self, sequence: S, found: list[Block]) -> bool:
-        """Whether there are blocks for all its tokens; False is remembered until the cache changes."""
-        cache = self.cache
-        evictable = sum(not block.holders for block in found)
-        if -(-sequence.length // cache.block_size) - len(found) + evictable > cache.free:
-            self._refused = sequence, cache.version
-            return False
-        return True
-
-    def _start(self, sequence: S, found: list[Block]) -> None:
-        """It waits no more, and holds what was found."""
-        computed = len(found) * self.cache.block_size
-        del self.waiting[sequence]
-        self.cache.hold(found)
-        sequence.blocks = found
-        if not sequence.preemptions:
-            sequence.cached_tokens = computed
-            if self._prefix_caching:
-                self.prefix_queries += sequence.length
-                self.prefix_hits += computed
-
-    def _reserve(self, sequence: S) -> bool:
-        """Blocks for all of a sequence whose KV comes from elsewhere; False: not now."""
-        if self._refused == (sequence, self.cache.version):
-            return False
-        found = self._find(sequence)
-        if not self._fits(sequence, found):
-            return False
-        self._start(sequence, found)
-        wanted = -(-sequence.length // self.cache.block_size) - len(found)
-        self.cache.take(wanted)
-        sequence.unnamed = wanted
-        sequence.computed = len(found) * self.cache.block_size
-        self._fetching[sequence] = None
-        self.to_fetch.append(sequence)
-        return True
-
-    def _join(self, sequence: S) -> None:
-        """It runs, before the one that is not computed to its last token."""
-        sequence.running = True
-        sequence.computed = sequence.length - 1
-        self.kv_tokens += sequence.computed
-        self.running.insert(len(self.running) - (self._partial is not None), sequence)
+    def _admit_waiting(self, budget: int) -> int:
+        """Admit sequences from the head of the queue while there is room; return the tokens left of the budget."""
+        while budget and self.waiting and len(self.running) < self._max_running:
+            first = next(iter(self.waiting))
+            if first.fetches:
+                if not self._reserve(first):
+                    break
+            elif new := self._admit(first, budget):
+                budget -= new
+            else:
+                break
+        return budget
 
     def _admit(self, sequence: S, budget: int) -> int:
-        """Tokens of the first chunk; 0: not now."""
+        """Run the first sequence of the queue and return the tokens of its first chunk; 0 if it does not fit now."""
         length = sequence.length
-        if self._refused == (sequence, self.cache.version):
+        if self._refused == (sequence, self.pool.version):
             return 0
         found = self._find(sequence)
-        computed = len(found) * self.cache.block_size
+        computed = len(found) * self.pool.block_size
         new = length - computed
         if new > budget:
             if not self._chunked_prefill:
@@ -291,60 +271,124 @@ class Scheduler(Generic[S]):
             new = budget
         if not self._fits(sequence, found):
             return 0
-        self._start(sequence, found)
+        self._dequeue(sequence, found)
         self.running.append(sequence)
         sequence.running = True
         self._grow(sequence, computed + new)
         sequence.computed = computed + new
         self.kv_tokens += sequence.computed
         if sequence.computed < length:
-            self._partial = sequence
+            self._prefilling = sequence
         return new
 
-    def _grow(self, sequence: S, computed: int) -> bool:
-        """Blocks for `computed` tokens, the full ones stored. False: there are not enough, and nothing has changed."""
-        cache, size = self.cache, self.cache.block_size
-        blocks = sequence.blocks
-        wanted = -(-computed // size) - len(blocks) - sequence.unnamed
-        if wanted > 0:
-            if wanted > cache.free:
-                return False
-            cache.take(wanted)
-            sequence.unnamed += wanted
-        known, full = len(blocks), computed // size
-        if full > known and self._prefix_caching:
-            self._name(sequence, full)
-            names = sequence.names
-            tokens = sequence.tokens(known * size, full * size) if cache.events is not None else ()
-            blocks += cache.store(names[known - 1] if known else None, names[known:full], tokens)
-            sequence.unnamed -= full - known
-        sequence.room = (len(blocks) + sequence.unnamed) * size
+    def _reserve(self, sequence: S) -> bool:
+        """Allocate all blocks of a sequence whose KV is fetched; False if they do not fit now."""
+        if self._refused == (sequence, self.pool.version):
+            return False
+        found = self._find(sequence)
+        if not self._fits(sequence, found):
+            return False
+        self._dequeue(sequence, found)
+        missing = _blocks(sequence.length, self.pool.block_size) - len(found)
+        self.pool.allocate(missing)
+        sequence.uncached = missing
+        sequence.computed = len(found) * self.pool.block_size
+        self._fetching[sequence] = None
+        self.to_fetch.append(sequence)
         return True
 
-    def _name(self, sequence: S, blocks: int) -> None:
-        """Names for the first `blocks` blocks, where generated tokens are in them."""
-        names, size = sequence.names, self.cache.block_size
-        if (known := len(names)) < blocks:
-            names += block_hashes(sequence.tokens(known * size, blocks * size), size, names[-1] if names else ROOT)
+    def _find(self, sequence: S) -> list[Block]:
+        """Return the blocks of a sequence that the prefix cache has."""
+        if not self._prefix_caching:
+            return []
+        limit = (sequence.length - 1) // self.pool.block_size
+        self._extend_hashes(sequence, limit)
+        return self.pool.find(sequence.hashes, limit)
+
+    def _fits(self, sequence: S, found: list[Block]) -> bool:
+        """Return True if blocks for all tokens of a sequence are free; a False is remembered until the pool changes."""
+        pool = self.pool
+        evictable = sum(not block.holders for block in found)
+        if _blocks(sequence.length, pool.block_size) - len(found) + evictable > pool.free:
+            self._refused = sequence, pool.version
+            return False
+        return True
+
+    def _dequeue(self, sequence: S, found: list[Block]) -> None:
+        """Take a sequence out of the queue; it holds the blocks that were found from now on."""
+        computed = len(found) * self.pool.block_size
+        del self.waiting[sequence]
+        self.pool.hold(found)
+        sequence.blocks = found
+        if not sequence.preemptions:
+            sequence.cached_tokens = computed
+            if self._prefix_caching:
+                self.prefix_queries += sequence.length
+                self.prefix_hits += computed
+
+    # -- blocks
+
+    def _make_room(self, sequence: S, computed: int) -> bool:
+        """Allocate blocks for `computed` tokens, preempting others if needed; False if `sequence` itself was preempted."""
+        while not self._grow(sequence, computed):
+            if self._preempt_last() is sequence:
+                return False
+        return True
+
+    def _grow(self, sequence: S, computed: int) -> bool:
+        """Allocate blocks for `computed` tokens and store the full ones; False, and no change, if too few are free."""
+        pool = self.pool
+        size = pool.block_size
+        blocks = sequence.blocks
+        missing = -(-computed // size) - len(blocks) - sequence.uncached
+        if missing > 0:
+            if missing > pool.free:
+                return False
+            pool.allocate(missing)
+            sequence.uncached += missing
+        stored = len(blocks)
+        full = computed // size
+        if full > stored and self._prefix_caching:
+            self._extend_hashes(sequence, full)
+            hashes = sequence.hashes
+            tokens = sequence.tokens(stored * size, full * size) if pool.events is not None else ()
+            blocks += pool.store(hashes[stored - 1] if stored else None, hashes[stored:full], tokens)
+            sequence.uncached -= full - stored
+        sequence.room = (len(blocks) + sequence.uncached) * size
+        return True
+
+    def _extend_hashes(self, sequence: S, blocks: int) -> None:
+        """Compute the hashes of the first `blocks` blocks, where generated tokens are in them."""
+        hashes = sequence.hashes
+        size = self.pool.block_size
+        if (known := len(hashes)) < blocks:
+            parent = hashes[-1] if hashes else ROOT
+            hashes += block_hashes(sequence.tokens(known * size, blocks * size), size, parent)
 
     def _preempt_last(self) -> S:
         victim = self.running.pop()
         self._release(victim)
         victim.preemptions += 1
-        self._wait_first(victim)
+        self._queue_first(victim)
         return victim
 
-    def _wait_first(self, sequence: S) -> None:
+    def _queue_first(self, sequence: S) -> None:
         sequence.computed = 0
         self.waiting[sequence] = None
         self.waiting.move_to_end(sequence, last=False)
 
     def _leave(self, sequence: S) -> None:
+        """End a sequence's run; `running` is updated by the caller."""
         sequence.running = False
-        if sequence is self._partial:
-            self._partial = None
+        if sequence is self._prefilling:
+            self._prefilling = None
         self.kv_tokens -= sequence.computed
 
     def _release(self, sequence: S) -> None:
         self._leave(sequence)
         self.free(sequence)
+
+
+def _blocks(tokens: int, block_size: int) -> int:
+    """Return the number of blocks that hold `tokens` tokens."""
+    return -(-tokens // block_size)

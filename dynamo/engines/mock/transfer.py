@@ -1,8 +1,8 @@
-"""KV that goes from one mock engine to another: the blocks wait at the engine that has computed them until one fetches them.
+"""KV transfer between mock engines: a server keeps the blocks of computed prompts until another engine fetches them.
 
-A fetch is a TCP connection that names what it wants, is told whether it is there, and is closed when the modelled time
-of the transfer is over. So the lender knows when its blocks are free again, the other one when the lender is gone, and
-either may be killed at any moment.
+A fetch is a TCP connection: the client names the KV, the server answers whether it has it, and the client closes the
+connection when the modelled time of the transfer is over. So the server knows when its blocks are free again, the client
+notices when the server is lost, and either process may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -19,120 +19,126 @@ from dynamo.errors import ConfigError, EngineError, TransportError
 from dynamo.transport.network import advertised_host, bound_host, listening_socket
 
 FETCH_TIMEOUT_S = 2.0
-"""to connect and to be told"""
-_THERE, _GONE = b"there\n", b"gone\n"
+"""for the connection, and for the server's answer"""
+_AVAILABLE = b"available\n"
+_UNAVAILABLE = b"unavailable\n"
 
 
-class KvPlace(msgspec.Struct):
-    """Where KV waits: a request's `kv_transfer`."""
+class KvSource(msgspec.Struct):
+    """Address of a prompt's KV: the `kv_transfer` of a request."""
 
     host: str
     port: int
     name: str
     cached_tokens: int
-    """of the prompt, which the lender had in its prefix cache"""
+    """prompt tokens that the engine which computed it had in its prefix cache"""
 
 
-class KvLender:
-    """Keeps KV for others, each for `lease_s` seconds at most before somebody begins to fetch it."""
+class KvLeaseServer:
+    """Keeps KV for other engines, each prompt's for at most `lease_s` seconds until a fetch begins."""
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
         self.expired = 0
-        """how many nobody began to fetch in time"""
-        self._kept: dict[str, tuple[Callable[[], None], asyncio.TimerHandle]] = {}
+        """leases that ended before a fetch began"""
+        self._leases: dict[str, tuple[Callable[[], None], asyncio.TimerHandle]] = {}
         self._server: asyncio.Server | None = None
-        self._takers: set[asyncio.StreamWriter] = set()
+        self._connections: set[asyncio.StreamWriter] = set()
         self._opening = asyncio.Lock()
         self._host = ""
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._leases)
 
     async def open(self) -> None:
-        """Listen, unless it does so already."""
+        """Start listening; no-op if it listens already. Raises EngineError if no port can be opened."""
         async with self._opening:
             if self._server is None:
                 nats_url = os.environ.get("NATS_SERVER", "")
                 try:
                     listener = listening_socket(bound_host(nats_url))
                 except (ConfigError, TransportError) as error:
-                    raise EngineError(f"the mock engine cannot lend KV: {error.message}", hint=error.hint) from None
-                self._server = await asyncio.start_server(self._lend, sock=listener)
-                self._host = advertised_host(nats_url)  # looked up once: it may ask a name server
+                    raise EngineError(
+                        f"the mock engine cannot serve KV to others: {error.message}", hint=error.hint
+                    ) from None
+                self._server = await asyncio.start_server(self._serve, sock=listener)
+                self._host = advertised_host(nats_url)  # resolved once: it may query a name server
 
-    def keep(self, name: str, free: Callable[[], None]) -> None:
-        """`free` is called once: when the KV was fetched, dropped, or its lease is over."""
-        self._kept[name] = free, asyncio.get_running_loop().call_later(self._lease_s, self._expire, name)
+    def lease(self, name: str, free: Callable[[], None]) -> None:
+        """Keep KV under `name`. `free` is called once: when it was fetched or released, or the lease has expired."""
+        self._leases[name] = free, asyncio.get_running_loop().call_later(self._lease_s, self._expire, name)
 
     def _expire(self, name: str) -> None:
         self.expired += 1
-        self.drop(name)
+        self.release(name)
 
-    def drop(self, name: str) -> None:
-        if name in self._kept:
-            free, lease = self._kept.pop(name)
-            lease.cancel()
+    def release(self, name: str) -> None:
+        """End a lease and free its KV; no-op if it has ended."""
+        if name in self._leases:
+            free, timer = self._leases.pop(name)
+            timer.cancel()
             free()
 
-    def place(self, name: str, cached_tokens: int) -> dict[str, Any]:
+    def source(self, name: str, cached_tokens: int) -> dict[str, Any]:
+        """Return the `KvSource` of a lease as a dict, for `GenerateRequest.kv_transfer`."""
         assert self._server is not None
         port = self._server.sockets[0].getsockname()[1]
-        found: dict[str, Any] = msgspec.to_builtins(KvPlace(self._host, port, name, cached_tokens))
-        return found
+        source: dict[str, Any] = msgspec.to_builtins(KvSource(self._host, port, name, cached_tokens))
+        return source
 
-    async def _lend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         free: Callable[[], None] | None = None
-        self._takers.add(writer)
+        self._connections.add(writer)
         try:
             name = (await reader.readline()).decode(errors="replace").strip()
-            if name in self._kept:
-                free, lease = self._kept.pop(name)
-                lease.cancel()
-            writer.write(_GONE if free is None else _THERE)
-            await reader.read()  # until the other end closes
+            if name in self._leases:
+                free, timer = self._leases.pop(name)
+                timer.cancel()
+            writer.write(_UNAVAILABLE if free is None else _AVAILABLE)
+            await reader.read()  # until the client closes
         except OSError:
             pass
         finally:
             if free is not None:
                 free()
-            self._takers.discard(writer)
+            self._connections.discard(writer)
             writer.close()
 
     async def close(self) -> None:
-        for name in list(self._kept):
-            self.drop(name)
+        """End all leases and close all connections."""
+        for name in list(self._leases):
+            self.release(name)
         if self._server is not None:
             self._server.close()
-        for writer in self._takers:
+        for writer in self._connections:
             writer.close()
 
 
-async def fetch(place: KvPlace, seconds: float) -> None:
-    """Returns when the transfer, which takes so long, is done: the lender has freed the KV, or is about to.
+async def fetch(source: KvSource, seconds: float) -> None:
+    """Wait `seconds`, the modelled time of the transfer; then the server frees the KV.
 
-    Raises EngineError when it is not there, or the lender goes away meanwhile.
+    Raises EngineError if the server does not have the KV, or is lost in the meantime.
     """
     try:
         async with asyncio.timeout(FETCH_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(place.host, place.port)
+            reader, writer = await asyncio.open_connection(source.host, source.port)
     except (OSError, TimeoutError) as error:
-        raise _not_fetched(place, repr(error)) from None
+        raise _not_fetched(source, repr(error)) from None
     try:
         async with asyncio.timeout(FETCH_TIMEOUT_S):
-            writer.write(f"{place.name}\n".encode())
+            writer.write(f"{source.name}\n".encode())
             answer = await reader.readline()
-        if answer != _THERE:
-            raise _not_fetched(place, "it is not there any more")
+        if answer != _AVAILABLE:
+            raise _not_fetched(source, "it is no longer available")
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await reader.read(1)
-                raise _not_fetched(place, "the lender has gone")
+                raise _not_fetched(source, "the connection was lost")
     except (OSError, TimeoutError) as error:
-        raise _not_fetched(place, repr(error)) from None
+        raise _not_fetched(source, repr(error)) from None
     finally:
         writer.close()
 
 
-def _not_fetched(place: KvPlace, reason: str) -> EngineError:
-    return EngineError(f"KV not fetched from {place.host}:{place.port}: {reason}")
+def _not_fetched(source: KvSource, reason: str) -> EngineError:
+    return EngineError(f"KV not fetched from {source.host}:{source.port}: {reason}")

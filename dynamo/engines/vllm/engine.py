@@ -106,7 +106,7 @@ class VllmEngine:
         except Exception as error:
             raise _not_started(error) from error
         nodes.started()
-        return EngineInfo(config.model_config.max_model_len, 0, 0, part_of=str(nodes))
+        return EngineInfo(config.model_config.max_model_len, 0, 0, headless=str(nodes))
 
     def _listen(self, config: Any, ranks: int) -> None:
         if self._listener is not None:
