@@ -76,10 +76,10 @@ class FakeBackend:
     def models(self) -> list[ServedModel]:
         return self.served
 
-    def endpoints(self) -> dict[str, int]:
+    def instance_counts(self) -> dict[str, int]:
         return {"Processor": len(self.served)}
 
-    def fault(self) -> str:
+    def unavailable_reason(self) -> str:
         return self.broken
 
 
@@ -125,7 +125,9 @@ async def site(
     **options: Any,
 ) -> AsyncIterator[Site]:
     backend = FakeBackend(script)
-    server = HttpServer(around(create_app(backend, fault=backend.fault, **options)), "127.0.0.1", free_port())
+    server = HttpServer(
+        around(create_app(backend, unavailable_reason=backend.unavailable_reason, **options)), "127.0.0.1", free_port()
+    )
     await server.start()
     try:
         yield Site(server.url, server.port, backend, server)

@@ -1,4 +1,4 @@
-"""OpenAI's requests as pydantic models, checked at the HTTP edge, and their translation into our own messages.
+"""OpenAI's request schemas as pydantic models, and their translation into the messages between processes.
 
 Names, ranges and defaults follow OpenAI's API reference; the extra sampling fields are vLLM's.
 """
@@ -12,9 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from dynamo.errors import RequestError
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, RouterMode, Routing, Sampling
 from dynamo.openai import json_schema
-from dynamo.openai.validation import parse, shown_type
-
-__all__ = ["ChatCompletionRequest", "SamplingFields", "TextCompletionRequest", "parse"]
+from dynamo.openai.validation import type_in_words
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 128
@@ -36,11 +34,11 @@ def _stop_strings(value: Any) -> list[str]:
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """One prompt or several, as text or as token ids."""
+    """Return a list of prompts, each as text or as token ids, from one prompt or several."""
     if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
         value = [value]
     if not isinstance(value, list):
-        raise ValueError(f"expected a string or an array, but got {shown_type(value)}")
+        raise ValueError(f"expected a string or an array, but got {type_in_words(value)}")
     if not value:
         raise ValueError("there is no prompt")
     if len(value) > MAX_PROMPTS:
@@ -54,7 +52,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 def _logit_bias(value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
-        raise ValueError(f"expected an object, but got {shown_type(value)}")
+        raise ValueError(f"expected an object, but got {type_in_words(value)}")
     for token, bias in value.items():
         if not (token.isascii() and token.isdecimal()):
             raise ValueError(f"{token!r:.40} is not a token id")
@@ -67,7 +65,7 @@ def _content(value: Any) -> str | list[dict[str, Any]]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise ValueError(f"expected a string or an array of content parts, but got {shown_type(value)}")
+        raise ValueError(f"expected a string or an array of content parts, but got {type_in_words(value)}")
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise ValueError("each content part is an object with a type")
@@ -75,7 +73,7 @@ def _content(value: Any) -> str | list[dict[str, Any]]:
 
 
 def _instance_id(value: Any) -> Any:
-    """Hexadecimal, as `dynamo status` shows it."""
+    """Read an instance id, hexadecimal as `dynamo status` shows it."""
     try:
         return int(value, 16) if isinstance(value, str) else value
     except ValueError:
@@ -83,7 +81,7 @@ def _instance_id(value: Any) -> Any:
 
 
 class _Strict(BaseModel):
-    """No conversions: "1" is not a number. Unknown fields are kept, to be reported or handed on."""
+    """A model without conversions: "1" is not a number. Unknown fields are kept, to be reported or passed on."""
 
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
@@ -103,7 +101,7 @@ class StructuredOutputs(_Strict):
 
 
 class Extensions(_Strict):
-    """`nvext`, where Dynamo keeps what OpenAI has no field for: here, how the request is routed."""
+    """`nvext`, Dynamo's extensions to OpenAI's requests: here, how the request is routed."""
 
     router: RouterMode | None = None
     router_temperature: float | None = Field(None, ge=0)
@@ -116,7 +114,7 @@ class Extensions(_Strict):
 
 
 class SamplingFields(_Strict):
-    """What chat and text completions share. Unknown fields are kept and reported, not refused, as vLLM does."""
+    """Fields of both chat and text completions. Unknown fields are kept and reported, not refused, as vLLM does."""
 
     model: str = ""
     stream: bool = False
@@ -130,7 +128,7 @@ class SamplingFields(_Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[list[str], PlainValidator(_stop_strings, json_schema_input_type=str | list[str])] = []
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_logit_bias)] = None
-    # accepted, without effect here
+    # accepted without effect
     user: str | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
@@ -162,7 +160,7 @@ class SamplingFields(_Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _constraints(self) -> dict[str, tuple[str, Any]]:
-        """Kind of structured output -> (parameter that asks for it, its value)."""
+        """Return kind of structured output -> (parameter that asks for it, its value)."""
         found = {
             "json": ("guided_json", self.guided_json),
             "regex": ("guided_regex", self.guided_regex),
@@ -179,12 +177,12 @@ class SamplingFields(_Strict):
         result: dict[str, tuple[str, Any]] = {}
         for kind, name, value in asked:
             if value is not None:
-                _only_one(result, name)
+                _refuse_second(result, name)
                 result[kind] = (name, value)
         return result
 
     def _sampling(self, max_tokens: int | None, logprobs: int | None) -> Sampling:
-        """Raises RequestError for fields that do not go together."""
+        """Return the sampling parameters. Raises RequestError for fields that do not go together."""
         if self.stream_options is not None and not self.stream:
             raise RequestError(
                 "The 'stream_options' parameter is only allowed when 'stream' is true.", param="stream_options"
@@ -224,18 +222,20 @@ class SamplingFields(_Strict):
         )
 
 
-def _only_one(found: dict[str, tuple[str, Any]], name: str) -> None:
+def _refuse_second(found: dict[str, tuple[str, Any]], name: str) -> None:
+    """Raise RequestError if another kind of structured output is asked for already."""
     for other, _ in found.values():
         raise RequestError(f"'{name}' cannot be given together with '{other}'.", param=name)
 
 
 def _check_schema(schema: dict[str, Any], name: str) -> None:
-    found = json_schema.fault(schema, name)
+    found = json_schema.find_error(schema, name)
     if found is not None:
-        raise RequestError(f"Invalid schema for '{name}': {found[0]}: {found[1]}.", param=name)
+        where, reason = found
+        raise RequestError(f"Invalid schema for '{name}': {where}: {reason}.", param=name)
 
 
-class Message(_Strict):
+class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[str | list[dict[str, Any]], PlainValidator(_content, json_schema_input_type=Any)] | None = None
     tool_calls: list[dict[str, Any]] | None = None
@@ -243,14 +243,14 @@ class Message(_Strict):
     name: str | None = None
 
 
-class JsonSchema(_Strict):
+class JsonSchemaFormat(_Strict):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: JsonSchemaFormat | None = None
 
 
 class FunctionDefinition(_Strict):
@@ -266,14 +266,14 @@ class Tool(_Strict):
 class ChatCompletionRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] = []
     tool_choice: str | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
-    # accepted, without effect here
+    # accepted without effect
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
@@ -286,7 +286,7 @@ class ChatCompletionRequest(SamplingFields):
     continue_final_message: bool = False
 
     def to_request(self) -> ChatRequest:
-        """Raises RequestError for combinations that make no sense."""
+        """Return the message for a Processor. Raises RequestError for combinations that make no sense."""
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("The 'top_logprobs' parameter needs 'logprobs' to be true.", param="top_logprobs")
         self._check_tools()
@@ -312,7 +312,7 @@ class ChatCompletionRequest(SamplingFields):
         wanted = self.response_format
         if wanted is None or wanted.type == "text":
             return found
-        _only_one(found, "response_format")
+        _refuse_second(found, "response_format")
         if wanted.type == "json_object":
             return {"json_object": ("response_format", True)}
         if wanted.json_schema is None:
@@ -357,7 +357,7 @@ class TextCompletionRequest(SamplingFields):
     suffix: str | None = None
 
     def to_requests(self) -> list[CompletionRequest]:
-        """One request for each prompt. Raises RequestError for what is not supported."""
+        """Return one message for each prompt. Raises RequestError for unsupported fields."""
         if self.suffix:
             raise RequestError("'suffix' is not supported.", param="suffix")
         if self.best_of is not None and self.best_of != self.n:

@@ -23,7 +23,7 @@ from dynamo.sdk.endpoint import LIVENESS_PATH, READINESS_PATH, Hook, probes
 from dynamo.sdk.spec import spec_of
 
 if TYPE_CHECKING:
-    from dynamo.http.api_app import ApiServer
+    from dynamo.http.server import HttpServer
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class HttpService:
         self._settings, self._entry, self._workers, self._run_dir = settings, entry, workers, run_dir
         self._metrics = metrics
         self._spec = spec_of(self._cls)
-        self._server: ApiServer | None = None
-        self._system: ApiServer | None = None
+        self._server: HttpServer | None = None
+        self._system: HttpServer | None = None
         self.starting = True
         """until the start hooks are done, probes answer without the component's methods: healthy, and not ready"""
 
@@ -65,7 +65,8 @@ class HttpService:
         """
         if not _enabled(SYSTEM_APP):
             return
-        from dynamo.http.api_app import ApiServer, create_api, listen
+        from dynamo.http.api_app import create_api
+        from dynamo.http.server import HttpServer, listen
 
         host, port = get_system_app_host_port()
         try:
@@ -74,7 +75,7 @@ class HttpService:
             hint = f"give the port to one service: {self._spec.name}.ServiceArgs.envs.DYNAMO_SYSTEM_APP_PORT"
             raise StartError(f"system app of {self._spec.name}: {error.message}", hint=hint) from None
         app = create_api(self._spec.system_app, f"{self._spec.name}-system", [], self._checks(), self._metrics)
-        self._system = ApiServer(app, host, listener)
+        self._system = HttpServer(app, host, listener.getsockname()[1], listener, lifespan="auto")
         await self._system.start()
         logger.info("system app: %s", self._system.url)
 
@@ -82,12 +83,14 @@ class HttpService:
         """Accept requests for `@api` methods; gives the URL. None: the service has nothing to do with HTTP."""
         if not self._spec.routes and self._spec.app is None:
             return None
-        from dynamo.http.api_app import Answer, ApiServer, create_api  # FastAPI, only where it is used
+        from dynamo.http.api_app import BoundRoute, create_api  # FastAPI, only where it is used
+        from dynamo.http.server import HttpServer
 
-        answers = [Answer(r.path, r.verb, getattr(self._instance, r.method)) for r in self._spec.routes]
-        app = create_api(self._spec.app, self._spec.name, answers, self._checks())
+        routes = [BoundRoute(r.path, r.verb, getattr(self._instance, r.method)) for r in self._spec.routes]
+        app = create_api(self._spec.app, self._spec.name, routes, self._checks())
         host, port = http_address(self._cls, self._settings, entry=self._entry)
-        self._server = ApiServer(app, host, self.listen(host, port))
+        listener = self.listen(host, port)
+        self._server = HttpServer(app, host, listener.getsockname()[1], listener, lifespan="auto")
         await self._server.start()
         return self._server.url
 
@@ -95,7 +98,7 @@ class HttpService:
         """For the server of this service, one socket in each of its workers: the kernel spreads connections over those
         that live. Raises StartError when the port is taken.
         """
-        from dynamo.http.api_app import listen
+        from dynamo.http.server import listen
 
         if self._run_dir is None:
             return listen(host, port)
@@ -139,7 +142,7 @@ class HttpService:
         return check
 
 
-async def _stop(server: ApiServer | None, limit_s: float) -> None:
+async def _stop(server: HttpServer | None, limit_s: float) -> None:
     if server is not None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(server.stop(), limit_s)

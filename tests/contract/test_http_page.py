@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dynamo.openai.app import PAGE
+from dynamo.openai.info_routes import PAGE
 from tests.http_backend import MODEL, Call, Site, free_port, site
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

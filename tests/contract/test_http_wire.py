@@ -15,7 +15,7 @@ import uvloop
 from dynamo.errors import StartError
 from dynamo.http.server import HttpServer
 from dynamo.llm.protocol import Delta
-from dynamo.openai import streaming
+from dynamo.openai import backlog, streaming
 from dynamo.openai.app import create_app
 from tests.http_backend import Call, FakeBackend, Site, chat, events, post, site, without_direct
 
@@ -305,7 +305,7 @@ async def test_a_slow_client_loses_nothing_and_holds_up_nobody(served: Site) -> 
         if i % 1000 == 0:
             await asyncio.sleep(0)
             most = max(most, _waiting_deltas())
-    assert streaming.MERGE_ABOVE < most <= 60_000 / 8
+    assert backlog.MERGE_ABOVE < most <= 60_000 / 8
     # others are served meanwhile
     reader, writer = await connect(served)
     writer.write(post(PATH, chat()))
@@ -338,8 +338,8 @@ def _waiting_deltas() -> int:
         coroutine = task.get_coro()
         while coroutine is not None and getattr(coroutine, "cr_frame", None) is not None:
             found = coroutine.cr_frame.f_locals.get("self")
-            if isinstance(found, streaming.Events):
-                kept = max(kept, len(found._waiting))
+            if isinstance(found, streaming.EventStreamWriter):
+                kept = max(kept, len(found._backlog.deltas))
             coroutine = coroutine.cr_await
     return kept
 

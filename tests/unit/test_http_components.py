@@ -140,20 +140,20 @@ def frontend(processors: Caller) -> Frontend:
 def test_models_need_a_card_and_a_processor(frontend: Frontend, processors: Caller) -> None:
     assert frontend.models() == []
     assert not frontend.ready()
-    frontend.take_cards({"models/tiny/1": card(), "models/tiny/2": card(), "models/other/3": card("other")})
+    frontend.update_models({"models/tiny/1": card(), "models/tiny/2": card(), "models/other/3": card("other")})
     assert [m.name for m in frontend.models()] == ["other", "tiny"]
     assert frontend.ready()
-    assert frontend.endpoints() == {"Processor": 1}
+    assert frontend.instance_counts() == {"Processor": 1}
     processors.instances.clear()
     assert frontend.models() == []
     assert not frontend.ready()
     processors.instances.append(5)
-    frontend.take_cards({})
+    frontend.update_models({})
     assert frontend.models() == []
 
 
 def test_cards_of_another_version_are_left_out(frontend: Frontend, caplog: pytest.LogCaptureFixture) -> None:
-    frontend.take_cards({"models/bad/1": b'{"name": 5}', "models/worse/2": b"\xff", "models/tiny/3": card()})
+    frontend.update_models({"models/bad/1": b'{"name": 5}', "models/worse/2": b"\xff", "models/tiny/3": card()})
     assert [m.name for m in frontend.models()] == ["tiny"]
     assert "models/bad/1" in caplog.text
 
@@ -162,7 +162,7 @@ def test_cards_of_another_version_are_left_out(frontend: Frontend, caplog: pytes
 def test_served_names(names: Any, processors: Caller) -> None:
     found = Frontend(served_model_name=names)
     bind(found, processor=Stub(spec_of(Processor), processors))
-    found.take_cards({"models/tiny/1": card()})
+    found.update_models({"models/tiny/1": card()})
     assert [m.name for m in found.models()] == (["alias"] if names == "alias" else ["alias", "second"])
     assert found.models()[0].root == "s"
 

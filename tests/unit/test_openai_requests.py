@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dynamo.errors import RequestError
 from dynamo.llm.protocol import ChatRequest, CompletionRequest
 from dynamo.openai import json_schema
-from dynamo.openai.schema import MAX_PROMPTS, ChatCompletionRequest, TextCompletionRequest, parse
+from dynamo.openai.schema import MAX_PROMPTS, ChatCompletionRequest, TextCompletionRequest
+from dynamo.openai.validation import parse
 
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 
@@ -135,7 +136,7 @@ def test_structured_output_at_fault() -> None:
     assert fault(chat, response_format=wanted("text")).param == "response_format.json_schema.schema"
     wrong = fault(chat, response_format=wanted({"type": "object", "properties": {"a": {"type": "int"}}}))
     assert wrong.param == "response_format.json_schema.schema"
-    assert "properties.a.type: 'int' is no type" in wrong.message
+    assert "properties.a.type: 'int' is not one of ['array', " in wrong.message
     assert fault(chat, response_format={"type": "json_object"}, guided_regex="a").param == "response_format"
     assert fault(chat, guided_regex="a", guided_choice=["a"]).param == "guided_choice"
     assert fault(chat, guided_choice=[]).param == "guided_choice"
@@ -226,7 +227,7 @@ def test_any_json_is_accepted_or_refused_with_a_request_error(fields: dict[str, 
 
 @given(JSON)
 def test_any_json_is_a_schema_or_has_a_fault(value: Any) -> None:
-    found = json_schema.fault(value, "schema")
+    found = json_schema.find_error(value, "schema")
     assert found is None or found[0].startswith("schema")
 
 
@@ -237,28 +238,37 @@ def test_schemas() -> None:
         {"type": ["string", "null"], "enum": ["a", None]},
         {"$defs": {"n": {"type": "number", "exclusiveMinimum": 0}}, "anyOf": [{"$ref": "#/$defs/n"}, False]},
         {"type": "array", "items": {"type": "string"}, "minItems": 1, "x-own": 5},
-        {"items": [{"type": "string"}, {"type": "number"}]},
+        {"items": [{"type": "string"}, {"type": "number"}], "required": True, "exclusiveMinimum": True},
         {"properties": {"type": {"type": "string"}, "required": {"const": 1}}, "additionalProperties": False},
     ]
     for schema in sound:
-        assert json_schema.fault(schema, "s") is None
+        assert json_schema.find_error(schema, "s") is None
     wrong: list[tuple[Any, str]] = [
         ({"type": "strnig"}, "s.type"),
         ({"properties": []}, "s.properties"),
         ({"properties": {"a": {"items": {"type": 5}}}}, "s.properties.a.items.type"),
         ({"anyOf": []}, "s.anyOf"),
         ({"enum": []}, "s.enum"),
-        ({"required": [1]}, "s.required"),
+        ({"required": [1]}, "s.required.0"),
         ({"minLength": -1}, "s.minLength"),
         ({"maximum": "9"}, "s.maximum"),
         ({"$ref": 5}, "s.$ref"),
         ({"additionalProperties": "no"}, "s.additionalProperties"),
+        ({"items": [{"type": "string"}, {"type": "int"}]}, "s.items.1.type"),
+        ({"minItems": True}, "s.minItems"),
     ]
     for schema, path in wrong:
-        found = json_schema.fault(schema, "s")
+        found = json_schema.find_error(schema, "s")
         assert found is not None
         assert found[0] == path
     deep: Any = {}
     for _ in range(200):
         deep = {"not": deep}
-    assert json_schema.fault(deep, "s") is not None
+    assert json_schema.find_error(deep, "s") == ("s", "nested more than 128 deep")
+    nested: Any = {}
+    for _ in range(30):
+        nested = {"properties": {"a": {"type": "array", "items": nested}}}
+    assert json_schema.find_error(nested, "s") is None
+    long = json_schema.find_error({"type": "x" * 1000}, "s")
+    assert long is not None
+    assert len(long[1]) < 300
