@@ -1,4 +1,4 @@
-"""Processor and Frontend as plain Python: constructed, bound to fakes, called."""
+"""Processor and Frontend as plain Python objects, bound to fakes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dynamo.sdk.spec import spec_of
 
 
 class Caller:
-    """Behind a dependency: notes how it was called, answers with the mock engine."""
+    """The transport behind a dependency: records the calls and answers with the mock engine."""
 
     def __init__(self, answer: Callable[[Any], Stream[Delta]], instances: list[int]) -> None:
         self.answer, self.instances = answer, instances
@@ -152,7 +152,7 @@ def test_models_need_a_card_and_a_processor(frontend: Frontend, processors: Call
     assert frontend.models() == []
 
 
-def test_cards_of_another_version_are_left_out(frontend: Frontend, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_cards_are_skipped(frontend: Frontend, caplog: pytest.LogCaptureFixture) -> None:
     frontend.update_models({"models/bad/1": b'{"name": 5}', "models/worse/2": b"\xff", "models/tiny/3": card()})
     assert [m.name for m in frontend.models()] == ["tiny"]
     assert "models/bad/1" in caplog.text

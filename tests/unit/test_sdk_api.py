@@ -1,4 +1,4 @@
-"""`@api`: what it marks, and what a client of the mounted application sees."""
+"""`@api`: the marks on a service, and the HTTP behaviour of the mounted application."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ async def test_bodies_that_do_not_fit(client: httpx.AsyncClient, path: str) -> N
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
-    """OpenAI's error object, after a check that nothing else is in the answer."""
+    """Return OpenAI's error object, after a check that the response has nothing else."""
     assert answer.headers["content-type"] == "application/json"
     assert answer.json().keys() == {"error"}
     error: dict[str, Any] = answer.json()["error"]
@@ -422,7 +422,7 @@ def test_routes_are_inherited_and_can_be_ended() -> None:
     assert spec_of(service(ManagedProcess)).endpoints == {}
 
 
-def test_what_api_refuses() -> None:
+def test_invalid_uses_of_api() -> None:
     with pytest.raises(GraphError, match="goes on a method"):
         api(int)
     for name in ("a b", "a?b"):
