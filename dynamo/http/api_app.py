@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from dynamo.errors import GraphError
 from dynamo.http.api_route import handler, read_form_as_json, takes_json
-from dynamo.http.error_handlers import add_error_handlers
+from dynamo.http.error_handlers import ERROR_RESPONSES, add_error_handlers
 from dynamo.http.middleware import RequestIds
 from dynamo.http.prometheus_text import CONTENT_TYPE
 
@@ -79,6 +79,7 @@ def _add_route(app: FastAPI, title: str, route: BoundRoute) -> None:
             methods=[route.verb],
             name=name,
             description=inspect.getdoc(route.method) or "",
+            responses=ERROR_RESPONSES,
             response_model=None,  # a method's result is sent as it is, not converted to its annotation
         )
     except Exception as error:  # such as an annotation that is no type for a request

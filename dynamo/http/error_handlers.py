@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import exception_handlers as fastapi_defaults
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,6 +24,23 @@ from dynamo.http.access_log import log_rejected
 _REPLACED = (fastapi_defaults.http_exception_handler, fastapi_defaults.request_validation_exception_handler)
 """FastAPI registers these in every application; they answer `{"detail": ...}`."""
 MAX_REPORTED_PROBLEMS = 5
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error, for the OpenAPI schema."""
+
+    error: ErrorDetail
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorResponse, "description": "Error"}}
+"""FastAPI's `responses` of a route; they replace the 422 that it documents by itself."""
 
 
 def add_error_handlers(app: Starlette) -> None:

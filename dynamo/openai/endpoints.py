@@ -70,7 +70,7 @@ class RouteContext:
         self.metrics = FrontendMetrics(lambda: [model.name for model in backend.models()])
         self._reported_fields: set[str] = set()
 
-    def model(self, name: str) -> ServedModel:
+    def find_model(self, name: str) -> ServedModel:
         """Return the model that a request names; for an empty name, the only model.
 
         Raises ModelNotFoundError, RequestError for an empty name if there are several models, and UnavailableError while
@@ -165,7 +165,7 @@ class ChatCompletions(GeneratingRoute):
     def _prepare(self, body: bytes, request_id: str) -> PreparedRequest:
         given = parse(ChatCompletionRequest, body)
         request = given.to_request()
-        request.model = self._shared.model(given.model).name
+        request.model = self._shared.find_model(given.model).name
         self._shared.report_unknown(given)
         sampling = request.sampling
         builder = ChatResponseBuilder(
@@ -188,7 +188,7 @@ class Completions(GeneratingRoute):
     def _prepare(self, body: bytes, request_id: str) -> PreparedRequest:
         given = parse(TextCompletionRequest, body)
         requests = given.to_requests()
-        model = self._shared.model(given.model).name
+        model = self._shared.find_model(given.model).name
         self._shared.report_unknown(given)
         for request in requests:
             request.model = model

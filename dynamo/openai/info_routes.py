@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from dynamo.errors import ModelNotFoundError
+from dynamo.http.error_handlers import ERROR_RESPONSES
 from dynamo.http.prometheus_text import http_sd, load, merge
 from dynamo.llm.protocol import ServedModel
 from dynamo.openai.backend import Backend
@@ -79,7 +80,7 @@ def add_info_routes(
         ("/metrics/targets", metrics_targets, "Prometheus' list of the hosts to scrape"),
         ("/", index, "A page to try the models"),
     ):
-        app.add_api_route(path, answer, methods=["GET"], summary=summary)
+        app.add_api_route(path, answer, methods=["GET"], summary=summary, responses=ERROR_RESPONSES)
         app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
 
 

@@ -5,79 +5,16 @@ Names, ranges and defaults follow OpenAI's API reference; the extra sampling fie
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field
 
 from dynamo.errors import RequestError
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, RouterMode, Routing, Sampling
-from dynamo.openai import json_schema
-from dynamo.openai.validation import type_in_words
+from dynamo.openai import field_types, json_schema
 
-MAX_STOP_STRINGS = 4
 MAX_CHOICES = 128
-MAX_PROMPTS = 1024
 MAX_LOGPROBS = 20
-
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-
-
-def _stop_strings(value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("expected a string or an array of strings")
-    if len(texts) > MAX_STOP_STRINGS:
-        raise ValueError(f"expected at most {MAX_STOP_STRINGS} strings, but got {len(texts)}")
-    if not all(texts):
-        raise ValueError("a stop string cannot be empty")
-    return texts
-
-
-def _prompts(value: Any) -> list[str | list[int]]:
-    """Return a list of prompts, each as text or as token ids, from one prompt or several."""
-    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
-        value = [value]
-    if not isinstance(value, list):
-        raise ValueError(f"expected a string or an array, but got {type_in_words(value)}")
-    if not value:
-        raise ValueError("there is no prompt")
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"expected at most {MAX_PROMPTS} prompts, but got {len(value)}")
-    for prompt in value:
-        tokens = isinstance(prompt, list) and set(map(type, prompt)) <= {int}
-        if not tokens and not isinstance(prompt, str):
-            raise ValueError("expected a string, an array of strings, of token ids, or of arrays of token ids")
-    return value
-
-
-def _logit_bias(value: Any) -> dict[str, float]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, but got {type_in_words(value)}")
-    for token, bias in value.items():
-        if not (token.isascii() and token.isdecimal()):
-            raise ValueError(f"{token!r:.40} is not a token id")
-        if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise ValueError(f"the bias of token {token} is not a number from -100 to 100")
-    return value
-
-
-def _content(value: Any) -> str | list[dict[str, Any]]:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"expected a string or an array of content parts, but got {type_in_words(value)}")
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError("each content part is an object with a type")
-    return value
-
-
-def _instance_id(value: Any) -> Any:
-    """Read an instance id, hexadecimal as `dynamo status` shows it."""
-    try:
-        return int(value, 16) if isinstance(value, str) else value
-    except ValueError:
-        raise ValueError(f"{value!r:.40} is not an instance id") from None
 
 
 class _Strict(BaseModel):
@@ -106,7 +43,7 @@ class Extensions(_Strict):
     router: RouterMode | None = None
     router_temperature: float | None = Field(None, ge=0)
     overlap_score_credit: float | None = Field(None, ge=0)
-    backend_instance_id: Annotated[int | None, BeforeValidator(_instance_id)] = None
+    backend_instance_id: field_types.InstanceId = None
 
     def routing(self) -> Routing | None:
         found = Routing(self.router, self.router_temperature, self.overlap_score_credit, self.backend_instance_id)
@@ -126,8 +63,8 @@ class SamplingFields(_Strict):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[str], PlainValidator(_stop_strings, json_schema_input_type=str | list[str])] = []
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_logit_bias)] = None
+    stop: field_types.StopStrings = []
+    logit_bias: field_types.LogitBias = None
     # accepted without effect
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -237,7 +174,7 @@ def _check_schema(schema: dict[str, Any], name: str) -> None:
 
 class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str | list[dict[str, Any]], PlainValidator(_content, json_schema_input_type=Any)] | None = None
+    content: field_types.Content | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     name: str | None = None
@@ -254,7 +191,7 @@ class ResponseFormat(_Strict):
 
 
 class FunctionDefinition(_Strict):
-    name: NonEmpty
+    name: field_types.NonEmpty
     parameters: dict[str, Any] | None = None
 
 
@@ -347,10 +284,7 @@ class ChatCompletionRequest(SamplingFields):
 class TextCompletionRequest(SamplingFields):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[
-        list[str | list[int]],
-        PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-    ]
+    prompt: field_types.Prompts
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     best_of: int | None = None

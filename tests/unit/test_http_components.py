@@ -24,7 +24,8 @@ class Caller:
     """The transport behind a dependency: records the calls and answers with the mock engine."""
 
     def __init__(self, answer: Callable[[Any], Stream[Delta]], instances: list[int]) -> None:
-        self.answer, self.instances = answer, instances
+        self.answer = answer
+        self.instances = instances
         self.calls: list[tuple[str, Any, Choice]] = []
 
     def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:

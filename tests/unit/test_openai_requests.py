@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dynamo.errors import RequestError
 from dynamo.llm.protocol import ChatRequest, CompletionRequest
 from dynamo.openai import json_schema
-from dynamo.openai.schema import MAX_PROMPTS, ChatCompletionRequest, TextCompletionRequest
+from dynamo.openai.field_types import MAX_PROMPTS
+from dynamo.openai.schema import ChatCompletionRequest, TextCompletionRequest
 from dynamo.openai.validation import parse
 
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}

@@ -245,6 +245,7 @@ async def test_other_verbs_and_paths(client: httpx.AsyncClient) -> None:
     assert (await client.get("/readyz")).text == "no"
     paths = (await client.get("/openapi.json")).json()["paths"]
     assert {"/plain", "/users/{user}", "/many/kinds", "/scaled"} <= paths.keys()
+    assert paths["/plain"]["post"]["responses"].keys() == {"200", "default"}
     assert "/readyz" not in paths
 
 
