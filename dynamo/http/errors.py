@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import orjson
@@ -27,6 +28,7 @@ def is_expected(error: BaseException) -> bool:
 
 def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> bytes:
     """Return the JSON body of an error; `kind` is OpenAI's `type`."""
+    message = message.encode("utf-8", "replace").decode()  # JSON has no lone surrogates, Python's strings may have
     return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
@@ -48,7 +50,7 @@ def body(error: BaseException) -> bytes:
 
 def _detail(detail: Any) -> str:
     """Return the text of an HTTPException's detail; FastAPI allows any value there, which is shown as JSON."""
-    return detail if isinstance(detail, str) else orjson.dumps(detail, default=str).decode()
+    return detail if isinstance(detail, str) else json.dumps(detail, default=str, ensure_ascii=False)
 
 
 def headers(error: BaseException) -> list[tuple[bytes, bytes]]:

@@ -276,7 +276,7 @@ async def test_exceptions_of_a_method(client: httpx.AsyncClient, caplog: pytest.
         "message": "it exists", "type": "invalid_request_error", "param": None, "code": None
     }  # fmt: skip
     missing = await client.post("/refuses", json={"kind": "value"})
-    assert (missing.status_code, error_of(missing)["message"]) == (404, '{"reason":5}')
+    assert (missing.status_code, error_of(missing)["message"]) == (404, '{"reason": 5}')
     assert (await client.post("/refuses", json={"kind": "empty"})).content == b""
     assert "POST /refuses: 409 in 0.000 s: it exists" in caplog.text
     caplog.clear()
@@ -320,12 +320,12 @@ async def test_every_application_has_the_same_errors(app: Any) -> None:
 
 async def test_an_application_that_fails_by_itself_is_answered_in_json(caplog: pytest.LogCaptureFixture) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        raise RuntimeError("no luck")
+        raise RuntimeError("no luck \ud800")
 
     transport = httpx.ASGITransport(create_api(app, "any", [], {}), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
         answer = await client.get("/x")
-        assert (answer.status_code, error_of(answer)["message"]) == (500, "RuntimeError: no luck")
+        assert (answer.status_code, error_of(answer)["message"]) == (500, "RuntimeError: no luck ?")
     assert "GET /x: 500 in" in caplog.text
 
 
