@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -27,20 +27,24 @@ from dynamo.sdk import (
     service_context,
 )
 from dynamo.sdk.context import ProcessRuntime
+from dynamo.tasks import TaskSet
 
 if TYPE_CHECKING:
     from dynamo.http.server import HttpServer
 
 log = logging.getLogger(__name__)
 
-NATS_AWAY_S = 1.0
-"""/health says so from then on; a server that restarts is back sooner"""
-KNOWN_S, KNOWN_EVERY_S = 2.0, 0.02
-"""how long one of several Frontends waits for the models, and how often it looks"""
+NATS_GRACE_S = 1.0
+"""A disconnection from NATS makes /health report "unavailable" after this long; a restarting server is back sooner."""
+FIRST_MODEL_TIMEOUT_S = 2.0
+"""How long one of several Frontends waits for a model before it accepts connections."""
+FIRST_MODEL_POLL_S = 0.02
 
 
 @service(dynamo={"namespace": "dynamo"}, resources={"cpu": "10", "memory": "20Gi"}, workers=1)
 class Frontend(Service):
+    """Serves OpenAI's HTTP API, and keeps the list of models from the cards that workers publish in etcd."""
+
     worker = depends(VllmWorker)
     processor = depends(Processor)
 
@@ -62,12 +66,14 @@ class Frontend(Service):
             port: port to listen on.
             timeout_s: each request's deadline in seconds; None: no limit.
             cors_origins: sites whose pages may call this server from a browser, "*" for all; None: none.
-            api_keys: clients send one of these as a bearer token; None: those of DYN_API_KEYS (commas between), and
-                without that variable everybody is answered.
+            api_keys: clients send one of these as a bearer token; None: those of DYN_API_KEYS, separated by commas, and
+                without that variable no key is needed.
         """
         names = [served_model_name] if isinstance(served_model_name, str) else served_model_name
         self.served_model_names = names or []
-        self.host, self.port, self.timeout_s = host, port, timeout_s
+        self.host = host
+        self.port = port
+        self.timeout_s = timeout_s
         component = ".".join(Processor.dynamo_address())
         if endpoint != f"{component}.chat/completions":
             raise ConfigError(
@@ -76,20 +82,19 @@ class Frontend(Service):
         self.cors_origins = cors_origins
         self.api_keys = api_keys if api_keys is not None else os.environ.get("DYN_API_KEYS", "").split(",")
         self.api_keys = [key.strip() for key in self.api_keys if key.strip()]
-        self._served: list[ServedModel] = []
+        self._models: list[ServedModel] = []  # by the workers' cards
         self.server: HttpServer | None = None
-        self._following: asyncio.Task[None] | None = None
-        self._opening: asyncio.Task[None] | None = None
+        self._tasks = TaskSet("Frontend")
 
     @async_on_start
     async def start(self) -> None:
-        # here, so that a dry run does not import FastAPI
+        # imported here, so that a dry run does not import FastAPI
         from dynamo.http.server import HttpServer
         from dynamo.openai.app import create_app
 
         context = service_context()
         if context is not None:
-            self._following = asyncio.get_running_loop().create_task(self._follow_models(context.runtime))
+            self._tasks.spawn(self._follow_models(context.runtime), name="follow models")
         app = create_app(
             self,
             timeout_s=self.timeout_s,
@@ -97,45 +102,50 @@ class Frontend(Service):
             api_keys=self.api_keys,
             processes=context.runtime.metrics if context is not None else None,
             targets=context.scrape_targets if context is not None else None,
-            fault=self.fault,
+            unavailable_reason=self.unavailable_reason,
         )
         listen = context.listen if context is not None else None  # one port for all workers
         listener = listen(self.host, self.port) if listen is not None else None
         self.server = HttpServer(app, self.host, self.port, listener)
         if context is not None and context.workers > 1:
-            self._opening = asyncio.get_running_loop().create_task(self._open(self.server))
+            self._tasks.spawn(self._start_with_models(self.server), name="start server")
         else:
             await self.server.start()
         if context is not None:
             context.serve_at(self.server.url)
 
-    async def _open(self, server: HttpServer) -> None:
-        """Others answer meanwhile, so this one does once it knows the models. Connections that it is given wait."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(KNOWN_S):
-                while not self.ready():
-                    await asyncio.sleep(KNOWN_EVERY_S)
+    async def _start_with_models(self, server: HttpServer) -> None:
+        """Start the server once there is a model, since the service's other processes can answer until then.
+
+        Connections that the kernel gives to this process meanwhile wait.
+        """
+        give_up_at = time.monotonic() + FIRST_MODEL_TIMEOUT_S
+        while not self.ready() and time.monotonic() < give_up_at:
+            await asyncio.sleep(FIRST_MODEL_POLL_S)
         await server.start()
 
     async def _follow_models(self, runtime: ProcessRuntime) -> None:
         try:
             async for cards in runtime.follow(MODELS_PREFIX):
-                self.take_cards(cards)
+                self.update_models(cards)
         except TransportError as error:
-            log.error("the list of models is no longer followed: %s", error)
+            log.error("stopped following the list of models: %s", error)
 
-    def take_cards(self, cards: Mapping[str, bytes]) -> None:
-        """The workers' model cards, by etcd key. One that cannot be read is left out: its worker is of another version."""
+    def update_models(self, cards: Mapping[str, bytes]) -> None:
+        """Replace the list of models by those of the workers' cards, which are given by etcd key.
+
+        Unreadable cards, from workers of another version, are skipped.
+        """
         found: dict[str, ServedModel] = {}
         for key in sorted(cards):
             try:
                 card = msgspec.json.decode(cards[key], type=ModelCard)
             except msgspec.MsgspecError as error:
-                log.warning("model card %s is ignored: %s", key, error)
+                log.warning("skipped unreadable model card %s: %s", key, error)
                 continue
             for name in self.served_model_names or [card.name]:
                 found.setdefault(name, ServedModel(name, card.source, card.context_length, card.created))
-        self._served = list(found.values())
+        self._models = list(found.values())
 
     def chat(self, request: ChatRequest) -> Stream[Delta]:
         return self.processor.chat(request)
@@ -144,36 +154,32 @@ class Frontend(Service):
         return self.processor.completion(request)
 
     def models(self) -> list[ServedModel]:
-        """Models that can answer now: a worker has a card in etcd, and a Processor is there."""
-        return self._served if instance_ids(self.processor) else []
+        """Return the models that can answer now: those that a worker serves, and none without a Processor."""
+        return self._models if instance_ids(self.processor) else []
 
     @readiness
     def ready(self) -> bool:
         return bool(self.models())
 
-    def endpoints(self) -> dict[str, int]:
+    def instance_counts(self) -> dict[str, int]:
+        """Return how many Processors can be called."""
         return {"Processor": len(instance_ids(self.processor))}
 
-    def fault(self) -> str:
-        """Why nothing can be answered now; empty while all is well."""
+    def unavailable_reason(self) -> str:
+        """Return why requests cannot be answered although there are models; empty if they can."""
         context = service_context()
         over_nats = context is not None and context.runtime.requests_over_nats
         away_s = context.runtime.nats_away_s if context is not None and over_nats else 0.0
-        return f"the NATS server has been away for {away_s:.0f} s" if away_s > NATS_AWAY_S else ""
+        return f"the NATS server has been away for {away_s:.0f} s" if away_s > NATS_GRACE_S else ""
 
     @on_shutdown
     async def stop(self) -> None:
-        if self._opening is not None:
-            self._opening.cancel()
+        await self._tasks.aclose()
         if self.server is not None:
             await self.server.stop()
-        if self._following is not None:
-            self._following.cancel()
 
 
-if (
-    __name__ == "__main__"
-):  # python -m components.frontend -f configs/agg.yaml: this service alone, under a debugger too
+if __name__ == "__main__":  # python -m components.frontend -f configs/agg.yaml: this service alone, e.g. in a debugger
     from dynamo.launcher.foreground import alone
 
     alone(Frontend)

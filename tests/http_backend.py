@@ -1,4 +1,4 @@
-"""A backend that does what a test says, and a real uvicorn in front of it."""
+"""A scripted backend, and a real uvicorn server in front of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = ServedModel("tiny/model", "dynamo-tiny", 4096, 1_700_000_000)
 
 @dataclass
 class Call:
-    """One call of the backend: the request it got, and the channel that the test writes."""
+    """One call of the backend: its request, and the channel that the test writes to."""
 
     request: Any
     channel: Channel[Delta] = field(default_factory=Channel)
@@ -36,7 +36,7 @@ class Call:
         self.channel.push(Delta(text, tokens, index, "stop" if end else None, None, prompt, **more))
 
     def say(self, *texts: str, prompt: int = 5, reason: str = "length") -> None:
-        """A whole answer of one choice, a token for each text."""
+        """Push a complete response of one choice, one token for each text, and end the stream."""
         for i, text in enumerate(texts):
             last = i == len(texts) - 1
             finish: Any = reason if last else None
@@ -45,7 +45,7 @@ class Call:
 
 
 class FakeBackend:
-    """`script` runs at each call; without one the test takes the call from `next_call` and answers by hand."""
+    """A backend whose `script` answers each call; without one, the test gets each call from `next_call` and answers it."""
 
     def __init__(self, script: Callable[[Call], None] | None = None) -> None:
         self.script = script
@@ -76,15 +76,15 @@ class FakeBackend:
     def models(self) -> list[ServedModel]:
         return self.served
 
-    def endpoints(self) -> dict[str, int]:
+    def instance_counts(self) -> dict[str, int]:
         return {"Processor": len(self.served)}
 
-    def fault(self) -> str:
+    def unavailable_reason(self) -> str:
         return self.broken
 
 
 def without_direct(app: ASGIApp) -> ASGIApp:
-    """As under a server that is not uvicorn, or inside a middleware: no way to the transport."""
+    """Wrap `send`, so that the transport cannot be reached, as under servers other than uvicorn."""
 
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
         async def plain(message: Message) -> None:
@@ -97,7 +97,7 @@ def without_direct(app: ASGIApp) -> ASGIApp:
 
 @dataclass
 class Site:
-    """A server that runs."""
+    """A running server and its backend."""
 
     url: str
     port: int
@@ -106,7 +106,7 @@ class Site:
 
 
 def free_port() -> int:
-    """A port below the range of outgoing connections."""
+    """Return a free port below the kernel's range for outgoing connections."""
     for port in random.sample(range(20000, 32000), 100):
         with socket.socket() as probe:
             try:
@@ -125,7 +125,9 @@ async def site(
     **options: Any,
 ) -> AsyncIterator[Site]:
     backend = FakeBackend(script)
-    server = HttpServer(around(create_app(backend, fault=backend.fault, **options)), "127.0.0.1", free_port())
+    server = HttpServer(
+        around(create_app(backend, unavailable_reason=backend.unavailable_reason, **options)), "127.0.0.1", free_port()
+    )
     await server.start()
     try:
         yield Site(server.url, server.port, backend, server)
@@ -140,14 +142,14 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 
 def post(path: str, body: dict[str, Any] | bytes, *headers: str, version: str = "1.1") -> bytes:
-    """A request as bytes, for a raw socket."""
+    """Return a request as bytes, for a raw socket."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"POST {path} HTTP/{version}", "host: test", f"content-length: {len(data)}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
 
 
 def events(body: str) -> list[Any]:
-    """The events of a whole stream: JSON decoded, `[DONE]` as text. Fails on anything that is not `data:` or a comment."""
+    """Return the events of a whole stream, decoded, `[DONE]` as text. Fails on all but `data:` and comments."""
     found: list[Any] = []
     assert body.endswith("\n\n")
     for block in body[:-2].split("\n\n"):

@@ -1,12 +1,12 @@
-"""The line of the log about a request, when it has ended.
+"""The access log: one line for each request, when it has ended.
 
     chat_completions dynamo-tiny stream: 200 in 0.061 s, first token after 0.021 s, tokens 10 in (0 cached), 8 out
     chat_completions dynamo-tiny: 503 in 0.002 s: no instance of dynamo.VllmWorker.generate is available
     GET /v1/model: 404 in 0.000 s: Unknown request URL: GET /v1/model. See /docs.
 
-At info; at warning where the server is at fault, and at error, with its traceback, where a bug is. So
-`DYN_LOG=dynamo.http.access_log=warning` leaves out what went well. Unknown URLs are at debug, of which scanners try
-thousands. Nothing of prompts and answers is in it.
+Level info; warning where the server is at fault; error, with the traceback, for bugs. So
+`DYN_LOG=dynamo.http.access_log=warning` leaves out successful requests. Unknown URLs are logged at debug, since scanners
+try thousands of them. Prompts and answers are never logged.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from __future__ import annotations
 import logging
 from typing import Literal, NamedTuple
 
+from starlette.exceptions import HTTPException
+
 from dynamo.errors import DynamoError
-from dynamo.http.errors import status_of
+from dynamo.http.errors import is_expected, status_of
 
 log = logging.getLogger(__name__)
 
 ERROR_CHARS = 300
-"""shown of an error's text at most: it may quote what the client sent"""
+"""Maximum length of a logged error text: it may quote what the client sent."""
 
 Outcome = Literal["success", "error", "disconnect"]
 
 
 class CompletedRequest(NamedTuple):
-    """A request for tokens that was accepted. `ttft_s` None: it was no stream, or had no token."""
+    """An accepted generation request. `ttft_s` is None for responses that are no stream, and without a token."""
 
     endpoint: str
     model: str
@@ -41,12 +43,13 @@ class CompletedRequest(NamedTuple):
 
 
 def log_completed(request: CompletedRequest) -> None:
+    """Log an accepted request, however it ended."""
     level = _level(request.error)
     if not log.isEnabledFor(level):
         return
     endpoint, model, stream, outcome, error, duration_s, ttft_s, prompt, cached, output = request
     status = None if outcome == "disconnect" else 200
-    if error is not None and ttft_s is None:  # else it came in-band, after the headers
+    if error is not None and ttft_s is None:  # later errors are sent in the stream, after the headers
         status = status_of(error)
     fields = {
         "endpoint": endpoint,
@@ -73,12 +76,16 @@ def log_completed(request: CompletedRequest) -> None:
 def log_rejected(
     what: str, error: BaseException, duration_s: float = 0.0, *, status: int | None = None, level: int | None = None
 ) -> None:
-    """A request that came to nothing, `what` being its endpoint, or its method and path. `status`, `level` None: the
-    error's own."""
+    """Log a request that failed before it was accepted.
+
+    `what` is its endpoint, or its method and path. `status` and `level` default to those of the error.
+    """
     level = _level(error) if level is None else level
     if not log.isEnabledFor(level):
         return
-    status, what, shown = status or status_of(error), what[:ERROR_CHARS], _shown(error)
+    status = status or status_of(error)
+    what = what[:ERROR_CHARS]
+    shown = _shown(error)
     fields = {
         "endpoint": what,
         "outcome": "error",
@@ -89,14 +96,26 @@ def log_rejected(
     log.log(level, f"{what}: {status} in {duration_s:.3f} s: {shown}", extra=fields, exc_info=_bug(error))
 
 
+def log_stream_error(what: str, error: BaseException) -> None:
+    """Log an error that ended a stream after its headers had been sent; the client gets it in the stream."""
+    log.log(_level(error), "%s: stream failed: %s", what, _shown(error), exc_info=_bug(error))
+
+
 def log_disconnected(endpoint: str, duration_s: float) -> None:
-    """The client has gone before its request was complete."""
+    """Log a client that disconnected before its request was complete."""
     fields = {"endpoint": endpoint, "outcome": "disconnect", "duration_s": round(duration_s, 6)}
-    log.info("%s: disconnect in %.3f s, before the whole request was here", endpoint, duration_s, extra=fields)
+    log.info(
+        "%s: client disconnected after %.3f s, before the request was complete", endpoint, duration_s, extra=fields
+    )
 
 
 def _shown(error: BaseException) -> str:
-    text = error.message if isinstance(error, DynamoError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, DynamoError):
+        text = error.message
+    elif isinstance(error, HTTPException):
+        text = str(error.detail)
+    else:
+        text = f"{type(error).__name__}: {error}"
     text = " ".join(text.split())
     notes = " ".join(getattr(error, "__notes__", ()))  # "raised in VllmWorker:1 generate"
     text = text if len(text) <= ERROR_CHARS else f"{text[:ERROR_CHARS]} ..."
@@ -104,10 +123,11 @@ def _shown(error: BaseException) -> str:
 
 
 def _level(error: BaseException | None) -> int:
-    if error is None or (isinstance(error, DynamoError) and error.status < 500):
+    if error is None or (is_expected(error) and status_of(error) < 500):
         return logging.INFO
-    return logging.WARNING if isinstance(error, DynamoError) else logging.ERROR
+    return logging.WARNING if is_expected(error) else logging.ERROR
 
 
 def _bug(error: BaseException | None) -> BaseException | None:
-    return None if isinstance(error, DynamoError) else error
+    """Return the exception whose traceback is to be logged."""
+    return None if error is None or is_expected(error) else error

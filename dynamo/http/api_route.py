@@ -1,4 +1,4 @@
-"""One `@api` method as FastAPI calls it: its parameters out of the request, and a response out of what it gives."""
+"""One `@api` method as FastAPI calls it: parameters from the request, and a response from the result."""
 
 from __future__ import annotations
 
@@ -7,52 +7,60 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from fastapi import Body, Depends, Query
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
+from fastapi.params import Form
+from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dynamo.http import errors
+from dynamo.http.access_log import log_stream_error
 
 
 def handler(method: Callable[..., Any], path: str, verb: str) -> Callable[..., Awaitable[Response]]:
-    """What FastAPI calls: with the method's parameters, and with a response as its result."""
-    signature, on_loop = _signature(method, path, verb), _on_loop(method)
+    """Return the function for FastAPI: it takes the method's parameters and returns a response."""
+    on_loop = _on_loop(method)
 
     async def answer(**given: Any) -> Response:
         result = method(**given) if on_loop else await run_in_threadpool(method, **given)
-        if inspect.isawaitable(result):  # a Stream too: until the service behind it has accepted
+        if inspect.isawaitable(result):  # for a Stream, this waits until the service behind it has accepted
             result = await result
         if isinstance(result, Response):
             return result
         if inspect.isgenerator(result):
             result = iterate_in_threadpool(result)
         if isinstance(result, AsyncIterable):
-            return await _stream(result)
+            return await _stream(result, method.__qualname__)
         return Response(to_json(result), media_type="application/json")
 
-    answer.__signature__ = signature  # type: ignore[attr-defined]
+    answer.__signature__ = _signature(method, path, verb)  # type: ignore[attr-defined]
     return answer
 
 
-def _signature(method: Callable[..., Any], path: str, verb: str) -> inspect.Signature:
-    """With annotations resolved. A parameter without one is a key of the JSON body.
+# -- parameters
 
-    So is a number or a text, where the method takes no model and the URL's query has it not: ai-dynamo 0.2 had it in
-    the body, 0.3 in the query.
+
+def _signature(method: Callable[..., Any], path: str, verb: str) -> inspect.Signature:
+    """Return the method's signature with resolved annotations. A parameter without one is a key of the JSON body.
+
+    So is a number or a string if the method takes no model and the URL's query does not have it: ai-dynamo 0.2 had it
+    in the body, 0.3 in the query.
     """
     hints = get_type_hints(method, include_extras=True)
     taken = [
         p for p in inspect.signature(method).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     in_path = {p.name for p in taken if f"{{{p.name}" in path}
-    lenient = verb in ("POST", "PUT", "PATCH") and all(
+    query_or_body = verb in ("POST", "PUT", "PATCH") and all(
         p.name in in_path or p.name not in hints or _is_plain(hints[p.name]) for p in taken
     )
     parameters = []
@@ -62,7 +70,7 @@ def _signature(method: Callable[..., Any], path: str, verb: str) -> inspect.Sign
         if name not in in_path and not type(default).__module__.startswith("fastapi."):
             if name not in hints:
                 default = Body(embed=True) if default is parameter.empty else Body(default, embed=True)
-            elif lenient:
+            elif query_or_body:
                 default = Depends(_query_or_body(name, annotation, default))
         parameters.append(parameter.replace(annotation=annotation, default=default, kind=parameter.KEYWORD_ONLY))
     return inspect.Signature(parameters)
@@ -74,6 +82,7 @@ def _is_plain(annotation: Any) -> bool:
 
 
 def _query_or_body(name: str, annotation: Any, default: Any) -> Callable[..., Awaitable[Any]]:
+    """Return a FastAPI dependency that takes a parameter from the query, else from the JSON body."""
     adapter: TypeAdapter[Any] = TypeAdapter(annotation)
 
     async def value(request: Request, **given: Any) -> Any:
@@ -100,23 +109,45 @@ def _query_or_body(name: str, annotation: Any, default: Any) -> Callable[..., Aw
             problems = [{**problem, "loc": ("body", name)} for problem in error.errors(include_url=False)]
             raise RequestValidationError(problems) from None
 
-    here, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     value.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
-            inspect.Parameter("request", here, annotation=Request),
-            inspect.Parameter(name, keyword, annotation=annotation | None, default=Query(None)),
+            inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Request),
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation | None, default=Query(None)),
         ]
     )
     return value
 
 
+def takes_json(route: BaseRoute) -> TypeGuard[APIRoute]:
+    """Return True for a route whose parameters FastAPI reads from a JSON body."""
+    if not isinstance(route, APIRoute) or route.body_field is None:
+        return False
+    return not isinstance(route.body_field.field_info, Form)
+
+
+def read_form_as_json(app: ASGIApp) -> ASGIApp:
+    """Wrap a route so that it reads bodies as JSON that are labelled as a form, or not at all: `curl -d` does so."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+        given = b"".join(value for name, value in scope["headers"] if name == b"content-type")
+        if given.partition(b";")[0].strip().lower() in (b"", b"application/x-www-form-urlencoded"):
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        await app(scope, receive, send)
+
+    return wrapped
+
+
 def _on_loop(method: Callable[..., Any]) -> bool:
-    """Whether to call it on the event loop; a plain `def` that may block goes to a thread, as FastAPI does it."""
+    """Decide where to call a method: True for the event loop, False for a thread, since a plain `def` may block."""
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
         return True
     returns = get_type_hints(method).get("return")
     kind = get_origin(returns) or returns
     return inspect.isclass(kind) and issubclass(kind, (AsyncIterable, Awaitable))
+
+
+# -- results
 
 
 def _encode_other(value: Any) -> Any:
@@ -127,10 +158,10 @@ def _encode_other(value: Any) -> Any:
 to_json = msgspec.json.Encoder(enc_hook=_encode_other).encode
 
 
-async def _stream(items: AsyncIterable[Any]) -> Response:
-    """The first item decides: text goes out as text, anything else as server-sent events.
+async def _stream(items: AsyncIterable[Any], place: str) -> Response:
+    """Return a streaming response: plain text if the first item is text, else server-sent events.
 
-    What fails before it is an answer with its own status.
+    Errors before the first item are raised, and so get their own status.
     """
     iterator = aiter(items)
     try:
@@ -141,11 +172,12 @@ async def _stream(items: AsyncIterable[Any]) -> Response:
         kind = "text/plain; charset=utf-8" if not first or isinstance(first[0], str) else "application/octet-stream"
         return StreamingResponse(_closing(_chunks(first, iterator), items), media_type=kind)
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(_closing(_events(first, iterator), items), media_type="text/event-stream", headers=headers)
+    events = _closing(_events(first, iterator, place), items)
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 async def _closing(chunks: AsyncGenerator[bytes, None], items: AsyncIterable[Any]) -> AsyncIterator[bytes]:
-    """A client that leaves closes the method's generator now, and not when it is collected."""
+    """Yield chunks, and close the method's generator as soon as the client disconnects, not when it is collected."""
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
@@ -169,12 +201,12 @@ def _chunk(item: Any) -> bytes:
     return item.encode() if isinstance(item, str) else to_json(item)
 
 
-async def _events(first: list[Any], rest: AsyncIterator[Any]) -> AsyncGenerator[bytes, None]:
+async def _events(first: list[Any], rest: AsyncIterator[Any], place: str) -> AsyncGenerator[bytes, None]:
     try:
         for item in first:
             yield b"data: %b\n\n" % to_json(item)
         async for item in rest:
             yield b"data: %b\n\n" % to_json(item)
-    except Exception as error:  # the status has gone out: the client reads it here
-        errors.report(error)
+    except Exception as error:  # the status has been sent: the client reads the error in the stream
+        log_stream_error(place, error)
         yield b"event: error\ndata: %b\n\n" % errors.body(error)

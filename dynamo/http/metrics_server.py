@@ -15,20 +15,22 @@ log = logging.getLogger(__name__)
 
 
 class MetricsServer(HttpServer):
-    """On sockets that listen already. Pages are Prometheus text, those whose path ends in `/targets` JSON."""
+    """Serves pages on listening sockets: Prometheus text, and JSON for paths that end in `/targets`."""
 
     def __init__(self, listeners: Sequence[socket.socket], pages: Pages) -> None:
         super().__init__(_app(pages), *listeners[0].getsockname()[:2])
         self._listeners = listeners
 
     async def serve(self) -> None:
-        """Until cancelled."""
+        """Serve until cancelled."""
         await self._server.serve(list(self._listeners))
 
 
 def _app(pages: Pages) -> ASGIApp:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        path, status, kind = scope["path"], 200, CONTENT_TYPE
+        path = scope["path"]
+        status = 200
+        content_type = CONTENT_TYPE
         page = pages.get(path)
         if page is None:
             status, body = 404, f"see {' and '.join(pages)}\n".encode()
@@ -38,11 +40,11 @@ def _app(pages: Pages) -> ASGIApp:
             try:
                 body = await page()
             except Exception:
-                log.exception("%s cannot be told", path)
-                status, body = 500, b"the log of dynamo serve tells why\n"
+                log.exception("failed to serve %s", path)
+                status, body = 500, b"this page failed: see the log of dynamo serve\n"
         if status == 200 and path.endswith("/targets"):
-            kind = "application/json"
-        headers = [(b"content-type", kind.encode()), (b"content-length", b"%d" % len(body))]
+            content_type = "application/json"
+        headers = [(b"content-type", content_type.encode()), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

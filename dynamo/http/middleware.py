@@ -1,4 +1,4 @@
-"""The outermost layers of the server, plain ASGI: request ids, direct access to the connection, API keys."""
+"""The outermost layers of a server, plain ASGI: request ids, the last resort for exceptions, and API keys."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dynamo.context import request_id
 from dynamo.errors import DynamoError
 from dynamo.http.access_log import log_rejected
-from dynamo.http.direct import Direct, respond_error
+from dynamo.http.direct import DirectConnection, respond_error
 
 REQUEST_ID = "dynamo.request_id"
 DIRECT = "dynamo.direct"
 
 OPEN_PATHS = frozenset({"/", "/live", "/health", "/metrics", "/metrics/targets", "/docs", "/openapi.json"})
-"""What probes, Prometheus and a browser's first visit need; none of it generates."""
+"""Paths that need no API key: for probes, Prometheus and a browser's first visit. None of them generates."""
 
 _usable_id = re.compile(r"[\x21-\x7e]{1,128}").fullmatch
 
 
 class AuthenticationError(DynamoError):
-    """No API key, or a wrong one."""
+    """The API key is missing or wrong."""
 
     status = 401
     code = "invalid_api_key"
 
 
 def header(scope: Scope, name: bytes) -> str:
-    """The first header of that lower-case name; empty without one."""
+    """Return the first header of that lower-case name; empty without one."""
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
 class RequestIds:
-    """Every answer carries `x-request-id`: the client's where it is usable in a header and a log, else a new one.
+    """Adds `x-request-id` to every response: the client's if it is usable in a header and a log, else a new one.
 
-    Goes around everything else, so that it sees uvicorn's own `send`: the scope gets the connection for `sse.Events`.
+    The outermost layer of every application, which has two more consequences. It sees uvicorn's own `send` and puts the
+    connection into the scope, for the writer of server-sent events. And exceptions that reach it would be answered by
+    uvicorn in plain text, so it logs them with the place and answers in JSON.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -51,15 +53,29 @@ class RequestIds:
             return
         given = header(scope, b"x-request-id")
         name = scope[REQUEST_ID] = given if _usable_id(given) else uuid.uuid4().hex
-        scope[DIRECT] = Direct.of(send, scope)
+        scope[DIRECT] = DirectConnection.of(send, scope)
         request_id.set(name)  # for this task, which ends with the request
+        started = completed = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal started, completed
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode("ascii"))]
+            elif not message.get("more_body"):
+                completed = True
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            place = f"{scope['method']} {scope['path']}"
+            if started and not completed:  # uvicorn logs it and closes the connection, so that the client notices
+                error.add_note(f"while answering {place}")
+                raise
+            log_rejected(place, error)
+            if not started:
+                await respond_error(send_with_id, error)
 
 
 class ApiKeys:
@@ -75,7 +91,7 @@ class ApiKeys:
             return
         scheme, _, token = header(scope, b"authorization").partition(" ")
         key = (token.strip() if scheme.lower() == "bearer" else "") or header(scope, b"api-key")
-        if self._known(key):
+        if self._is_known(key):
             await self._app(scope, receive, send)
             return
         text = "Incorrect API key provided." if key else "You did not provide an API key."
@@ -83,13 +99,13 @@ class ApiKeys:
         log_rejected(f"{scope['method']} {scope['path']}", error)
         await respond_error(send, error, [(b"www-authenticate", b"Bearer")])
 
-    def _known(self, key: str) -> bool:
-        """All keys are compared, each in constant time, so that the time tells nothing of any."""
+    def _is_known(self, key: str) -> bool:
+        """Compare with all keys, each in constant time, so that the response time reveals nothing about them."""
         given = key.encode("latin-1", "replace")
         return sum(hmac.compare_digest(given, known) for known in self._keys) > 0
 
 
 def request_name(scope: Scope) -> str:
-    """The request's id, where `RequestIds` is around the app."""
+    """Return the request's id, a new one where the application runs without `RequestIds`."""
     name: Any = scope.get(REQUEST_ID)
     return str(name or uuid.uuid4().hex)

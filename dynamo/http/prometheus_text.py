@@ -1,4 +1,4 @@
-"""What Prometheus reads: the text of several processes as one text, and the list of where to scrape."""
+"""Prometheus text: merging the texts of several processes, metric families without a client library, scrape targets."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from statistics import fmean, pstdev
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Pages = Mapping[str, Callable[[], Awaitable[bytes]]]
-"""what a process or a host tells, by path"""
+"""Path -> a function that renders the page."""
 
 _HELP, _TYPE = b"# HELP ", b"# TYPE "
 
 
 def merge(texts: Iterable[bytes]) -> bytes:
-    """Each metric family once, with the samples of all texts in their order.
+    """Merge texts into one that has each metric family once, with the samples of all texts in their order.
 
-    Takes text as prometheus_client writes it: each family begins with its HELP line, and TYPE follows. Where texts differ
-    in a family's help or type, the first one counts; samples of another type would make the whole text invalid, so they
-    are left out, and a comment says so.
+    Takes text as prometheus_client writes it: each family begins with its HELP line, followed by TYPE. Where texts differ
+    in a family's help or type, the first one counts. Samples of another type would make the whole text invalid, so they
+    are replaced by a comment.
     """
     families: dict[bytes, list[bytes]] = {}
     types: dict[bytes, bytes] = {}
@@ -46,17 +46,19 @@ def merge(texts: Iterable[bytes]) -> bytes:
 
 
 def http_sd(addresses: Iterable[str]) -> bytes:
-    """The JSON of Prometheus' HTTP service discovery: each `host:port` once."""
+    """Return the JSON of Prometheus' HTTP service discovery: each `host:port` once."""
     return json.dumps([{"targets": sorted(set(addresses)), "labels": {}}]).encode()
 
 
 def family(name: str, kind: str, documentation: str, samples: Iterable[tuple[Mapping[str, str], float]]) -> bytes:
-    """A family in Prometheus text without prometheus_client, which takes 20 ms to import. For labels with plain values:
-    nothing is escaped."""
+    """Render a metric family without prometheus_client, which takes 20 ms to import.
+
+    Label values are not escaped: no quotes, backslashes or newlines.
+    """
     lines = [f"# HELP {name} {documentation}", f"# TYPE {name} {kind}"]
     for labels, value in samples:
-        told = ",".join(f'{key}="{text}"' for key, text in labels.items())
-        lines.append(f"{name}{{{told}}} {float(value)!r}")
+        pairs = ",".join(f'{key}="{text}"' for key, text in labels.items())
+        lines.append(f"{name}{{{pairs}}} {float(value)!r}")
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -65,21 +67,24 @@ _LABEL = re.compile(r'\b(component|endpoint|worker_id)="([^"]*)"')
 
 
 def load(texts: Iterable[bytes]) -> bytes:
-    """`llm_load_avg` and `llm_load_std`, as the metrics program of ai-dynamo 0.3 had them: mean and population standard
-    deviation of the KV blocks that the workers of a component have in use. Empty without a worker."""
-    places: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    """Render `llm_load_avg` and `llm_load_std`, which ai-dynamo 0.3's metrics program had.
+
+    They are the mean and the population standard deviation of the KV blocks in use by the workers of a component. Empty
+    without a worker.
+    """
+    blocks_in_use: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for text in texts:
-        for labels, value in _ACTIVE_BLOCKS.findall(text.decode()):
-            found = dict(_LABEL.findall(labels))
-            place = found.get("component", ""), found.get("endpoint", "")
-            places[place][found.get("worker_id", "")] += float(value)  # the ranks of a worker together
-    if not places:
+        for label_text, value in _ACTIVE_BLOCKS.findall(text.decode()):
+            labels = dict(_LABEL.findall(label_text))
+            component_endpoint = labels.get("component", ""), labels.get("endpoint", "")
+            blocks_in_use[component_endpoint][labels.get("worker_id", "")] += float(value)  # summed over its ranks
+    if not blocks_in_use:
         return b""
     averages, deviations = [], []
-    for (component, endpoint), workers in places.items():
-        of = {"component": component, "endpoint": endpoint}
-        averages.append((of, fmean(workers.values())))
-        deviations.append((of, pstdev(workers.values())))
+    for (component, endpoint), workers in blocks_in_use.items():
+        common = {"component": component, "endpoint": endpoint}
+        averages.append((common, fmean(workers.values())))
+        deviations.append((common, pstdev(workers.values())))
     return family("llm_load_avg", "gauge", "Mean of the active KV blocks of the workers.", averages) + family(
         "llm_load_std", "gauge", "Standard deviation of the active KV blocks of the workers.", deviations
     )

@@ -6,47 +6,75 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from dynamo.errors import StartError
+from dynamo.errors import StartError, TransportError
 from dynamo.http import write_coalescing
+from dynamo.transport.network import listening_at, listening_socket
 
 KEEP_ALIVE_S = 75
 DRAIN_S = 20
 BACKLOG = 2048
+START_POLL_S = 0.005
 
 
-class _Embedded(uvicorn.Server):
+class _EmbeddedUvicorn(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """The process handles signals, not uvicorn."""
+        """Leave signals to the process; uvicorn would install handlers here."""
         yield
 
 
-def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A socket that listens there; `shared`: with others that share it, the kernel spreads connections over them."""
-    anywhere = host == "::"  # all addresses, IPv4 too
-    listener = socket.create_server(
-        ("" if anywhere else host, port),
-        family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-        backlog=BACKLOG,
-        reuse_port=shared,
-        dualstack_ipv6=anywhere,
-    )
-    # connections inherit it; asyncio sets it only where the socket names its protocol, which create_server's does not,
-    # and without it small writes wait 40 ms for an acknowledgement
+def listen(host: str, port: int | None, *, shared: bool = False) -> socket.socket:
+    """Return a listening socket, on a random free port of `STREAM_PORTS` when `port` is None or 0.
+
+    With `shared`, several sockets may listen on the port, and the kernel spreads connections over them. Raises StartError
+    when the port is taken.
+    """
+    try:
+        if port:
+            dual_stack = host == "::"  # all addresses, IPv4 included
+            listener = listening_at(host, port, BACKLOG, reuse_port=shared, dual_stack=dual_stack)
+        else:
+            listener = listening_socket(host, BACKLOG, reuse_port=shared, dual_stack=host == "::")
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}",
+            hint="choose another port: `port` in the service's configuration, or --port",
+        ) from None
+    except TransportError as error:
+        raise StartError(error.message, hint="give the service a `port` in the configuration") from None
+    # Connections inherit it. asyncio sets it only where the socket names its protocol, which create_server's does not,
+    # and without it small writes wait 40 ms for an acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 class HttpServer:
-    """Serves an ASGI app from `start` until `stop`."""
+    """Serves an ASGI application from `start` until `stop`."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, listener: socket.socket | None = None) -> None:
-        """`listener`: listens there already."""
-        self.host, self.port = host, port
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        listener: socket.socket | None = None,
+        *,
+        lifespan: Literal["auto", "off"] = "off",
+    ) -> None:
+        """
+        Args:
+            app: the application.
+            host: address to listen on.
+            port: port to listen on.
+            listener: a socket that listens there already; None: `start` opens one.
+            lifespan: "auto" runs the application's own start and shutdown handlers.
+        """
+        self.host = host
+        self.port = port
         self._listener = listener
         config = uvicorn.Config(
             app,
@@ -56,38 +84,33 @@ class HttpServer:
             access_log=False,
             loop="none",
             http=write_coalescing.protocol(),
-            proxy_headers=False,  # nothing here asks for the client's address
+            proxy_headers=False,  # nothing here uses the client's address
             ws="none",
-            lifespan="off",
+            lifespan=lifespan,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=DRAIN_S,
             server_header=False,
         )
-        self._server = _Embedded(config)
+        self._server = _EmbeddedUvicorn(config)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Listening when it returns. Raises StartError when the port is taken."""
-        try:
-            listener = self._listener or listening(self.host, self.port)
-        except OSError as error:
-            raise StartError(
-                f"cannot listen on {self.host}:{self.port}: {error.strerror}", hint="choose another port with --port"
-            ) from None
+        """Start to accept connections. Raises StartError when the port is taken or the application's start failed."""
+        listener = self._listener or listen(self.host, self.port)
         self._task = asyncio.get_running_loop().create_task(self._server.serve([listener]), name="http server")
         while not self._server.started:
             if self._task.done():
-                raise StartError(f"the HTTP server did not start on {self.host}:{self.port}")
-            await asyncio.sleep(0.005)
+                raise StartError(f"the HTTP server did not start on {self.host}:{self.port}", hint="read its log above")
+            await asyncio.sleep(START_POLL_S)
 
     @property
     def url(self) -> str:
-        """Where a client on this host reaches it."""
+        """The URL for clients on this host."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     async def stop(self) -> None:
-        """Accept nothing new, let running answers end for up to `DRAIN_S`, then close."""
+        """Accept nothing new, let running responses end for up to `DRAIN_S`, then close."""
         if self._task is not None:
             self._server.should_exit = True
             await self._task

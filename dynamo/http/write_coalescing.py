@@ -1,4 +1,4 @@
-"""Fewer system calls: what one turn of the event loop writes to a client leaves as one `send`.
+"""Write coalescing: what one turn of the event loop writes to a client leaves as one `send` system call.
 
 The kernel's part of a `send` on loopback is 5 µs, more than all else that a token costs here.
 """
@@ -12,44 +12,51 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 class WriteCoalescer:
-    """Writes of one turn of the event loop, to all clients: each client's leave as one `send`, 5 µs in the kernel."""
+    """Flushes the transports that were written to, at the end of each turn of the event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._waiting: list[CoalescedTransport] = []
+        self._pending: list[CoalescedTransport] = []
 
     def add(self, transport: CoalescedTransport) -> None:
-        if not self._waiting:
+        """Schedule a flush of this transport."""
+        if not self._pending:
             self._loop.call_soon(self._flush)
-        self._waiting.append(transport)
+        self._pending.append(transport)
 
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for transport in waiting:
+        pending = self._pending
+        self._pending = []
+        for transport in pending:
             transport.flush()
 
 
 class CoalescedTransport:
-    """A transport whose writes wait until the event loop has run what is ready; all else goes through at once."""
+    """A transport whose writes wait until the event loop has run what is ready; all else passes straight through."""
 
-    __slots__ = ("_outbox", "_parts", "_size", "_transport", "get_extra_info", "is_closing", "pause_reading",
+    __slots__ = ("_coalescer", "_parts", "_size", "_transport", "get_extra_info", "is_closing", "pause_reading",
                  "resume_reading")  # fmt: skip
 
-    def __init__(self, transport: asyncio.Transport, outbox: WriteCoalescer) -> None:
-        self._transport, self._outbox = transport, outbox
+    def __init__(self, transport: asyncio.Transport, coalescer: WriteCoalescer) -> None:
+        self._transport = transport
+        self._coalescer = coalescer
         self._parts: list[bytes] = []
         self._size = 0
-        self.get_extra_info, self.is_closing = transport.get_extra_info, transport.is_closing
-        self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading
+        self.get_extra_info = transport.get_extra_info
+        self.is_closing = transport.is_closing
+        self.pause_reading = transport.pause_reading
+        self.resume_reading = transport.resume_reading
 
     def write(self, data: bytes) -> None:
         if not self._parts:
-            self._outbox.add(self)
+            self._coalescer.add(self)
         self._parts.append(data)
         self._size += len(data)
 
     def flush(self) -> None:
-        parts, self._parts, self._size = self._parts, [], 0
+        parts = self._parts
+        self._parts = []
+        self._size = 0
         if parts and not self._transport.is_closing():
             self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
 
@@ -68,11 +75,11 @@ class CoalescedTransport:
 
 
 def protocol() -> type[HttpToolsProtocol]:
-    """uvicorn's HTTP protocol for one server on the running loop, with coalesced writes."""
-    outbox = WriteCoalescer()
+    """Return uvicorn's HTTP protocol class with coalesced writes, for one server on the running loop."""
+    coalescer = WriteCoalescer()
 
     class Protocol(HttpToolsProtocol):
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(cast(Any, CoalescedTransport(transport, outbox)))
+            super().connection_made(cast(Any, CoalescedTransport(transport, coalescer)))
 
     return Protocol

@@ -1,4 +1,4 @@
-"""What the HTTP server needs from whoever answers: the Frontend component, or a fake in a test."""
+"""The interface between the OpenAI server and what generates: the Frontend component, or a fake in a test."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from dynamo.streams import Stream
 
 class Backend(Protocol):
     def chat(self, request: ChatRequest) -> Stream[Delta]: ...
+
     def completion(self, request: CompletionRequest) -> Stream[Delta]: ...
-    def models(self) -> list[ServedModel]: ...
-    def endpoints(self) -> dict[str, int]:
-        """Name of each endpoint behind the server -> how many instances can be called."""
+
+    def models(self) -> list[ServedModel]:
+        """Return the models that can answer now."""
+        ...
+
+    def instance_counts(self) -> dict[str, int]:
+        """Return, for each service behind the server, how many instances can be called."""
         ...

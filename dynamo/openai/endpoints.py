@@ -1,4 +1,4 @@
-"""The routes that generate: from a request's bytes to the backend's stream and the answer that is made of it."""
+"""The generating routes: from the bytes of a request to the backend's stream and the response that is written from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from dynamo import context as request_scope
+from dynamo import context
 from dynamo.errors import ModelNotFoundError, RequestError, UnavailableError
 from dynamo.http import access_log
 from dynamo.http.direct import respond_error
@@ -18,9 +18,10 @@ from dynamo.http.middleware import DIRECT, header, request_name
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, ServedModel
 from dynamo.openai import streaming
 from dynamo.openai.backend import Backend
-from dynamo.openai.metrics import Metrics, Observation
-from dynamo.openai.responses import Answer, ChatAnswer, TextAnswer
-from dynamo.openai.schema import ChatCompletionRequest, SamplingFields, TextCompletionRequest, parse
+from dynamo.openai.metrics import FrontendMetrics, RequestTracker
+from dynamo.openai.responses import ChatResponseBuilder, CompletionResponseBuilder, ResponseBuilder
+from dynamo.openai.schema import ChatCompletionRequest, SamplingFields, TextCompletionRequest
+from dynamo.openai.validation import parse
 from dynamo.streams import Channel, Stream
 
 log = logging.getLogger(__name__)
@@ -29,27 +30,27 @@ MAX_REPORTED_FIELDS = 100
 
 
 class BodyTooLargeError(RequestError):
-    """The body is larger than this server takes."""
+    """The body is larger than this server accepts."""
 
     status = 413
     code = "request_too_large"
 
 
-class ClientGoneError(Exception):
-    """The client left before its request was complete: there is nobody to answer."""
+class ClientDisconnectedError(Exception):
+    """The client disconnected before its request was complete, so no response is possible."""
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Raises BodyTooLargeError, at once where the headers tell, and ClientGoneError."""
-    announced = header(scope, b"content-length")
-    if announced.isdecimal() and int(announced) > limit:
+    """Return the request's body. Raises BodyTooLargeError above `limit` bytes, and ClientDisconnectedError."""
+    content_length = header(scope, b"content-length")
+    if content_length.isdecimal() and int(content_length) > limit:
         raise BodyTooLargeError(f"The request body is larger than {limit} bytes.")
     parts: list[bytes] = []
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientGoneError
+            raise ClientDisconnectedError
         part = message.get("body", b"")
         size += len(part)
         if size > limit:
@@ -59,18 +60,21 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             return b"".join(parts)
 
 
-class Api:
-    """What the generating routes share."""
+class RouteContext:
+    """State shared by the generating routes: the backend, limits and metrics."""
 
     def __init__(self, backend: Backend, max_body_bytes: int, timeout_s: float | None) -> None:
-        self.backend, self.max_body_bytes, self.timeout_s = backend, max_body_bytes, timeout_s
-        self.metrics = Metrics(lambda: [model.name for model in backend.models()])
-        self._reported: set[str] = set()
+        self.backend = backend
+        self.max_body_bytes = max_body_bytes
+        self.timeout_s = timeout_s
+        self.metrics = FrontendMetrics(lambda: [model.name for model in backend.models()])
+        self._reported_fields: set[str] = set()
 
-    def model(self, name: str) -> ServedModel:
-        """The model a request names. Raises ModelNotFoundError, or UnavailableError while none is there.
+    def find_model(self, name: str) -> ServedModel:
+        """Return the model that a request names; for an empty name, the only model.
 
-        A request that names none gets the only one.
+        Raises ModelNotFoundError, RequestError for an empty name if there are several models, and UnavailableError while
+        there is none.
         """
         models = self.backend.models()
         for model in models:
@@ -86,120 +90,129 @@ class Api:
         raise ModelNotFoundError(f"The model `{name}` does not exist.", hint=f"models: {names}", param="model")
 
     def report_unknown(self, given: SamplingFields) -> None:
-        """Unknown fields are ignored, as vLLM does; each is logged once, the first of them at least."""
+        """Log the fields of a request that are unknown and therefore ignored, as vLLM does, each name once.
+
+        No more than `MAX_REPORTED_FIELDS` names are logged.
+        """
         for name in given.model_extra or ():
-            if name not in self._reported and len(self._reported) < MAX_REPORTED_FIELDS:
-                self._reported.add(name)
+            if name not in self._reported_fields and len(self._reported_fields) < MAX_REPORTED_FIELDS:
+                self._reported_fields.add(name)
                 log.warning("request field %.80r is not known and has no effect", name)
 
 
-class Started(NamedTuple):
-    """Calls to the backend that will be made for a request, and the answer they are to fill."""
+class PreparedRequest(NamedTuple):
+    """The backend calls for one HTTP request, and the builder of its response."""
 
     calls: list[ChatRequest] | list[CompletionRequest]
-    answer: Answer
-    streaming: bool
+    builder: ResponseBuilder
+    stream: bool
 
 
 class GeneratingRoute(ABC):
-    """An ASGI app for one generating route."""
+    """The ASGI application of one generating route."""
 
     endpoint = ""
-    """its name in metrics and logs"""
-    accepts: type[SamplingFields]
+    """name in metrics and logs"""
+    request_model: type[SamplingFields]
 
-    def __init__(self, api: Api) -> None:
-        self._api = api
+    def __init__(self, shared: RouteContext) -> None:
+        self._shared = shared
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrived = time.monotonic()
-        api = self._api
+        arrived_at = time.monotonic()
+        shared = self._shared
         try:
-            body = await read_body(scope, receive, api.max_body_bytes)
-            started = self._prepare(body, request_name(scope))
-        except ClientGoneError:
-            access_log.log_disconnected(self.endpoint, time.monotonic() - arrived)
+            body = await read_body(scope, receive, shared.max_body_bytes)
+            prepared = self._prepare(body, request_name(scope))
+        except ClientDisconnectedError:
+            access_log.log_disconnected(self.endpoint, time.monotonic() - arrived_at)
             return
         except Exception as error:
-            api.metrics.refused(self.endpoint, error)
-            access_log.log_rejected(self.endpoint, error, time.monotonic() - arrived)
+            shared.metrics.count_rejected(self.endpoint, error)
+            access_log.log_rejected(self.endpoint, error, time.monotonic() - arrived_at)
             await respond_error(send, error)
             return
-        if api.timeout_s is not None:
-            request_scope.deadline.set(request_scope.after(api.timeout_s))
-        answer = started.answer
-        seen = Observation(api.metrics, answer.model, self.endpoint, stream=started.streaming, started=arrived)
+        if shared.timeout_s is not None:
+            context.deadline.set(context.after(shared.timeout_s))
+        builder = prepared.builder
+        tracker = RequestTracker(
+            shared.metrics, builder.model, self.endpoint, stream=prepared.stream, started_at=arrived_at
+        )
         try:
-            stream = self._call(started)
+            stream = self._call(prepared)
         except Exception as error:
-            seen.done("error", error=error)
+            tracker.finish("error", error=error)
             await respond_error(send, error)
             return
-        if started.streaming:
-            await streaming.Events(receive, send, stream, answer, seen, scope.get(DIRECT)).run()
+        if prepared.stream:
+            await streaming.EventStreamWriter(receive, send, stream, builder, tracker, scope.get(DIRECT)).run()
         else:
-            await streaming.Whole(receive, send, stream, answer, seen).run()
+            await streaming.JsonResponseWriter(receive, send, stream, builder, tracker).run()
 
     @abstractmethod
-    def _prepare(self, body: bytes, name: str) -> Started:
-        """Raises RequestError and its kind."""
+    def _prepare(self, body: bytes, request_id: str) -> PreparedRequest:
+        """Validate a body and translate it. Raises RequestError and its subclasses, and UnavailableError."""
 
     @abstractmethod
-    def _call(self, started: Started) -> Stream[Delta]: ...
+    def _call(self, prepared: PreparedRequest) -> Stream[Delta]:
+        """Call the backend."""
 
 
 class ChatCompletions(GeneratingRoute):
     endpoint = "chat_completions"
-    accepts = ChatCompletionRequest
+    request_model = ChatCompletionRequest
 
-    def _prepare(self, body: bytes, name: str) -> Started:
+    def _prepare(self, body: bytes, request_id: str) -> PreparedRequest:
         given = parse(ChatCompletionRequest, body)
         request = given.to_request()
-        request.model = self._api.model(given.model).name
-        self._api.report_unknown(given)
+        request.model = self._shared.find_model(given.model).name
+        self._shared.report_unknown(given)
         sampling = request.sampling
-        answer = ChatAnswer(
-            f"chatcmpl-{name}",
+        builder = ChatResponseBuilder(
+            f"chatcmpl-{request_id}",
             request.model,
             sampling.n,
             include_usage=given.include_usage,
             top_logprobs=sampling.logprobs or 0,
         )
-        return Started([request], answer, given.stream)
+        return PreparedRequest([request], builder, given.stream)
 
-    def _call(self, started: Started) -> Stream[Delta]:
-        return self._api.backend.chat(started.calls[0])  # type: ignore[arg-type]
+    def _call(self, prepared: PreparedRequest) -> Stream[Delta]:
+        return self._shared.backend.chat(prepared.calls[0])  # type: ignore[arg-type]
 
 
 class Completions(GeneratingRoute):
     endpoint = "completions"
-    accepts = TextCompletionRequest
+    request_model = TextCompletionRequest
 
-    def _prepare(self, body: bytes, name: str) -> Started:
+    def _prepare(self, body: bytes, request_id: str) -> PreparedRequest:
         given = parse(TextCompletionRequest, body)
         requests = given.to_requests()
-        model = self._api.model(given.model).name
-        self._api.report_unknown(given)
+        model = self._shared.find_model(given.model).name
+        self._shared.report_unknown(given)
         for request in requests:
             request.model = model
         choices = requests[0].sampling.n * len(requests)
-        answer = TextAnswer(f"cmpl-{name}", model, choices, include_usage=given.include_usage)
-        return Started(requests, answer, given.stream)
+        builder = CompletionResponseBuilder(f"cmpl-{request_id}", model, choices, include_usage=given.include_usage)
+        return PreparedRequest(requests, builder, given.stream)
 
-    def _call(self, started: Started) -> Stream[Delta]:
+    def _call(self, prepared: PreparedRequest) -> Stream[Delta]:
         streams: list[Stream[Delta]] = []
         try:
-            for request in started.calls:
-                streams.append(self._api.backend.completion(request))  # type: ignore[arg-type]
+            for request in prepared.calls:
+                streams.append(self._shared.backend.completion(request))  # type: ignore[arg-type]
         except Exception:
             for stream in streams:
                 stream.cancel()
             raise
-        return merge(streams, started.answer.choices // len(streams))
+        return merge_streams(streams, prepared.builder.choices // len(streams))
 
 
-def merge(streams: list[Stream[Delta]], choices: int) -> Stream[Delta]:
-    """Several prompts' streams as one: prompt i's choices get the indexes from i * `choices`. The first error ends all."""
+def merge_streams(streams: list[Stream[Delta]], choices: int) -> Stream[Delta]:
+    """Merge the streams of several prompts into one, which the first error ends.
+
+    The choices of prompt i get the indexes from i * `choices`.
+    """
     if len(streams) == 1:
         return streams[0]
 
@@ -207,22 +220,22 @@ def merge(streams: list[Stream[Delta]], choices: int) -> Stream[Delta]:
         for stream in streams:
             stream.cancel()
 
-    out: Channel[Delta] = Channel(on_cancel=cancel)
-    left = len(streams)
+    merged: Channel[Delta] = Channel(on_cancel=cancel)
+    running = len(streams)
 
     def end(error: BaseException | None) -> None:
-        nonlocal left
-        left -= 1
+        nonlocal running
+        running -= 1
         if error is not None:
-            out.end(error)
+            merged.end(error)
             cancel()
-        elif left == 0:
-            out.end()
+        elif running == 0:
+            merged.end()
 
     def add(offset: int, delta: Delta) -> None:
-        # not in place: the delta is its producer's
-        out.push(msgspec.structs.replace(delta, index=delta.index + offset) if offset else delta)
+        # a copy, since the producer may still use its delta
+        merged.push(msgspec.structs.replace(delta, index=delta.index + offset) if offset else delta)
 
     for i, stream in enumerate(streams):
         stream.pipe(lambda delta, offset=i * choices: add(offset, delta), end)  # type: ignore[misc]
-    return Stream(out)
+    return Stream(merged)

@@ -1,14 +1,13 @@
-"""Deltas rendered as OpenAI's answers: chunks of a stream, or one body.
+"""OpenAI's response JSON, built from deltas: chunks of a stream, or one body.
 
-A stream's chunks differ in the text alone, so everything around it is rendered once per request: 0.3 µs a chunk where
-building and dumping an object takes 1 to 7.
+The chunks of a stream differ in the text alone, so everything around it is rendered once per request: 0.3 µs a chunk,
+where building and dumping an object takes 1 to 7.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -25,50 +24,54 @@ def _event(value: Any) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
-class Answer(ABC):
-    """One answer of so many choices being rendered; counts tokens on the way. A delta's `index` is its choice."""
+class ResponseBuilder(ABC):
+    """Builds the response to one request and counts its tokens. The `index` of a delta is its choice's."""
 
     object = ""
     chunk_object = ""
 
-    def __init__(self, answer_id: str, model: str, choices: int = 1, *, include_usage: bool = False) -> None:
-        self.id, self.model, self.created = answer_id, model, int(time.time())
+    def __init__(self, response_id: str, model: str, choices: int = 1, *, include_usage: bool = False) -> None:
+        self.id = response_id
+        self.model = model
+        self.created = int(time.time())
         self.choices = choices
         self.include_usage = include_usage
-        self.prompt_tokens = self.output_tokens = self.cached_tokens = 0
-        self._around: dict[int, tuple[bytes, bytes]] = {}
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.output_tokens = 0
+        self._chunk_frames: dict[int, tuple[bytes, bytes]] = {}
         self._texts: dict[int, list[str]] = {}
         self._logprobs: dict[int, list[TokenLogprob]] = {}
         self._finished: dict[int, Delta] = {}
 
     @property
     def complete(self) -> bool:
-        """Every choice has its finish reason."""
+        """True when every choice has its finish reason."""
         return len(self._finished) >= self.choices
 
     # -- as a stream
 
     def opening(self) -> bytes:
-        """What is sent before the first delta."""
+        """Return the events that precede the first delta."""
         return b""
 
     def chunk(self, delta: Delta) -> bytes:
-        """The bytes of one delta; empty when there is nothing to show (half a character)."""
+        """Return the events of one delta; empty when it has no text to show, such as half a character."""
         self._count(delta)
         if delta.finish_reason is None and delta.logprobs is None:
             if not delta.text:
                 return b""
-            before, after = self._around.get(delta.index) or self._render_around(delta.index)
+            before, after = self._chunk_frames.get(delta.index) or self._render_chunk_frame(delta.index)
             return before + orjson.dumps(delta.text) + after
         out = b""
         if delta.text or delta.logprobs:
-            out = _event(self._chunk_of(self._choice(delta.index, delta.text, delta.logprobs, None)))
+            out = _event(self._chunk_of(self._chunk_choice(delta.index, delta.text, delta.logprobs, None)))
         if delta.finish_reason is not None:
-            out += _event(self._chunk_of(self._choice(delta.index, None, None, delta)))
+            out += _event(self._chunk_of(self._chunk_choice(delta.index, None, None, delta)))
         return out
 
     def closing(self) -> bytes:
-        """What is sent after the last delta of a stream that succeeded."""
+        """Return the events that follow the last delta of a complete stream."""
         if not self.include_usage:
             return DONE
         return _event({**self._head(self.chunk_object), "choices": [], "usage": self.usage()}) + DONE
@@ -76,14 +79,16 @@ class Answer(ABC):
     # -- as one body
 
     def add(self, delta: Delta) -> None:
+        """Add a delta to the body."""
         self._count(delta)
         self._texts.setdefault(delta.index, []).append(delta.text)
         if delta.logprobs:
             self._logprobs.setdefault(delta.index, []).extend(delta.logprobs)
 
-    def whole(self) -> bytes:
+    def body(self) -> bytes:
+        """Return the JSON body with all deltas that were added."""
         choices = [
-            self._whole_choice(
+            self._body_choice(
                 index, "".join(self._texts.get(index, ())), self._logprobs.get(index), self._finished.get(index)
             )
             for index in range(self.choices)
@@ -123,52 +128,57 @@ class Answer(ABC):
             chunk["usage"] = None
         return chunk
 
-    def _render_around(self, index: int) -> tuple[bytes, bytes]:
-        whole = _event(self._chunk_of(self._choice(index, _TEXT, None, None)))
-        before, _, after = whole.partition(orjson.dumps(_TEXT))
-        self._around[index] = (before, after)
+    def _render_chunk_frame(self, index: int) -> tuple[bytes, bytes]:
+        """Return what surrounds the text in the chunks of a choice."""
+        event = _event(self._chunk_of(self._chunk_choice(index, _TEXT, None, None)))
+        before, _, after = event.partition(orjson.dumps(_TEXT))
+        self._chunk_frames[index] = (before, after)
         return before, after
 
     @abstractmethod
-    def _choice(
+    def _chunk_choice(
         self, index: int, text: str | None, logprobs: list[TokenLogprob] | None, finish: Delta | None
     ) -> dict[str, Any]:
-        """A choice of a chunk: text, or the end in `finish`."""
+        """Build a choice of a chunk: its text, or its end in `finish`."""
 
     @abstractmethod
-    def _whole_choice(
+    def _body_choice(
         self, index: int, text: str, logprobs: list[TokenLogprob] | None, finish: Delta | None
     ) -> dict[str, Any]:
-        """A choice of the one body."""
+        """Build a choice of the body."""
 
 
-def _end(finish: Delta | None) -> dict[str, Any]:
+def _finish_fields(finish: Delta | None) -> dict[str, Any]:
     return {
         "finish_reason": finish.finish_reason if finish else None,
         "stop_reason": finish.stop_reason if finish else None,
     }
 
 
-class ChatAnswer(Answer):
-    """`top_logprobs`: alternatives shown for each token. Engines may give more, the chosen token among them."""
+class ChatResponseBuilder(ResponseBuilder):
+    """Builds `chat.completion` objects and chunks.
 
-    object, chunk_object = "chat.completion", "chat.completion.chunk"
+    `top_logprobs` is the number of alternatives shown for each token; engines may give more, the chosen token included.
+    """
+
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
 
     def __init__(
-        self, answer_id: str, model: str, choices: int = 1, *, include_usage: bool = False, top_logprobs: int = 0
+        self, response_id: str, model: str, choices: int = 1, *, include_usage: bool = False, top_logprobs: int = 0
     ) -> None:
-        super().__init__(answer_id, model, choices, include_usage=include_usage)
+        super().__init__(response_id, model, choices, include_usage=include_usage)
         self.top_logprobs = top_logprobs
 
     def opening(self) -> bytes:
-        """The role, in a chunk of its own for each choice, as OpenAI sends it."""
+        """Return the role, in a chunk of its own for each choice, as OpenAI does."""
         role = {"role": "assistant", "content": ""}
         return b"".join(
             _event(self._chunk_of({"index": i, "delta": role, "logprobs": None, "finish_reason": None}))
             for i in range(self.choices)
         )
 
-    def _choice(
+    def _chunk_choice(
         self, index: int, text: str | None, logprobs: list[TokenLogprob] | None, finish: Delta | None
     ) -> dict[str, Any]:
         choice = {
@@ -176,9 +186,9 @@ class ChatAnswer(Answer):
             "delta": {} if text is None else {"content": text},
             "logprobs": _chat_logprobs(logprobs, self.top_logprobs),
         }
-        return {**choice, **_end(finish)} if finish else {**choice, "finish_reason": None}
+        return {**choice, **_finish_fields(finish)} if finish else {**choice, "finish_reason": None}
 
-    def _whole_choice(
+    def _body_choice(
         self, index: int, text: str, logprobs: list[TokenLogprob] | None, finish: Delta | None
     ) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -186,32 +196,41 @@ class ChatAnswer(Answer):
             "index": index,
             "message": message,
             "logprobs": _chat_logprobs(logprobs, self.top_logprobs),
-            **_end(finish),
+            **_finish_fields(finish),
         }
 
 
-class TextAnswer(Answer):
-    object = chunk_object = "text_completion"
+class CompletionResponseBuilder(ResponseBuilder):
+    """Builds `text_completion` objects and chunks."""
 
-    def __init__(self, answer_id: str, model: str, choices: int = 1, *, include_usage: bool = False) -> None:
-        super().__init__(answer_id, model, choices, include_usage=include_usage)
-        self._offsets: dict[int, int] = {}
+    object = "text_completion"
+    chunk_object = "text_completion"
 
-    def _choice(
+    def __init__(self, response_id: str, model: str, choices: int = 1, *, include_usage: bool = False) -> None:
+        super().__init__(response_id, model, choices, include_usage=include_usage)
+        self._offsets: dict[int, int] = {}  # of the next token in its choice's text, in characters
+
+    def _chunk_choice(
         self, index: int, text: str | None, logprobs: list[TokenLogprob] | None, finish: Delta | None
     ) -> dict[str, Any]:
         choice = {"index": index, "text": text or "", "logprobs": self._text_logprobs(index, logprobs)}
-        return {**choice, **_end(finish)} if finish else {**choice, "finish_reason": None}
+        return {**choice, **_finish_fields(finish)} if finish else {**choice, "finish_reason": None}
 
-    def _whole_choice(
+    def _body_choice(
         self, index: int, text: str, logprobs: list[TokenLogprob] | None, finish: Delta | None
     ) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._text_logprobs(index, logprobs), **_end(finish)}
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._text_logprobs(index, logprobs),
+            **_finish_fields(finish),
+        }
 
     def _text_logprobs(self, index: int, logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None:
         if logprobs is None:
             return None
-        offset, offsets = self._offsets.get(index, 0), []
+        offset = self._offsets.get(index, 0)
+        offsets = []
         for position in logprobs:
             offsets.append(offset)
             offset += len(position.token)
@@ -237,26 +256,3 @@ def _chat_logprobs(logprobs: list[TokenLogprob] | None, top: int) -> dict[str, A
         ],
         "refusal": None,
     }
-
-
-def merged(deltas: Iterable[Delta]) -> list[Delta]:
-    """The same text in one delta for each choice: what a reader that fell behind gets. The given ones stay as they are."""
-    of_choice: dict[int, list[Delta]] = {}
-    for delta in deltas:
-        of_choice.setdefault(delta.index, []).append(delta)
-    return [same[0] if len(same) == 1 else _joined(same) for same in of_choice.values()]
-
-
-def _joined(deltas: list[Delta]) -> Delta:
-    first, last = deltas[0], deltas[-1]
-    logprobs = [position for delta in deltas for position in delta.logprobs or ()]
-    return Delta(
-        "".join([delta.text for delta in deltas]),
-        [token for delta in deltas for token in delta.token_ids],
-        first.index,
-        last.finish_reason,
-        last.stop_reason,
-        next((delta.prompt_tokens for delta in deltas if delta.prompt_tokens is not None), None),
-        next((delta.cached_tokens for delta in deltas if delta.cached_tokens is not None), None),
-        logprobs or None,
-    )

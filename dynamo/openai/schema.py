@@ -1,89 +1,24 @@
-"""OpenAI's requests as pydantic models, checked at the HTTP edge, and their translation into our own messages.
+"""OpenAI's request schemas as pydantic models, and their translation into the messages between processes.
 
 Names, ranges and defaults follow OpenAI's API reference; the extra sampling fields are vLLM's.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field
 
 from dynamo.errors import RequestError
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, RouterMode, Routing, Sampling
-from dynamo.openai import json_schema
-from dynamo.openai.validation import parse, shown_type
+from dynamo.openai import field_types, json_schema
 
-__all__ = ["ChatCompletionRequest", "SamplingFields", "TextCompletionRequest", "parse"]
-
-MAX_STOP_STRINGS = 4
 MAX_CHOICES = 128
-MAX_PROMPTS = 1024
 MAX_LOGPROBS = 20
-
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-
-
-def _stop_strings(value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("expected a string or an array of strings")
-    if len(texts) > MAX_STOP_STRINGS:
-        raise ValueError(f"expected at most {MAX_STOP_STRINGS} strings, but got {len(texts)}")
-    if not all(texts):
-        raise ValueError("a stop string cannot be empty")
-    return texts
-
-
-def _prompts(value: Any) -> list[str | list[int]]:
-    """One prompt or several, as text or as token ids."""
-    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
-        value = [value]
-    if not isinstance(value, list):
-        raise ValueError(f"expected a string or an array, but got {shown_type(value)}")
-    if not value:
-        raise ValueError("there is no prompt")
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"expected at most {MAX_PROMPTS} prompts, but got {len(value)}")
-    for prompt in value:
-        tokens = isinstance(prompt, list) and set(map(type, prompt)) <= {int}
-        if not tokens and not isinstance(prompt, str):
-            raise ValueError("expected a string, an array of strings, of token ids, or of arrays of token ids")
-    return value
-
-
-def _logit_bias(value: Any) -> dict[str, float]:
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, but got {shown_type(value)}")
-    for token, bias in value.items():
-        if not (token.isascii() and token.isdecimal()):
-            raise ValueError(f"{token!r:.40} is not a token id")
-        if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise ValueError(f"the bias of token {token} is not a number from -100 to 100")
-    return value
-
-
-def _content(value: Any) -> str | list[dict[str, Any]]:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"expected a string or an array of content parts, but got {shown_type(value)}")
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError("each content part is an object with a type")
-    return value
-
-
-def _instance_id(value: Any) -> Any:
-    """Hexadecimal, as `dynamo status` shows it."""
-    try:
-        return int(value, 16) if isinstance(value, str) else value
-    except ValueError:
-        raise ValueError(f"{value!r:.40} is not an instance id") from None
 
 
 class _Strict(BaseModel):
-    """No conversions: "1" is not a number. Unknown fields are kept, to be reported or handed on."""
+    """A model without conversions: "1" is not a number. Unknown fields are kept, to be reported or passed on."""
 
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
@@ -103,12 +38,12 @@ class StructuredOutputs(_Strict):
 
 
 class Extensions(_Strict):
-    """`nvext`, where Dynamo keeps what OpenAI has no field for: here, how the request is routed."""
+    """`nvext`, Dynamo's extensions to OpenAI's requests: here, how the request is routed."""
 
     router: RouterMode | None = None
     router_temperature: float | None = Field(None, ge=0)
     overlap_score_credit: float | None = Field(None, ge=0)
-    backend_instance_id: Annotated[int | None, BeforeValidator(_instance_id)] = None
+    backend_instance_id: field_types.InstanceId = None
 
     def routing(self) -> Routing | None:
         found = Routing(self.router, self.router_temperature, self.overlap_score_credit, self.backend_instance_id)
@@ -116,7 +51,7 @@ class Extensions(_Strict):
 
 
 class SamplingFields(_Strict):
-    """What chat and text completions share. Unknown fields are kept and reported, not refused, as vLLM does."""
+    """Fields of both chat and text completions. Unknown fields are kept and reported, not refused, as vLLM does."""
 
     model: str = ""
     stream: bool = False
@@ -128,9 +63,9 @@ class SamplingFields(_Strict):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[str], PlainValidator(_stop_strings, json_schema_input_type=str | list[str])] = []
-    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_logit_bias)] = None
-    # accepted, without effect here
+    stop: field_types.StopStrings = []
+    logit_bias: field_types.LogitBias = None
+    # accepted without effect
     user: str | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
@@ -162,7 +97,7 @@ class SamplingFields(_Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _constraints(self) -> dict[str, tuple[str, Any]]:
-        """Kind of structured output -> (parameter that asks for it, its value)."""
+        """Return kind of structured output -> (parameter that asks for it, its value)."""
         found = {
             "json": ("guided_json", self.guided_json),
             "regex": ("guided_regex", self.guided_regex),
@@ -179,12 +114,12 @@ class SamplingFields(_Strict):
         result: dict[str, tuple[str, Any]] = {}
         for kind, name, value in asked:
             if value is not None:
-                _only_one(result, name)
+                _refuse_second(result, name)
                 result[kind] = (name, value)
         return result
 
     def _sampling(self, max_tokens: int | None, logprobs: int | None) -> Sampling:
-        """Raises RequestError for fields that do not go together."""
+        """Return the sampling parameters. Raises RequestError for fields that do not go together."""
         if self.stream_options is not None and not self.stream:
             raise RequestError(
                 "The 'stream_options' parameter is only allowed when 'stream' is true.", param="stream_options"
@@ -224,37 +159,39 @@ class SamplingFields(_Strict):
         )
 
 
-def _only_one(found: dict[str, tuple[str, Any]], name: str) -> None:
+def _refuse_second(found: dict[str, tuple[str, Any]], name: str) -> None:
+    """Raise RequestError if another kind of structured output is asked for already."""
     for other, _ in found.values():
         raise RequestError(f"'{name}' cannot be given together with '{other}'.", param=name)
 
 
 def _check_schema(schema: dict[str, Any], name: str) -> None:
-    found = json_schema.fault(schema, name)
+    found = json_schema.find_error(schema, name)
     if found is not None:
-        raise RequestError(f"Invalid schema for '{name}': {found[0]}: {found[1]}.", param=name)
+        where, reason = found
+        raise RequestError(f"Invalid schema for '{name}': {where}: {reason}.", param=name)
 
 
-class Message(_Strict):
+class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str | list[dict[str, Any]], PlainValidator(_content, json_schema_input_type=Any)] | None = None
+    content: field_types.Content | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
 
-class JsonSchema(_Strict):
+class JsonSchemaFormat(_Strict):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: JsonSchemaFormat | None = None
 
 
 class FunctionDefinition(_Strict):
-    name: NonEmpty
+    name: field_types.NonEmpty
     parameters: dict[str, Any] | None = None
 
 
@@ -266,14 +203,14 @@ class Tool(_Strict):
 class ChatCompletionRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] = []
     tool_choice: str | dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
-    # accepted, without effect here
+    # accepted without effect
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
@@ -286,7 +223,7 @@ class ChatCompletionRequest(SamplingFields):
     continue_final_message: bool = False
 
     def to_request(self) -> ChatRequest:
-        """Raises RequestError for combinations that make no sense."""
+        """Return the message for a Processor. Raises RequestError for combinations that make no sense."""
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("The 'top_logprobs' parameter needs 'logprobs' to be true.", param="top_logprobs")
         self._check_tools()
@@ -312,7 +249,7 @@ class ChatCompletionRequest(SamplingFields):
         wanted = self.response_format
         if wanted is None or wanted.type == "text":
             return found
-        _only_one(found, "response_format")
+        _refuse_second(found, "response_format")
         if wanted.type == "json_object":
             return {"json_object": ("response_format", True)}
         if wanted.json_schema is None:
@@ -347,17 +284,14 @@ class ChatCompletionRequest(SamplingFields):
 class TextCompletionRequest(SamplingFields):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[
-        list[str | list[int]],
-        PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-    ]
+    prompt: field_types.Prompts
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     best_of: int | None = None
     suffix: str | None = None
 
     def to_requests(self) -> list[CompletionRequest]:
-        """One request for each prompt. Raises RequestError for what is not supported."""
+        """Return one message for each prompt. Raises RequestError for unsupported fields."""
         if self.suffix:
             raise RequestError("'suffix' is not supported.", param="suffix")
         if self.best_of is not None and self.best_of != self.n:

@@ -1,13 +1,14 @@
-"""Answers on an ASGI connection: a stream as server-sent events, or one JSON body.
+"""Writers of responses on an ASGI connection: a stream as server-sent events, or one JSON body.
 
-Headers and the end of a stream go through ASGI. The chunks between are written straight to uvicorn's transport from the
-callback that brings a token: 10 to 12 µs a chunk, 5 of them the kernel's, where an ASGI `send` takes 25 to 40. Where the
-server is not uvicorn they go through `send`.
+The headers and the end of a stream go through ASGI. The chunks between are written straight to uvicorn's transport, from
+the callback that brings a token: 10 to 12 µs a chunk, 5 of them the kernel's, where an ASGI `send` takes 25 to 40. Under
+servers other than uvicorn they go through `send`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,18 +16,18 @@ from starlette.types import Receive, Send
 
 from dynamo.errors import EngineError
 from dynamo.http import errors
-from dynamo.http.direct import Direct, Headers, respond_error, respond_json
+from dynamo.http.access_log import Outcome
+from dynamo.http.direct import DirectConnection, Headers, respond_error, respond_json
 from dynamo.llm.protocol import Delta
-from dynamo.openai.metrics import Observation, Status
-from dynamo.openai.responses import Answer, merged
+from dynamo.openai.backlog import Backlog
+from dynamo.openai.metrics import RequestTracker
+from dynamo.openai.responses import ResponseBuilder
 from dynamo.streams import Stream
 
 SLOW_RETRY_S = 0.05
-MERGE_ABOVE = 64
-"""Deltas kept for a slow client before they are merged into one for each choice; later an eighth of the tokens that wait,
-so that the copying stays in proportion to the text."""
 SILENCE_S = 10.0
-"""After this long without a token the headers are sent, then a comment each time, so that proxies do not give up."""
+"""After so long without a token the headers are sent, then a comment each time, so that proxies do not time out."""
+COMMENT = b": waiting\n\n"
 
 SSE_HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -35,210 +36,233 @@ SSE_HEADERS: Headers = [
 ]
 
 
-class Whole:
-    """One answer as one JSON body: reads the stream of deltas, notices when the client leaves."""
+class ResponseWriter(ABC):
+    """Reads the stream of deltas of one request, watches for the client's disconnect, and records the outcome.
 
-    def __init__(self, receive: Receive, send: Send, stream: Stream[Delta], answer: Answer, seen: Observation) -> None:
-        self._receive, self._send = receive, send
-        self._stream, self._answer, self._observation = stream, answer, seen
-        self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._error: BaseException | None = None
-        self._left = False
-
-    async def run(self) -> None:
-        async with self._reading():
-            await self._finished
-            if self._left:
-                return
-            self._check_complete()
-            if self._error is not None:
-                await respond_error(self._send, self._error)
-            else:
-                await respond_json(self._send, 200, self._answer.whole(), [])
-
-    @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[None]:
-        """The stream is read and the client watched inside; however it ends, the stream does too and is counted."""
-        watch = asyncio.get_running_loop().create_task(self._watch_client())
-        try:
-            self._stream.pipe(self._item, self._end)
-            yield
-        except asyncio.CancelledError:  # the server stops and waits no longer
-            self._left = self._left or not self._finished.done()
-            raise
-        finally:
-            self._stream.cancel()
-            watch.cancel()
-            self._record()
-
-    async def _watch_client(self) -> None:
-        """uvicorn reports a disconnect here, and ends this wait when the response is complete."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._leave()
-
-    def _leave(self) -> None:
-        if not self._finished.done():
-            self._left = True
-            self._stream.cancel()
-            self._finish()
-
-    def _item(self, delta: Delta) -> None:
-        self._observation.tokens(len(delta.token_ids))
-        self._answer.add(delta)
-
-    def _end(self, error: BaseException | None) -> None:
-        self._error = error
-        self._finish()
-
-    def _check_complete(self) -> None:
-        """To be called when all deltas are in the answer."""
-        if self._error is None and not self._answer.complete:
-            self._error = EngineError("the answer ended before it was complete")
-
-    def _finish(self) -> None:
-        if not self._finished.done():
-            self._finished.set_result(None)
-
-    def _record(self) -> None:
-        answer, error = self._answer, self._error
-        if self._left:
-            error = None
-        status: Status = "disconnect" if self._left else "error" if error is not None else "success"
-        self._observation.done(status, answer.prompt_tokens, answer.output_tokens, answer.cached_tokens, error)
-
-
-class Events(Whole):
-    """One answer as server-sent events. An error before the first delta still gets a status code of its own."""
+    `_ended` is set once, by whichever comes first: the end of the stream, with `_error` if it failed, or the client's
+    disconnect, with `_disconnected`.
+    """
 
     def __init__(
         self,
         receive: Receive,
         send: Send,
         stream: Stream[Delta],
-        answer: Answer,
-        seen: Observation,
-        direct: Direct | None,
+        builder: ResponseBuilder,
+        tracker: RequestTracker,
     ) -> None:
-        super().__init__(receive, send, stream, answer, seen)
-        self._direct = direct
-        self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()  # `run` has something to do
-        self._waiting: list[Delta] = []  # deltas that could not be written yet
-        self._merge_above = MERGE_ABOVE
-        self._open = False  # the headers are out
-        self._retry: asyncio.TimerHandle | None = None
-        self._silence: asyncio.TimerHandle | None = None
-        self._heard = seen.heard
+        self._receive = receive
+        self._send = send
+        self._stream = stream
+        self._builder = builder
+        self._tracker = tracker
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._error: BaseException | None = None
+        self._disconnected = False
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Write the response. Returns when it is complete or the client has disconnected."""
+
+    @abstractmethod
+    def _on_delta(self, delta: Delta) -> None: ...
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[None]:
+        """Read the stream and watch the client inside the block; after it, cancel both and record the outcome."""
+        watcher = asyncio.get_running_loop().create_task(self._watch_client())
+        try:
+            self._stream.pipe(self._on_delta, self._on_end)
+            yield
+        except asyncio.CancelledError:  # the server stops and does not wait for the response
+            if not self._ended.done():
+                self._disconnected = True
+            raise
+        finally:
+            self._stream.cancel()
+            watcher.cancel()
+            self._record()
+
+    async def _watch_client(self) -> None:
+        """Wait until uvicorn reports a disconnect. It ends this wait, too, when the response is complete."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._on_disconnect()
+
+    def _on_disconnect(self) -> None:
+        if not self._ended.done():
+            self._disconnected = True
+            self._stream.cancel()
+            self._set_ended()
+
+    def _on_end(self, error: BaseException | None) -> None:
+        self._error = error
+        self._set_ended()
+
+    def _set_ended(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def _check_complete(self) -> None:
+        """Set the error of a stream that ended too early. To be called when the builder has all deltas."""
+        if self._error is None and not self._builder.complete:
+            self._error = EngineError("the answer ended before it was complete")
+
+    def _record(self) -> None:
+        error = None if self._disconnected else self._error
+        outcome: Outcome = "success" if error is None else "error"
+        if self._disconnected:
+            outcome = "disconnect"
+        builder = self._builder
+        self._tracker.finish(outcome, builder.prompt_tokens, builder.output_tokens, builder.cached_tokens, error)
+
+
+class JsonResponseWriter(ResponseWriter):
+    """Writes a response as one JSON body."""
 
     async def run(self) -> None:
         async with self._reading():
-            self._silence = self._loop.call_later(SILENCE_S, self._break_silence)
-            try:
-                await self._news.wait()
-                if self._left:
-                    return
-                if self._finished.done() and not self._waiting:
-                    self._check_complete()
-                if self._error is not None and not self._waiting:
-                    await respond_error(self._send, self._error)
-                    return
-                await self._headers()
-                await (self._write_through() if self._direct is None else self._write_directly(self._direct))
-                if not self._left:
-                    await self._close()
-            finally:
-                self._silence.cancel()
-                if self._retry is not None:
-                    self._retry.cancel()
+            await self._ended
+            if self._disconnected:
+                return
+            self._check_complete()
+            if self._error is not None:
+                await respond_error(self._send, self._error)
+            else:
+                await respond_json(self._send, 200, self._builder.body(), [])
 
-    async def _headers(self) -> None:
-        if self._direct is not None:
-            self._direct.before_headers()
+    def _on_delta(self, delta: Delta) -> None:
+        self._tracker.on_tokens(len(delta.token_ids))
+        self._builder.add(delta)
+
+
+class EventStreamWriter(ResponseWriter):
+    """Writes a response as server-sent events. It goes through these states:
+
+    1. Nothing is sent, deltas wait in the backlog. An error before the first delta gets a status code of its own.
+    2. The headers are sent. `_on_delta` writes to `_live`, uvicorn's connection, and to the backlog while the client is
+       slow. Without such a connection, `_live` stays None, and `run` sends the backlog whenever `_wake` is set.
+    3. The stream has ended or the client has disconnected (`_ended`): `run` writes the rest.
+    """
+
+    def __init__(
+        self,
+        receive: Receive,
+        send: Send,
+        stream: Stream[Delta],
+        builder: ResponseBuilder,
+        tracker: RequestTracker,
+        direct: DirectConnection | None,
+    ) -> None:
+        super().__init__(receive, send, stream, builder, tracker)
+        self._loop = asyncio.get_running_loop()
+        self._direct = direct
+        self._live: DirectConnection | None = None
+        self._backlog = Backlog(builder.choices)
+        self._wake = asyncio.Event()
+        self._retry_timer: asyncio.TimerHandle | None = None
+        self._silence_timer: asyncio.TimerHandle | None = None
+        self._last_token_at = 0.0  # at the previous tick of the silence timer
+
+    async def run(self) -> None:
+        async with self._reading():
+            self._silence_timer = self._loop.call_later(SILENCE_S, self._on_silence_timer)
+            try:
+                await self._wake.wait()  # for a delta, the end, or a long silence
+                if self._disconnected:
+                    return
+                if self._ended.done() and not self._backlog.deltas:
+                    self._check_complete()
+                    if self._error is not None:
+                        await respond_error(self._send, self._error)
+                        return
+                if self._direct is None:
+                    await self._send_headers()
+                    await self._write_through_send()
+                else:
+                    self._direct.prepare_headers()
+                    await self._send_headers()
+                    await self._write_directly(self._direct)
+                if not self._disconnected:
+                    await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+            finally:
+                self._silence_timer.cancel()
+                if self._retry_timer is not None:
+                    self._retry_timer.cancel()
+
+    async def _send_headers(self) -> None:
         await self._send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
 
-    async def _write_directly(self, direct: Direct) -> None:
-        """From here to the end, `_item` writes by itself. Nothing is awaited before, or a later delta could go first."""
-        direct.write(self._answer.opening() + self._take_waiting())
-        self._open = True
-        await self._finished
-        if not self._left and not direct.closed:
-            direct.write(self._last())
+    async def _write_directly(self, direct: DirectConnection) -> None:
+        direct.write(self._builder.opening() + self._take_backlog())
+        self._live = direct  # with no await since the write above, or a later delta could overtake
+        await self._ended
+        if not self._disconnected and not direct.closed:
+            direct.write(self._last_events())
 
-    async def _write_through(self) -> None:
-        chunk = self._answer.opening()
-        self._open = True
+    async def _write_through_send(self) -> None:
+        chunk = self._builder.opening()
         while True:
-            self._news.clear()
-            chunk += self._take_waiting()
-            if self._finished.done():
+            self._wake.clear()
+            chunk += self._take_backlog()
+            if self._ended.done():
                 break
             if chunk:
                 await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = b""
-            await self._news.wait()
-        if not self._left:
-            await self._send({"type": "http.response.body", "body": chunk + self._last(), "more_body": True})
+            await self._wake.wait()
+        if not self._disconnected:
+            await self._send({"type": "http.response.body", "body": chunk + self._last_events(), "more_body": True})
 
-    def _last(self) -> bytes:
-        rest = self._take_waiting()
+    def _take_backlog(self) -> bytes:
+        return b"".join(map(self._builder.chunk, self._backlog.take()))
+
+    def _last_events(self) -> bytes:
+        rest = self._take_backlog()
         self._check_complete()
         if self._error is not None:
             return rest + b"data: " + errors.body(self._error) + b"\n\n"
-        return rest + self._answer.closing()
-
-    async def _close(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        return rest + self._builder.closing()
 
     # -- callbacks: none of them waits
 
-    def _item(self, delta: Delta) -> None:
-        self._observation.tokens(len(delta.token_ids))
-        direct = self._direct
-        if direct is None or not self._open:
-            self._keep(delta)
-            self._news.set()
-        elif direct.closed:  # uvicorn tells nobody where a pipelined request waits behind this one
-            self._leave()
-        elif self._waiting or direct.behind:
-            self._keep(delta)
-            if self._retry is None:
-                self._retry = self._loop.call_later(SLOW_RETRY_S, self._catch_up, direct)
+    def _on_delta(self, delta: Delta) -> None:
+        self._tracker.on_tokens(len(delta.token_ids))
+        live = self._live
+        if live is None:
+            self._backlog.add(delta)
+            self._wake.set()
+        elif live.closed:  # uvicorn reports no disconnect while a pipelined request waits behind this one
+            self._on_disconnect()
+        elif self._backlog.deltas or live.slow:
+            self._backlog.add(delta)
+            if self._retry_timer is None:
+                self._retry_timer = self._loop.call_later(SLOW_RETRY_S, self._on_retry_timer, live)
         else:
-            direct.write(self._answer.chunk(delta))
+            live.write(self._builder.chunk(delta))
 
-    def _finish(self) -> None:
-        super()._finish()
-        self._news.set()
+    def _set_ended(self) -> None:
+        super()._set_ended()
+        self._wake.set()
 
-    def _keep(self, delta: Delta) -> None:
-        self._waiting.append(delta)
-        if len(self._waiting) > self._merge_above + self._answer.choices:
-            self._waiting = merged(self._waiting)
-            self._merge_above = max(MERGE_ABOVE, sum(len(kept.token_ids) for kept in self._waiting) // 8)
-
-    def _take_waiting(self) -> bytes:
-        waiting, self._waiting, self._merge_above = self._waiting, [], MERGE_ABOVE
-        if len(waiting) > 2 * self._answer.choices:
-            waiting = merged(waiting)
-        return b"".join(map(self._answer.chunk, waiting))
-
-    def _catch_up(self, direct: Direct) -> None:
-        """Write what a slow client missed, as soon as it has read what it had."""
-        self._retry = None
-        if self._finished.done():
+    def _on_retry_timer(self, live: DirectConnection) -> None:
+        """Write the backlog once a slow client has read what it had."""
+        self._retry_timer = None
+        if self._ended.done():
             return  # `run` writes the rest
-        if direct.closed:
-            self._leave()
-        elif direct.behind:
-            self._retry = self._loop.call_later(SLOW_RETRY_S, self._catch_up, direct)
+        if live.closed:
+            self._on_disconnect()
+        elif live.slow:
+            self._retry_timer = self._loop.call_later(SLOW_RETRY_S, self._on_retry_timer, live)
         else:
-            direct.write(self._take_waiting())
+            live.write(self._take_backlog())
 
-    def _break_silence(self) -> None:
-        self._silence = self._loop.call_later(SILENCE_S, self._break_silence)
-        if self._observation.heard == self._heard and not self._finished.done():
-            self._news.set()
-            if self._open and self._direct is not None and not self._direct.closed and not self._waiting:
-                self._direct.write(b": waiting\n\n")
-        self._heard = self._observation.heard
+    def _on_silence_timer(self) -> None:
+        """Send the headers, or a comment, if there was no token since the last tick."""
+        self._silence_timer = self._loop.call_later(SILENCE_S, self._on_silence_timer)
+        if self._tracker.last_token_at == self._last_token_at and not self._ended.done():
+            self._wake.set()
+            live = self._live
+            if live is not None and not live.closed and not self._backlog.deltas:
+                live.write(COMMENT)
+        self._last_token_at = self._tracker.last_token_at

@@ -1,4 +1,4 @@
-"""A request body checked against a pydantic model. Errors are in OpenAI's words and name the parameter."""
+"""Validation of request bodies by pydantic models, with errors in OpenAI's words that name the parameter."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
 }
+_TYPES = {"str", "int", "float", "bool"}
 _LIMITS = {
     "greater_than_equal": ("below the minimum", ">=", "ge"),
     "greater_than": ("below the minimum", ">", "gt"),
@@ -34,7 +35,7 @@ _LIMITS = {
 
 
 def parse(kind: type[M], body: bytes) -> M:
-    """Raises RequestError for what is not JSON and for the first field at fault."""
+    """Parse a JSON body into a model. Raises RequestError for invalid JSON, and for the first invalid field."""
     try:
         given = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -42,7 +43,7 @@ def parse(kind: type[M], body: bytes) -> M:
             "We could not parse the JSON body of your request.", hint="send a JSON object, encoded in UTF-8"
         ) from None
     if not isinstance(given, dict):
-        raise RequestError(f"The request body must be a JSON object, but it is {shown_type(given)}.")
+        raise RequestError(f"The request body must be a JSON object, but it is {type_in_words(given)}.")
     try:
         # null is the same as not given: clients send their whole set of options
         return kind.model_validate({name: value for name, value in given.items() if value is not None})
@@ -50,8 +51,8 @@ def parse(kind: type[M], body: bytes) -> M:
         raise _request_error(error.errors(include_url=False, include_context=True)) from None
 
 
-def shown_type(value: object) -> str:
-    """A JSON value's type in words, with its article."""
+def type_in_words(value: object) -> str:
+    """Return the type of a JSON value in words, with its article."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -66,12 +67,9 @@ def shown_type(value: object) -> str:
 
 
 def _path(error: ErrorDetails) -> str:
-    """Dots and indexes as the client wrote them, without the names that pydantic gives to alternatives of a union."""
+    """Return the field's path, `messages.0.role`, without the names that pydantic gives to alternatives of a union."""
     parts = [part for part in error["loc"] if isinstance(part, int) or (part.isidentifier() and part not in _TYPES)]
     return ".".join(map(str, parts))
-
-
-_TYPES = {"str", "int", "float", "bool"}
 
 
 def _request_error(errors: Sequence[ErrorDetails]) -> RequestError:
@@ -85,7 +83,9 @@ def _request_error(errors: Sequence[ErrorDetails]) -> RequestError:
         return RequestError(f"Missing required parameter: '{path}'.", param=path)
     if expected:
         wanted = " or ".join(expected)
-        return RequestError(f"Invalid type for '{path}': expected {wanted}, but got {shown_type(value)}.", param=path)
+        return RequestError(
+            f"Invalid type for '{path}': expected {wanted}, but got {type_in_words(value)}.", param=path
+        )
     if kind in _LIMITS:
         where, sign, name = _LIMITS[kind]
         return RequestError(

@@ -111,19 +111,30 @@ def _try_to_bind(host: str, variable: str, hint: str) -> None:
         ) from None
 
 
-def listening_at(host: str, port: int, backlog: int = 128) -> socket.socket:
-    """A TCP socket that listens there, with IPv6 where the address is one. Raises OSError when it cannot."""
+def listening_at(
+    host: str, port: int, backlog: int = 128, *, reuse_port: bool = False, dual_stack: bool = False
+) -> socket.socket:
+    """Return a listening TCP socket, of IPv6 where the host is an IPv6 address. Raises OSError.
+
+    With `reuse_port`, several sockets may listen on the port; with `dual_stack`, an IPv6 socket accepts IPv4 too.
+    """
     return socket.create_server(
-        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=backlog
+        (host, port),
+        family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+        backlog=backlog,
+        reuse_port=reuse_port,
+        dualstack_ipv6=dual_stack,
     )
 
 
-def listening_socket(host: str, backlog: int = 128) -> socket.socket:
-    """A TCP socket that listens on a port of `STREAM_PORTS`. Raises TransportError when it cannot."""
+def listening_socket(
+    host: str, backlog: int = 128, *, reuse_port: bool = False, dual_stack: bool = False
+) -> socket.socket:
+    """Return a listening TCP socket on a random port of `STREAM_PORTS`, as `listening_at`. Raises TransportError."""
     reason = ""
     for port in random.sample(STREAM_PORTS, 50):
         try:
-            return listening_at(host, port, backlog)
+            return listening_at(host, port, backlog, reuse_port=reuse_port, dual_stack=dual_stack)
         except OSError as error:
             reason = error.strerror or str(error)
     raise TransportError(f"cannot listen on {host}: {reason}", hint=f"set {ADVERTISED} to an address of this host")

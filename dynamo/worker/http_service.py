@@ -22,7 +22,7 @@ from dynamo.sdk.endpoint import LIVENESS_PATH, READINESS_PATH, Hook, probes
 from dynamo.sdk.spec import spec_of
 
 if TYPE_CHECKING:
-    from dynamo.http.api_app import ApiServer
+    from dynamo.http.server import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ class HttpService:
         self._run_dir = run_dir
         self._metrics = metrics
         self._spec = spec_of(self._cls)
-        self._server: ApiServer | None = None
-        self._system: ApiServer | None = None
+        self._server: HttpServer | None = None
+        self._system: HttpServer | None = None
         self.starting = True
         """before the start hooks are done, probes do not call the component's methods: live, not ready"""
 
@@ -67,7 +67,8 @@ class HttpService:
         """
         if not _enabled(SYSTEM_APP):
             return
-        from dynamo.http.api_app import ApiServer, create_api, listen
+        from dynamo.http.api_app import create_api
+        from dynamo.http.server import HttpServer, listen
 
         host, port = get_system_app_host_port()
         try:
@@ -76,7 +77,7 @@ class HttpService:
             hint = f"give the port to one service: {self._spec.name}.ServiceArgs.envs.DYNAMO_SYSTEM_APP_PORT"
             raise StartError(f"system app of {self._spec.name}: {error.message}", hint=hint) from None
         app = create_api(self._spec.system_app, f"{self._spec.name}-system", [], self._checks(), self._metrics)
-        self._system = ApiServer(app, host, listener)
+        self._system = HttpServer(app, host, listener.getsockname()[1], listener, lifespan="auto")
         await self._system.start()
         log.info("system app: %s", self._system.url)
 
@@ -84,11 +85,12 @@ class HttpService:
         """Accept requests for `@api` methods; return the URL, or None for a service without any."""
         if not self._spec.routes and self._spec.app is None:
             return None
-        from dynamo.http.api_app import ApiServer  # FastAPI, only where it is used
+        from dynamo.http.server import HttpServer  # uvicorn and FastAPI, only where they are used
 
         app = api_of(self._instance, self._checks())
         host, port = http_address(self._cls, self._settings, entry=self._entry)
-        self._server = ApiServer(app, host, self.listen(host, port))
+        listener = self.listen(host, port)
+        self._server = HttpServer(app, host, listener.getsockname()[1], listener, lifespan="auto")
         await self._server.start()
         return self._server.url
 
@@ -97,7 +99,7 @@ class HttpService:
 
         Raises StartError when the port is in use.
         """
-        from dynamo.http.api_app import listen
+        from dynamo.http.server import listen
 
         if self._run_dir is None:
             return listen(host, port)
@@ -141,16 +143,9 @@ class HttpService:
         return check
 
 
-def api_of(instance: object, checks: Mapping[str, Callable[[], Awaitable[tuple[int, str]]]] | None = None) -> Any:
-    """Return the ASGI application of a service's `@api` methods, with health checks by path."""
-    from dynamo.http.api_app import Answer, create_api
+        from dynamo.http.server import HttpServer  # uvicorn and FastAPI, only where they are used
 
-    spec = spec_of(type(instance))
-    answers = [Answer(route.path, route.verb, getattr(instance, route.method)) for route in spec.routes]
-    return create_api(spec.app, spec.name, answers, checks or {})
-
-
-async def _stop(server: ApiServer | None, limit_s: float) -> None:
+        app = api_of(self._instance, self._checks())
     if server is not None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(server.stop(), limit_s)

@@ -1,4 +1,4 @@
-"""What OpenAI's clients expect, over a real server: routes, bodies, streams, errors, limits, keys."""
+"""The OpenAI server as its clients use it, over a real connection: routes, bodies, streams, errors, limits, keys."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ async def test_models(served: Site, client: openai.AsyncOpenAI, http: httpx.Asyn
     assert (model.id, model.object, model.created) == (MODEL.name, "model", MODEL.created)
     assert (await client.models.retrieve(MODEL.name)).id == MODEL.name
     assert (await http.get("/v1/models/tiny/model")).json()["max_model_len"] == 4096
-    for name in ("nobody", "", "tiny"):
+    for name in ("unknown", "", "tiny"):
         missing = await http.get(f"/v1/models/{name}")
         assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
@@ -343,7 +343,7 @@ async def _check_metrics(http: httpx.AsyncClient) -> None:
     await http.post("/v1/chat/completions", json=chat(stream=True))
     await http.post("/v1/chat/completions", json=chat())
     await http.post("/v1/chat/completions", json=chat(temperature=9))
-    await http.post("/v1/chat/completions", json=chat(model="nobody"))
+    await http.post("/v1/chat/completions", json=chat(model="unknown"))
     page = await http.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain")
     for kind in ("stream", "unary"):
@@ -352,7 +352,7 @@ async def _check_metrics(http: httpx.AsyncClient) -> None:
     for error in ("validation", "not_found"):
         labels = f'error_type="{error}",model="",request_type="unary",status="error"'
         assert f'requests_total{{endpoint="chat_completions",{labels}}} 1.0' in page.text
-    assert "nobody" not in page.text
+    assert "unknown" not in page.text
     assert await _metric(http, "dynamo_frontend_inflight_requests") == 0
     assert await _metric(http, "dynamo_frontend_queued_requests") == 0
     assert await _metric(http, "dynamo_frontend_output_tokens_total") == 6
@@ -363,7 +363,7 @@ async def _check_metrics(http: httpx.AsyncClient) -> None:
     assert await _metric(http, "dynamo_frontend_request_duration_seconds_count") == 2
 
 
-async def test_times_are_told_of_what_they_measure() -> None:
+async def test_what_times_measure() -> None:
     """TTFT when the first token comes, however the request ends; the duration of requests that succeed alone."""
     ttft, duration = (f"dynamo_frontend_{name}_seconds_count" for name in ("time_to_first_token", "request_duration"))
 
@@ -375,9 +375,9 @@ async def test_times_are_told_of_what_they_measure() -> None:
             lines = answer.aiter_lines()
             await anext(lines)
             assert await _metric(http, ttft) == 1
-            fresh.backend.calls[0].channel.end(WorkerLostError("gone"))
-            assert "gone" in "".join([line async for line in lines])
-        fresh.backend.script = lambda call: call.channel.end(NoInstancesError("nobody"))
+            fresh.backend.calls[0].channel.end(WorkerLostError("worker lost"))
+            assert "worker lost" in "".join([line async for line in lines])
+        fresh.backend.script = lambda call: call.channel.end(NoInstancesError("no instance"))
         assert (await http.post("/v1/chat/completions", json=chat(stream=True))).status_code == 503
         assert (await _metric(http, ttft), await _metric(http, duration)) == (1, 0)
 
@@ -464,9 +464,9 @@ async def test_the_only_model_needs_no_name(served: Site, http: httpx.AsyncClien
     ("error", "status", "kind", "code"),
     [
         (ContextLengthError("too long", param="messages"), 400, "invalid_request_error", "context_length_exceeded"),
-        (ModelNotFoundError("gone"), 404, "not_found_error", "model_not_found"),
+        (ModelNotFoundError("no such model"), 404, "not_found_error", "model_not_found"),
         (OverloadedError("full"), 429, "rate_limit_error", "overloaded"),
-        (NoInstancesError("nobody"), 503, "server_error", "unavailable"),
+        (NoInstancesError("no instance"), 503, "server_error", "unavailable"),
         (EngineError("dead"), 500, "server_error", "engine_error"),
         (ValueError("a bug"), 500, "server_error", "internal_error"),
     ],
@@ -538,6 +538,24 @@ async def test_unknown_urls_and_methods(http: httpx.AsyncClient, caplog: pytest.
         head = await http.head(path)
         assert (head.status_code, head.content) == (200, b"")
         assert (await http.options(path)).status_code == 204
+
+
+async def test_a_bug_is_answered_in_json(
+    served: Site, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(served.backend, "models", fail)
+    for answer in (await http.get("/v1/models"), await http.post("/v1/chat/completions", json=chat())):
+        assert answer.status_code == 500
+        assert _error(answer)["message"] == "RuntimeError: a bug"
+        assert answer.headers["x-request-id"]
+    assert [r.getMessage().partition(" in ")[0] for r in caplog.records if r.levelname == "ERROR"] == [
+        "GET /v1/models: 500",
+        "chat_completions: 500",
+    ]
+    assert all(r.exc_info for r in caplog.records if r.levelname == "ERROR")
 
 
 async def test_body_limit() -> None:

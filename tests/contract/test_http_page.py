@@ -1,4 +1,4 @@
-"""The page at `/`, in a real browser: chromium and chromedriver, spoken to over WebDriver's HTTP."""
+"""The page at `/` in a real browser: chromium, controlled over the WebDriver protocol of chromedriver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from dynamo.openai.app import PAGE
+from dynamo.openai.info_routes import PAGE
 from tests.http_backend import MODEL, Call, Site, free_port, site
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -31,7 +31,7 @@ ENTER, ESCAPE = "\ue007", "\ue00c"
 
 
 class Browser:
-    """As much of WebDriver as is needed here."""
+    """A minimal WebDriver client."""
 
     def __init__(self, http: httpx.AsyncClient, session: str) -> None:
         self._http, self._session = http, session
@@ -63,7 +63,7 @@ class Browser:
         )
 
     async def screenshot(self, name: str) -> None:
-        """Kept where DYNAMO_SCREENSHOTS says, to be looked at."""
+        """Save a screenshot in the folder DYNAMO_SCREENSHOTS, if it is set."""
         folder = os.environ.get("DYNAMO_SCREENSHOTS")
         if folder:
             Path(folder, f"{name}.png").write_bytes(base64.b64decode(await self.call("GET", "/screenshot")))

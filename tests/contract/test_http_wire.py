@@ -1,4 +1,4 @@
-"""The server as a socket sees it: framing, keep-alive, pipelining, clients that leave and clients that do not read."""
+"""The server on the wire: framing, keep-alive, pipelining, clients that disconnect and clients that do not read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import uvloop
 from dynamo.errors import StartError
 from dynamo.http.server import HttpServer
 from dynamo.llm.protocol import Delta
-from dynamo.openai import streaming
+from dynamo.openai import backlog, streaming
 from dynamo.openai.app import create_app
 from tests.http_backend import Call, FakeBackend, Site, chat, events, post, site, without_direct
 
@@ -46,7 +46,7 @@ async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 
 
 async def read_chunk(reader: asyncio.StreamReader) -> bytes:
-    """One chunk of chunked encoding; empty at the end. Strict: sizes and line ends must be exactly right."""
+    """Read one chunk of chunked encoding; empty at the end. Sizes and line ends must be exactly right."""
     line = await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
     assert re.fullmatch(rb"[0-9a-f]+\r\n", line), line
     data = await asyncio.wait_for(reader.readexactly(int(line, 16) + 2), 5)
@@ -197,8 +197,8 @@ async def test_headers_and_comments_during_a_long_prefill(served: Site, monkeypa
     writer.close()
 
 
-async def test_a_text_completion_keeps_silent_correctly(direct: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no opening chunk, and an empty one would end the answer."""
+async def test_comments_during_a_long_prefill_of_a_completion(direct: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text completion has no opening chunk, and an empty chunk would end the response."""
     monkeypatch.setattr(streaming, "SILENCE_S", 0.05)
     reader, writer = await connect(direct)
     writer.write(post("/v1/completions", {"prompt": "x", "stream": True}))
@@ -210,7 +210,7 @@ async def test_a_text_completion_keeps_silent_correctly(direct: Site, monkeypatc
     writer.close()
 
 
-# -- clients that leave
+# -- clients that disconnect
 
 
 def leave(writer: asyncio.StreamWriter, how: str) -> None:
@@ -222,7 +222,7 @@ def leave(writer: asyncio.StreamWriter, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["close", "reset"])
 @pytest.mark.parametrize(("stream", "tokens"), [(True, 0), (True, 2), (False, 0), (False, 2)])
-async def test_a_client_that_leaves_cancels_within_100_ms(served: Site, how: str, stream: bool, tokens: int) -> None:
+async def test_a_disconnect_cancels_the_request(served: Site, how: str, stream: bool, tokens: int) -> None:
     reader, writer = await connect(served)
     writer.write(post(PATH, chat(stream=stream)))
     call = await served.backend.next_call()
@@ -249,7 +249,7 @@ async def gauge(at: Site, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
 
-async def test_leaving_while_the_body_is_on_its_way(served: Site) -> None:
+async def test_a_disconnect_before_the_body_is_complete(served: Site) -> None:
     _, writer = await connect(served)
     writer.write(post(PATH, chat())[:-10])
     await asyncio.sleep(0.02)
@@ -259,8 +259,8 @@ async def test_leaving_while_the_body_is_on_its_way(served: Site) -> None:
     assert await gauge(served, "dynamo_frontend_inflight_requests") == 0
 
 
-async def test_leaving_with_a_second_request_in_the_pipeline(direct: Site) -> None:
-    """uvicorn tells only the newest request of a connection; the writer sees the closed transport by itself."""
+async def test_a_disconnect_with_a_second_request_in_the_pipeline(direct: Site) -> None:
+    """uvicorn reports a disconnect only to the newest request of a connection; the writer notices the closed transport."""
     reader, writer = await connect(direct)
     writer.write(post(PATH, chat(stream=True)) + post(PATH, chat(stream=True)))
     call = await direct.backend.next_call()
@@ -273,7 +273,7 @@ async def test_leaving_with_a_second_request_in_the_pipeline(direct: Site) -> No
     assert call.cancelled.is_set()
 
 
-async def test_an_end_is_not_a_disconnect(served: Site) -> None:
+async def test_closing_after_the_response_is_not_a_disconnect(served: Site) -> None:
     reader, writer = await connect(served)
     writer.write(post(PATH, chat(stream=True)))
     call = await served.backend.next_call()
@@ -288,7 +288,7 @@ async def test_an_end_is_not_a_disconnect(served: Site) -> None:
 # -- clients that do not read
 
 
-async def test_a_slow_client_loses_nothing_and_holds_up_nobody(served: Site) -> None:
+async def test_a_slow_client_gets_everything_and_delays_no_other(served: Site) -> None:
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 << 10)
     slow.setblocking(False)
@@ -305,8 +305,8 @@ async def test_a_slow_client_loses_nothing_and_holds_up_nobody(served: Site) -> 
         if i % 1000 == 0:
             await asyncio.sleep(0)
             most = max(most, _waiting_deltas())
-    assert streaming.MERGE_ABOVE < most <= 60_000 / 8
-    # others are served meanwhile
+    assert backlog.MERGE_ABOVE < most <= 60_000 / 8
+    # another client is served meanwhile
     reader, writer = await connect(served)
     writer.write(post(PATH, chat()))
     (await served.backend.next_call()).say("quick")
@@ -332,19 +332,19 @@ async def test_a_slow_client_loses_nothing_and_holds_up_nobody(served: Site) -> 
 
 
 def _waiting_deltas() -> int:
-    """Deltas that the answers in progress keep."""
+    """Return the length of the longest backlog of the responses in progress."""
     kept = 0
     for task in asyncio.all_tasks():
         coroutine = task.get_coro()
         while coroutine is not None and getattr(coroutine, "cr_frame", None) is not None:
             found = coroutine.cr_frame.f_locals.get("self")
-            if isinstance(found, streaming.Events):
-                kept = max(kept, len(found._waiting))
+            if isinstance(found, streaming.EventStreamWriter):
+                kept = max(kept, len(found._backlog.deltas))
             coroutine = coroutine.cr_await
     return kept
 
 
-async def test_a_client_that_never_reads_and_leaves(served: Site) -> None:
+async def test_a_client_that_never_reads_and_disconnects(served: Site) -> None:
     reader, writer = await connect(served)
     writer.transport.pause_reading()
     writer.write(post(PATH, chat(stream=True)))
@@ -363,14 +363,14 @@ async def test_a_client_that_never_reads_and_leaves(served: Site) -> None:
 
 
 def test_the_same_on_uvloop() -> None:
-    """What the processes of a graph run on."""
+    """uvloop is the event loop of a graph's processes."""
 
     async def main() -> None:
         async with site() as found:
             await test_chunks_go_out_as_they_come(found)
             await test_a_connection_is_used_again(found)
-            await test_a_slow_client_loses_nothing_and_holds_up_nobody(found)
-            await test_leaving_with_a_second_request_in_the_pipeline(found)
+            await test_a_slow_client_gets_everything_and_delays_no_other(found)
+            await test_a_disconnect_with_a_second_request_in_the_pipeline(found)
             await test_http_1_0_gets_no_chunks(found)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -390,7 +390,7 @@ async def test_small_writes_do_not_wait(direct: Site) -> None:
     writer.close()
 
 
-async def test_stop_lets_answers_end() -> None:
+async def test_stop_lets_running_responses_end() -> None:
     async with site() as found:
         reader, writer = await connect(found)
         writer.write(post(PATH, chat(stream=True)))

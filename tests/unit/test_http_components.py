@@ -1,4 +1,4 @@
-"""Processor and Frontend as plain Python: constructed, bound to fakes, called."""
+"""Processor and Frontend as plain Python objects, bound to fakes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from dynamo.sdk.spec import spec_of
 
 
 class Caller:
-    """Behind a dependency: notes how it was called, answers with the mock engine."""
+    """The transport behind a dependency: records the calls and answers with the mock engine."""
 
     def __init__(self, answer: Callable[[Any], Stream[Delta]], instances: list[int]) -> None:
-        self.answer, self.instances = answer, instances
+        self.answer = answer
+        self.instances = instances
         self.calls: list[tuple[str, Any, Choice]] = []
 
     def endpoint(self, spec: EndpointSpec) -> StartCall:
@@ -143,20 +144,20 @@ def frontend(processors: Caller) -> Frontend:
 def test_models_need_a_card_and_a_processor(frontend: Frontend, processors: Caller) -> None:
     assert frontend.models() == []
     assert not frontend.ready()
-    frontend.take_cards({"models/tiny/1": card(), "models/tiny/2": card(), "models/other/3": card("other")})
+    frontend.update_models({"models/tiny/1": card(), "models/tiny/2": card(), "models/other/3": card("other")})
     assert [m.name for m in frontend.models()] == ["other", "tiny"]
     assert frontend.ready()
-    assert frontend.endpoints() == {"Processor": 1}
+    assert frontend.instance_counts() == {"Processor": 1}
     processors.instances.clear()
     assert frontend.models() == []
     assert not frontend.ready()
     processors.instances.append(5)
-    frontend.take_cards({})
+    frontend.update_models({})
     assert frontend.models() == []
 
 
-def test_cards_of_another_version_are_left_out(frontend: Frontend, caplog: pytest.LogCaptureFixture) -> None:
-    frontend.take_cards({"models/bad/1": b'{"name": 5}', "models/worse/2": b"\xff", "models/tiny/3": card()})
+def test_unreadable_cards_are_skipped(frontend: Frontend, caplog: pytest.LogCaptureFixture) -> None:
+    frontend.update_models({"models/bad/1": b'{"name": 5}', "models/worse/2": b"\xff", "models/tiny/3": card()})
     assert [m.name for m in frontend.models()] == ["tiny"]
     assert "models/bad/1" in caplog.text
 
@@ -165,7 +166,7 @@ def test_cards_of_another_version_are_left_out(frontend: Frontend, caplog: pytes
 def test_served_names(names: Any, processors: Caller) -> None:
     found = Frontend(served_model_name=names)
     bind(found, processor=Stub(spec_of(Processor), processors))
-    found.take_cards({"models/tiny/1": card()})
+    found.update_models({"models/tiny/1": card()})
     assert [m.name for m in found.models()] == (["alias"] if names == "alias" else ["alias", "second"])
     assert found.models()[0].root == "s"
 

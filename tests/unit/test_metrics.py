@@ -41,7 +41,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def families(text: bytes) -> list[Metric]:
-    """The parser itself takes a family that comes twice; Prometheus does not."""
+    """Parse a text, and check that no family comes twice: Prometheus would refuse it, the parser does not."""
     names = [line.split()[2] for line in text.decode().splitlines() if line.startswith("# TYPE ")]
     assert len(names) == len(set(names))
     return list(text_string_to_metric_families(text.decode()))
@@ -64,7 +64,7 @@ def process(number: int, service: str = "Worker") -> ProcessMetrics:
 
 
 def whose(worker_id: str, service: str = "Worker") -> dict[str, str]:
-    """The labels of all samples of a process."""
+    """Return the labels of all samples of a process."""
     return {"namespace": "test", "service": service, "worker": "3", "worker_id": worker_id}
 
 
@@ -76,7 +76,7 @@ texts = st.lists(st.dictionaries(st.sampled_from(["a", "b_c", "a_b"]), st.tuples
 
 
 @given(texts, st.data())
-def test_every_sample_of_every_process_is_there_once(given: list[dict[str, Any]], data: st.DataObject) -> None:
+def test_merging_keeps_each_sample_once(given: list[dict[str, Any]], data: st.DataObject) -> None:
     kind_of = {name: data.draw(kinds) for name in ("a", "b_c", "a_b")}
     written = []
     for number, metrics in enumerate(given):
@@ -124,7 +124,7 @@ def test_the_first_text_stays_as_it_is() -> None:
     assert b"_created" not in merged
 
 
-def test_a_metric_of_another_type_is_left_out_and_a_comment_tells() -> None:
+def test_a_metric_of_another_type_is_replaced_by_a_comment() -> None:
     first, second = process(1), process(2)
     Counter("a", "A.", registry=first.registry)
     Gauge("a_total", "A.", registry=second.registry)
@@ -135,10 +135,10 @@ def test_a_metric_of_another_type_is_left_out_and_a_comment_tells() -> None:
     assert of(merged, "b_info", version="1", **whose("2")) == 1
 
 
-# -- what a process shows
+# -- the metrics of a process
 
 
-def test_a_process_shows_its_memory_and_what_it_counts() -> None:
+def test_a_process_exports_its_resources_and_its_own_metrics() -> None:
     found = process(0xABC, "Processor")
     Gauge("mine", "Mine.", ["service"], registry=found.registry).labels("billing").set(7)
     lent = CollectorRegistry()
@@ -234,8 +234,8 @@ def test_an_engine_is_read_when_it_is_scraped() -> None:
 
 def test_kv_transfers_are_counted_where_there_are_some() -> None:
     engine: Any = Engine(EngineStats(0, 0, 0.0, 0, 0), transfers=KvTransfers(5, 1, 1 << 20, 0.25, 2))
-    told = {name: value for name, labels, value in scraped(engine, EngineInfo(4096, 16, 200)) if not labels}
-    assert {name: value for name, value in told.items() if name.startswith("dynamo_disagg_")} == {
+    found = {name: value for name, labels, value in scraped(engine, EngineInfo(4096, 16, 200)) if not labels}
+    assert {name: value for name, value in found.items() if name.startswith("dynamo_disagg_")} == {
         "dynamo_disagg_kv_transfers_total": 5,
         "dynamo_disagg_kv_transfer_failures_total": 1,
         "dynamo_disagg_kv_transfer_bytes_total": 1 << 20,
@@ -254,20 +254,20 @@ async def test_the_mock_engine_counts_its_transfers() -> None:
     for _ in range(2):  # the second finds nothing there any more
         asked = msgspec.structs.replace(request, token_ids=[9, *range(7)], kv_transfer=place)
         assert [delta.finish_reason async for delta in taker.generate(asked)] == ["length"]
-    await lender.prefill(request)  # nobody comes for this
+    await lender.prefill(request)  # never fetched
     async with asyncio.timeout(10):
         while not lender.kv_transfers().expired:
             await asyncio.sleep(0.01)
-    told = taker.kv_transfers()
-    assert (told.pulls, told.failures, told.bytes, told.expired) == (2, 1, 80, 0)
-    assert told.seconds > 0
+    found = taker.kv_transfers()
+    assert (found.pulls, found.failures, found.bytes, found.expired) == (2, 1, 80, 0)
+    assert found.seconds > 0
     assert lender.kv_transfers() == KvTransfers(expired=1)
     assert MockEngine("dynamo-tiny", {}, print).kv_transfers() is None
     for engine in (lender, taker):
         await engine.stop()
 
 
-def test_ranks_are_told_apart_and_summed() -> None:
+def test_ranks_have_labels_and_are_summed() -> None:
     engine: Any = Engine(EngineStats(3, 0, 0.5, 100, 100), EngineStats(1, 4, 0.1, 300, 0))
     info = EngineInfo(4096, 16, 200, ranks=2, slots=8)
     found = [(name, labels["dp_rank"], value) for name, labels, value in scraped(engine, info)]
@@ -275,11 +275,11 @@ def test_ranks_are_told_apart_and_summed() -> None:
     assert ("llm_kv_blocks_active", "1", 20) in found
     assert ("llm_requests_waiting", "1", 4) in found
     assert ("llm_kv_hit_rate_percent", "0", 100) in found
-    told = load_metrics(engine, info)
-    assert (told["kv_active_blocks"], told["kv_total_blocks"], told["request_active_slots"]) == (120, 400, 4)
-    assert told["request_total_slots"] == 16
-    assert math.isclose(told["gpu_cache_usage_perc"], 0.3)
-    assert told["gpu_prefix_cache_hit_rate"] == 0.25
+    found = load_metrics(engine, info)
+    assert (found["kv_active_blocks"], found["kv_total_blocks"], found["request_active_slots"]) == (120, 400, 4)
+    assert found["request_total_slots"] == 16
+    assert math.isclose(found["gpu_cache_usage_perc"], 0.3)
+    assert found["gpu_prefix_cache_hit_rate"] == 0.25
 
 
 # -- the graph's load, and what the supervisor writes
@@ -303,28 +303,28 @@ def test_load_is_the_mean_and_deviation_over_the_workers_of_a_component(workers:
         Gauge("llm_kv_blocks_active_of_another", "No such metric.", registry=found.registry).set(1e6)
         written.append(found.text())
         expected.setdefault(component, []).append(sum(blocks))
-    told = load(written)
+    text = load(written)
     if not workers:
-        assert told == b""
+        assert text == b""
     for component, sums in expected.items():
         labels = {"component": component, "endpoint": "generate"}
         mean = sum(sums) / len(sums)
-        assert math.isclose(of(told, "llm_load_avg", **labels), mean, abs_tol=1e-9)
+        assert math.isclose(of(text, "llm_load_avg", **labels), mean, abs_tol=1e-9)
         deviation = math.sqrt(sum((one - mean) ** 2 for one in sums) / len(sums))
-        assert math.isclose(of(told, "llm_load_std", **labels), deviation, abs_tol=1e-9)
-    merged = merge([*written, told])
-    assert samples(merged).items() >= samples(told).items()
+        assert math.isclose(of(text, "llm_load_std", **labels), deviation, abs_tol=1e-9)
+    merged = merge([*written, text])
+    assert samples(merged).items() >= samples(text).items()
 
 
 @given(st.dictionaries(st.from_regex(r"[A-Za-z_]\w*", fullmatch=True), st.floats(0, 1e300), max_size=4))
-def test_a_family_is_read_back(values: dict[str, float]) -> None:
+def test_a_family_can_be_parsed(values: dict[str, float]) -> None:
     text = family("up", "gauge", "It is up.", [({"service": name, "worker": "1"}, v) for name, v in values.items()])
     expected = {("up", frozenset({("service", name), ("worker", "1")})): value for name, value in values.items()}
     assert samples(text) == expected
     assert merge([text]) == text
 
 
-def test_a_host_is_told_once() -> None:
+def test_a_host_is_listed_once() -> None:
     found = json.loads(http_sd(["10.0.0.2:9091", "10.0.0.1:9091", "10.0.0.2:9091"]))
     assert found == [{"targets": ["10.0.0.1:9091", "10.0.0.2:9091"], "labels": {}}]
 
@@ -333,19 +333,19 @@ def test_a_host_is_told_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (ContextLengthError("too long"), "validation"),
         (ModelNotFoundError("no such model"), "not_found"),
         (OverloadedError("full"), "overload"),
-        (NoInstancesError("nobody"), "unavailable"),
+        (NoInstancesError("no instance"), "unavailable"),
         (DeadlineError("late"), "response_timeout"),
         (EngineError("broken"), "internal"),
         (ValueError("a bug"), "internal"),
     ],
 )
-def test_an_error_has_a_type(error: Exception, told: str) -> None:
-    assert error_type(error) == told
+def test_an_error_has_a_type(error: Exception, expected: str) -> None:
+    assert error_type(error) == expected
 
 
 def test_workers_that_left_leave_the_routers_metrics() -> None:

@@ -1,4 +1,4 @@
-"""OpenAI's request models: what is accepted, how it is translated, and which parameter an error names."""
+"""OpenAI's request models: accepted fields, their translation, and the parameter that an error names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from dynamo.errors import RequestError
 from dynamo.llm.protocol import ChatRequest, CompletionRequest
 from dynamo.openai import json_schema
-from dynamo.openai.schema import MAX_PROMPTS, ChatCompletionRequest, TextCompletionRequest, parse
+from dynamo.openai.field_types import MAX_PROMPTS
+from dynamo.openai.schema import ChatCompletionRequest, TextCompletionRequest
+from dynamo.openai.validation import parse
 
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 
@@ -27,7 +29,7 @@ def text(**fields: Any) -> list[CompletionRequest]:
     return parse(TextCompletionRequest, json.dumps({"model": "m", **fields}).encode()).to_requests()
 
 
-def fault(function: Any, **fields: Any) -> RequestError:
+def refused(function: Any, **fields: Any) -> RequestError:
     with pytest.raises(RequestError) as caught:
         function(**fields)
     return caught.value
@@ -101,14 +103,14 @@ def test_tools() -> None:
     assert chat(tools=[]).tools is None
     named = {"type": "function", "function": {"name": "now"}}
     assert chat(tools=[TOOL], tool_choice=named).tool_choice == named
-    assert fault(chat, tool_choice="required").param == "tool_choice"
-    assert fault(chat, tools=[TOOL], tool_choice="sometimes").param == "tool_choice"
+    assert refused(chat, tool_choice="required").param == "tool_choice"
+    assert refused(chat, tools=[TOOL], tool_choice="sometimes").param == "tool_choice"
     other = {"type": "function", "function": {"name": "later"}}
-    assert "'later'" in fault(chat, tools=[TOOL], tool_choice=other).message
-    assert fault(chat, tools=[{"type": "function"}]).param == "tools.0.function"
-    assert fault(chat, tools=[{"type": "function", "function": {"name": ""}}]).param == "tools.0.function.name"
+    assert "'later'" in refused(chat, tools=[TOOL], tool_choice=other).message
+    assert refused(chat, tools=[{"type": "function"}]).param == "tools.0.function"
+    assert refused(chat, tools=[{"type": "function", "function": {"name": ""}}]).param == "tools.0.function.name"
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "dict"}}}
-    assert fault(chat, tools=[bad]).param == "tools.0.function.parameters"
+    assert refused(chat, tools=[bad]).param == "tools.0.function.parameters"
 
 
 def test_structured_output() -> None:
@@ -127,19 +129,19 @@ def test_structured_output() -> None:
     assert text(prompt="x", guided_regex="a+")[0].sampling.structured == {"regex": "a+"}
 
 
-def test_structured_output_at_fault() -> None:
+def test_invalid_structured_output() -> None:
     def wanted(schema: Any) -> dict[str, Any]:
         return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
-    assert fault(chat, response_format={"type": "json_schema"}).param == "response_format.json_schema"
-    assert fault(chat, response_format=wanted("text")).param == "response_format.json_schema.schema"
-    wrong = fault(chat, response_format=wanted({"type": "object", "properties": {"a": {"type": "int"}}}))
+    assert refused(chat, response_format={"type": "json_schema"}).param == "response_format.json_schema"
+    assert refused(chat, response_format=wanted("text")).param == "response_format.json_schema.schema"
+    wrong = refused(chat, response_format=wanted({"type": "object", "properties": {"a": {"type": "int"}}}))
     assert wrong.param == "response_format.json_schema.schema"
-    assert "properties.a.type: 'int' is no type" in wrong.message
-    assert fault(chat, response_format={"type": "json_object"}, guided_regex="a").param == "response_format"
-    assert fault(chat, guided_regex="a", guided_choice=["a"]).param == "guided_choice"
-    assert fault(chat, guided_choice=[]).param == "guided_choice"
-    assert fault(chat, guided_json={"required": "a"}).param == "guided_json"
+    assert "properties.a.type: 'int' is not one of ['array', " in wrong.message
+    assert refused(chat, response_format={"type": "json_object"}, guided_regex="a").param == "response_format"
+    assert refused(chat, guided_regex="a", guided_choice=["a"]).param == "guided_choice"
+    assert refused(chat, guided_choice=[]).param == "guided_choice"
+    assert refused(chat, guided_json={"required": "a"}).param == "guided_json"
 
 
 RANGES: list[tuple[str, Any]] = [
@@ -158,8 +160,8 @@ TYPES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "value"), RANGES + TYPES)
-def test_faults_name_their_parameter(name: str, value: Any) -> None:
-    error = fault(chat, **{name: value})
+def test_errors_name_their_parameter(name: str, value: Any) -> None:
+    error = refused(chat, **{name: value})
     assert error.status == 400
     assert error.param is not None
     assert error.param.split(".")[0] == name
@@ -169,24 +171,24 @@ def test_faults_name_their_parameter(name: str, value: Any) -> None:
 
 
 def test_wording() -> None:
-    assert fault(chat, temperature="1").message == (
+    assert refused(chat, temperature="1").message == (
         "Invalid type for 'temperature': expected a number, but got a string."
     )
-    assert fault(chat, messages=[{"content": "x"}]).message == "Missing required parameter: 'messages.0.role'."
-    assert "Expected a value >= 1, but got 0" in fault(chat, n=0).message
-    assert fault(chat, guided_json=5).message.endswith("expected an object or a string, but got an integer.")
-    many = fault(chat, stop=["a", "b", "c", "d", "e"])
+    assert refused(chat, messages=[{"content": "x"}]).message == "Missing required parameter: 'messages.0.role'."
+    assert "Expected a value >= 1, but got 0" in refused(chat, n=0).message
+    assert refused(chat, guided_json=5).message.endswith("expected an object or a string, but got an integer.")
+    many = refused(chat, stop=["a", "b", "c", "d", "e"])
     assert "at most 4" in many.message
 
 
 def test_combinations() -> None:
-    assert fault(chat, top_logprobs=1).param == "top_logprobs"
-    assert fault(chat, stream_options={"include_usage": True}).param == "stream_options"
-    assert fault(chat, max_tokens=3, min_tokens=4).param == "min_tokens"
-    assert fault(text, prompt="x", min_tokens=17).param == "min_tokens"
-    assert fault(text, prompt="x", suffix="y").param == "suffix"
-    assert fault(text, prompt="x", best_of=2).param == "best_of"
-    assert fault(text, prompt="x", echo=True, logprobs=1).param == "echo"
+    assert refused(chat, top_logprobs=1).param == "top_logprobs"
+    assert refused(chat, stream_options={"include_usage": True}).param == "stream_options"
+    assert refused(chat, max_tokens=3, min_tokens=4).param == "min_tokens"
+    assert refused(text, prompt="x", min_tokens=17).param == "min_tokens"
+    assert refused(text, prompt="x", suffix="y").param == "suffix"
+    assert refused(text, prompt="x", best_of=2).param == "best_of"
+    assert refused(text, prompt="x", echo=True, logprobs=1).param == "echo"
     assert text(prompt="x", n=2, best_of=2)[0].sampling.n == 2
 
 
@@ -196,8 +198,8 @@ def test_prompts() -> None:
     assert [r.prompt for r in text(prompt=[1, 2])] == [[1, 2]]
     assert [r.prompt for r in text(prompt=[[1], [2, 3]])] == [[1], [2, 3]]
     for wrong in (5, {}, [], ["a", 1], [1, "a"], [[1, "a"]], [1.5], [True], [None], ["a"] * (MAX_PROMPTS + 1)):
-        assert fault(text, prompt=wrong).param == "prompt"
-    assert fault(text).message == "Missing required parameter: 'prompt'."
+        assert refused(text, prompt=wrong).param == "prompt"
+    assert refused(text).message == "Missing required parameter: 'prompt'."
 
 
 def test_each_prompt_has_sampling_of_its_own() -> None:
@@ -225,8 +227,8 @@ def test_any_json_is_accepted_or_refused_with_a_request_error(fields: dict[str, 
 
 
 @given(JSON)
-def test_any_json_is_a_schema_or_has_a_fault(value: Any) -> None:
-    found = json_schema.fault(value, "schema")
+def test_any_json_is_a_schema_or_has_an_error(value: Any) -> None:
+    found = json_schema.find_error(value, "schema")
     assert found is None or found[0].startswith("schema")
 
 
@@ -237,28 +239,37 @@ def test_schemas() -> None:
         {"type": ["string", "null"], "enum": ["a", None]},
         {"$defs": {"n": {"type": "number", "exclusiveMinimum": 0}}, "anyOf": [{"$ref": "#/$defs/n"}, False]},
         {"type": "array", "items": {"type": "string"}, "minItems": 1, "x-own": 5},
-        {"items": [{"type": "string"}, {"type": "number"}]},
+        {"items": [{"type": "string"}, {"type": "number"}], "required": True, "exclusiveMinimum": True},
         {"properties": {"type": {"type": "string"}, "required": {"const": 1}}, "additionalProperties": False},
     ]
     for schema in sound:
-        assert json_schema.fault(schema, "s") is None
+        assert json_schema.find_error(schema, "s") is None
     wrong: list[tuple[Any, str]] = [
         ({"type": "strnig"}, "s.type"),
         ({"properties": []}, "s.properties"),
         ({"properties": {"a": {"items": {"type": 5}}}}, "s.properties.a.items.type"),
         ({"anyOf": []}, "s.anyOf"),
         ({"enum": []}, "s.enum"),
-        ({"required": [1]}, "s.required"),
+        ({"required": [1]}, "s.required.0"),
         ({"minLength": -1}, "s.minLength"),
         ({"maximum": "9"}, "s.maximum"),
         ({"$ref": 5}, "s.$ref"),
         ({"additionalProperties": "no"}, "s.additionalProperties"),
+        ({"items": [{"type": "string"}, {"type": "int"}]}, "s.items.1.type"),
+        ({"minItems": True}, "s.minItems"),
     ]
     for schema, path in wrong:
-        found = json_schema.fault(schema, "s")
+        found = json_schema.find_error(schema, "s")
         assert found is not None
         assert found[0] == path
     deep: Any = {}
     for _ in range(200):
         deep = {"not": deep}
-    assert json_schema.fault(deep, "s") is not None
+    assert json_schema.find_error(deep, "s") == ("s", "nested more than 128 deep")
+    nested: Any = {}
+    for _ in range(30):
+        nested = {"properties": {"a": {"type": "array", "items": nested}}}
+    assert json_schema.find_error(nested, "s") is None
+    long = json_schema.find_error({"type": "x" * 1000}, "s")
+    assert long is not None
+    assert len(long[1]) < 300

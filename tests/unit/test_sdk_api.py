@@ -1,8 +1,10 @@
-"""`@api`: what it marks, and what a client of the mounted application sees."""
+"""`@api`: the marks on a service, and the HTTP behaviour of the mounted application."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +12,24 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Form, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from dynamo.config.settings import constructor_arguments, declared
 from dynamo.errors import ConfigError, GraphError, OverloadedError, StartError
-from dynamo.http.api_app import Answer, create_api, listen
+from dynamo.http.api_app import BoundRoute, create_api
+from dynamo.http.server import listen
 from dynamo.sdk import DynamoTransport, Stream, api, endpoint, liveness, readiness, service
 from dynamo.sdk.api import Route, routes
 from dynamo.sdk.spec import spec_of
 from dynamo.streams import Channel
 from dynamo.worker.http_service import DEFAULT_CHECKS, HttpService, claim, http_address
+
+JSON = {"content-type": "application/json"}
 
 
 class Ask(BaseModel):
@@ -111,6 +119,29 @@ class Frontend:
         return PlainTextResponse("mine", 418)
 
     @api
+    async def form(self, text: str = Form()) -> str:
+        return text
+
+    @api
+    async def raw(self, request: Request) -> dict[str, Any]:
+        return dict(await request.form())
+
+    @api
+    async def refuses(self, kind: str) -> None:
+        if kind == "text":
+            raise HTTPException(409, "it exists", {"x-own": "1"})
+        if kind == "value":
+            raise HTTPException(404, {"reason": 5})
+        if kind == "empty":
+            raise HTTPException(304)
+        raise KeyError(kind)
+
+    @api
+    async def breaks_off(self, request: Ask) -> AsyncIterator[str]:
+        yield "half"
+        raise KeyError("later")
+
+    @api
     async def endless(self, request: Ask) -> AsyncIterator[str]:
         try:
             while True:
@@ -121,12 +152,12 @@ class Frontend:
 
 
 def application(target: type[Any] = Frontend, app: Any = None) -> Any:
-    answers = [Answer(r.path, r.verb, getattr(target(), r.method)) for r in spec_of(target).routes]
+    bound = [BoundRoute(r.path, r.verb, getattr(target(), r.method)) for r in spec_of(target).routes]
 
     async def check() -> tuple[int, str]:
         return 503, "no"
 
-    return create_api(app, target.__name__, answers, {"/readyz": check})
+    return create_api(app, target.__name__, bound, {"/readyz": check})
 
 
 @pytest.fixture
@@ -165,7 +196,46 @@ async def test_bodies_that_do_not_fit(client: httpx.AsyncClient, path: str) -> N
     for content in (b'{"other": 1}', b'{"text": [], "number": "x"', b'{"number": "x"}', b"[]"):
         answer = await client.post(f"/{path}", content=content, headers={"content-type": "application/json"})
         assert answer.status_code == 422
-        assert answer.json()["detail"][0]["loc"][0] == "body"
+        error = error_of(answer)
+        assert (error["type"], error["code"]) == ("invalid_request_error", None)
+        assert re.match(r"Invalid request: (body\b|the body is not JSON: )", error["message"])
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """Return OpenAI's error object, after a check that the response has nothing else."""
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json().keys() == {"error"}
+    error: dict[str, Any] = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
+
+
+async def test_a_validation_error_names_each_field(client: httpx.AsyncClient) -> None:
+    error = error_of(await client.post("/plain", json={"other": 1}))
+    assert (error["param"], error["message"]) == ("text", "Invalid request: body.text: Field required")
+    error = error_of(await client.post("/scaled", json={"number": "x"}))
+    assert error["param"] == "number"
+    assert "body.number: Input should be a valid integer" in error["message"]
+    error = error_of(await client.post("/queried?n=x"))
+    assert (error["param"], error["message"][:25]) == ("n", "Invalid request: query.n:")
+    assert error_of(await client.post("/plain", content=b"{", headers=JSON))["param"] is None
+
+
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "application/json; charset=utf-8"])
+@pytest.mark.parametrize(("path", "text"), [("plain", '{"text":"x"}'), ("words", "x ")])
+async def test_a_json_body_needs_no_content_type(
+    client: httpx.AsyncClient, path: str, text: str, content_type: str | None
+) -> None:
+    """`curl -d` calls its body a form."""
+    headers = {} if content_type is None else {"content-type": content_type}
+    answer = await client.post(f"/{path}", content=b'{"text": "x"}', headers=headers)
+    assert (answer.status_code, answer.text) == (200, text)
+
+
+async def test_a_form_is_still_a_form(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/form", data={"text": "a=b"})).json() == "a=b"
+    assert (await client.post("/raw", data={"text": "a=b"})).json() == {"text": "a=b"}
+    assert (await client.post("/plain", content=b"text", headers={"content-type": "text/plain"})).status_code == 422
 
 
 async def test_other_verbs_and_paths(client: httpx.AsyncClient) -> None:
@@ -175,6 +245,7 @@ async def test_other_verbs_and_paths(client: httpx.AsyncClient) -> None:
     assert (await client.get("/readyz")).text == "no"
     paths = (await client.get("/openapi.json")).json()["paths"]
     assert {"/plain", "/users/{user}", "/many/kinds", "/scaled"} <= paths.keys()
+    assert paths["/plain"]["post"]["responses"].keys() == {"200", "default"}
     assert "/readyz" not in paths
 
 
@@ -184,6 +255,78 @@ async def test_errors(client: httpx.AsyncClient) -> None:
     assert answer.json()["error"]["message"] == "full (wait)"
     later = (await client.post("/fails_later", json={"text": "x"})).text
     assert later.startswith('data: {"n":1}\n\nevent: error\ndata: {"error":')
+
+
+async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
+    missing = await client.get("/plan")
+    assert missing.status_code == 404
+    assert error_of(missing)["code"] == "unknown_url"
+    assert error_of(missing)["message"] == "Unknown request URL: GET /plan. See /docs."
+    wrong = await client.get("/plain")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert error_of(wrong)["message"] == "GET is not allowed on /plain; use POST."
+    assert (await client.options("/plain")).status_code == 405
+
+
+async def test_exceptions_of_a_method(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    conflict = await client.post("/refuses", json={"kind": "text"})
+    assert (conflict.status_code, conflict.headers["x-own"]) == (409, "1")
+    assert error_of(conflict) == {
+        "message": "it exists", "type": "invalid_request_error", "param": None, "code": None
+    }  # fmt: skip
+    missing = await client.post("/refuses", json={"kind": "value"})
+    assert (missing.status_code, error_of(missing)["message"]) == (404, '{"reason": 5}')
+    assert (await client.post("/refuses", json={"kind": "empty"})).content == b""
+    assert "POST /refuses: 409 in 0.000 s: it exists" in caplog.text
+    caplog.clear()
+    broken = await client.post("/refuses", json={"kind": "bug"})
+    assert broken.status_code == 500
+    assert len(broken.headers["x-request-id"]) == 32
+    assert error_of(broken) == {
+        "message": "KeyError: 'bug'", "type": "server_error", "param": None, "code": "internal_error"
+    }  # fmt: skip
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert record.getMessage().startswith("POST /refuses: 500 in")
+    assert record.exc_info
+    assert "raise KeyError(kind)" in caplog.text
+
+
+async def test_a_bug_after_the_first_text_names_its_place(client: httpx.AsyncClient) -> None:
+    app = application()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b'{"text": "x"}', "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/breaks_off", "query_string": b"", "http_version": "1.1",
+        "headers": [], "asgi": {"version": "3.0", "spec_version": "2.4"},
+    }  # fmt: skip
+    with pytest.raises(KeyError) as caught:
+        await app(scope, receive, send)
+    assert caught.value.__notes__ == ["while answering POST /breaks_off"]
+
+
+@pytest.mark.parametrize("app", [Starlette(), FastAPI(), None])
+async def test_every_application_has_the_same_errors(app: Any) -> None:
+    transport = httpx.ASGITransport(create_api(app, "any", [], {}), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        answer = await client.get("/nothing")
+        assert (answer.status_code, error_of(answer)["code"]) == (404, "unknown_url")
+
+
+async def test_an_application_that_fails_by_itself_is_answered_in_json(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("no luck \ud800")
+
+    transport = httpx.ASGITransport(create_api(app, "any", [], {}), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        answer = await client.get("/x")
+        assert (answer.status_code, error_of(answer)["message"]) == (500, "RuntimeError: no luck ?")
+    assert "GET /x: 500 in" in caplog.text
 
 
 async def test_a_client_that_leaves_closes_the_generator() -> None:
@@ -226,6 +369,31 @@ async def test_the_authors_own_application() -> None:
         application(app=lambda scope, receive, send: None)
 
 
+async def test_the_authors_own_exception_handlers(caplog: pytest.LogCaptureFixture) -> None:
+    own = FastAPI()
+
+    def answer(text: str) -> Any:
+        return lambda request, error: PlainTextResponse(text, 499)
+
+    for kind, text in (
+        (StarletteHTTPException, "http"), (RequestValidationError, "validation"), (OverloadedError, "overloaded"),
+        (Exception, "bug"),
+    ):  # fmt: skip
+        own.add_exception_handler(kind, answer(text))
+    transport = httpx.ASGITransport(application(app=own), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        answers = [
+            await client.get("/nothing"),
+            await client.post("/plain", json={}),
+            await client.post("/fails_first", json={"text": "x"}),
+            await client.post("/refuses", json={"kind": "bug"}),
+        ]
+    assert [(a.status_code, a.text) for a in answers] == [
+        (499, "http"), (499, "validation"), (499, "overloaded"), (499, "bug")
+    ]  # fmt: skip
+    assert caplog.text.count("Traceback") == 1
+
+
 # -- marks
 
 
@@ -255,7 +423,7 @@ def test_routes_are_inherited_and_can_be_ended() -> None:
     assert spec_of(service(ManagedProcess)).endpoints == {}
 
 
-def test_what_api_refuses() -> None:
+def test_invalid_uses_of_api() -> None:
     with pytest.raises(GraphError, match="goes on a method"):
         api(int)
     for name in ("a b", "a?b"):
