@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -83,6 +83,7 @@ class Frontend(Service):
         self.api_keys = api_keys if api_keys is not None else os.environ.get("DYN_API_KEYS", "").split(",")
         self.api_keys = [key.strip() for key in self.api_keys if key.strip()]
         self._models: list[ServedModel] = []  # by the workers' cards
+        self.app: Callable[..., Awaitable[None]] | None = None
         self.server: HttpServer | None = None
         self._tasks = TaskSet("Frontend")
 
@@ -95,7 +96,7 @@ class Frontend(Service):
         context = service_context()
         if context is not None:
             self._tasks.spawn(self._follow_models(context.runtime), name="follow models")
-        app = create_app(
+        self.app = create_app(
             self,
             timeout_s=self.timeout_s,
             cors_origins=self.cors_origins,
@@ -104,9 +105,11 @@ class Frontend(Service):
             targets=context.scrape_targets if context is not None else None,
             unavailable_reason=self.unavailable_reason,
         )
+        if context is not None and context.in_memory:
+            return
         listen = context.listen if context is not None else None  # one port for all workers
         listener = listen(self.host, self.port) if listen is not None else None
-        self.server = HttpServer(app, self.host, self.port, listener)
+        self.server = HttpServer(self.app, self.host, self.port, listener)
         if context is not None and context.workers > 1:
             self._tasks.spawn(self._start_with_models(self.server), name="start server")
         else:

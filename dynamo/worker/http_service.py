@@ -143,9 +143,16 @@ class HttpService:
         return check
 
 
-        from dynamo.http.server import HttpServer  # uvicorn and FastAPI, only where they are used
+def api_of(instance: object, checks: Mapping[str, Callable[[], Awaitable[tuple[int, str]]]] | None = None) -> Any:
+    """Return the ASGI application of a service's `@api` methods, with health checks by path."""
+    from dynamo.http.api_app import BoundRoute, create_api
 
-        app = api_of(self._instance, self._checks())
+    spec = spec_of(type(instance))
+    routes = [BoundRoute(route.path, route.verb, getattr(instance, route.method)) for route in spec.routes]
+    return create_api(spec.app, spec.name, routes, checks or {})
+
+
+async def _stop(server: HttpServer | None, limit_s: float) -> None:
     if server is not None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(server.stop(), limit_s)

@@ -150,9 +150,7 @@ def test_declarations() -> None:
         def __init__(self, mode: str = "") -> None:
             self.mode = mode
 
-    with pytest.raises(
-        GraphError, match=r"Misspelled.live_settings: 'moode' is not a constructor parameter"
-    ) as bad:
+    with pytest.raises(GraphError, match=r"Misspelled.live_settings: 'moode' is not a constructor parameter") as bad:
         live_settings(Misspelled)
     assert "did you mean mode?" in str(bad.value.hint)
 
