@@ -25,7 +25,7 @@ def config(graph: str, **worker: Any) -> dict[str, dict[str, Any]]:
         "VllmWorker": {"engine": "mock", "speedup-ratio": 0, "router": mode, "ServiceArgs": {"workers": 2}, **worker},
     }
     if graph.startswith("disagg"):
-        found["VllmWorker"] |= {"remote-prefill": True, "max-local-prefill-length": 64}
+        found["VllmWorker"] |= {"remote-prefill": True, "conditional-disagg": True, "max-local-prefill-length": 64}
         found["PrefillWorker"] = {"engine": "mock", "speedup-ratio": 0}
     if mode == "kv":
         found["Router"] = {"min-workers": 2}
