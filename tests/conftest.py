@@ -1,21 +1,70 @@
-"""Real NATS and etcd for all tests: one pair for the session, private pairs for tests that break them."""
+"""What all tests share: real NATS and etcd, graphs under `dynamo serve`, and how pytest-xdist divides the tests.
+
+NATS and etcd are one pair for each xdist worker, and private pairs for tests that break them.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import AsyncIterator
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import pytest_asyncio
 
 from dynamo.launcher.embedded_servers import Infra, ensure
+from tests.served import Served, Start
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine makes nothing wrong
 hypothesis.settings.load_profile("untimed")
 
+# The tests start about a thousand Python processes: without their bytecode each would compile the project again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER:  # commands such as `dynamo status` look for graphs in the temporary directory: not those of other workers
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{WORKER}-")  # short: sockets go below it
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they start
+
+
+LONGEST_FIRST = (
+    "tests/vllm/test_nodes.py",
+    "tests/graph/test_two_hosts.py",
+    "vllm",
+    "busy graph",
+    "tiny",
+)
+"""Groups of tests that begin a parallel run, so that none of them is left alone at its end; then the other folders."""
+FOLDERS = ("vllm", "graph", "deploy", "cli", "compat", "contract", "container", "benchmarks", "typing", "unit")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On an xdist worker: keep a file together, as its tests share graphs, and put the longest groups first."""
+    if not WORKER:
+        return
+    order: dict[str, tuple[int, int]] = {}
+    groups = []
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        marker = item.get_closest_marker("xdist_group")
+        if marker is None:
+            item.add_marker(pytest.mark.xdist_group(file))
+        group = str(marker.args[0]) if marker else file
+        folder = file.split("/")[1]
+        rank = LONGEST_FIRST.index(group) if group in LONGEST_FIRST else len(LONGEST_FIRST) + FOLDERS.index(folder)
+        order.setdefault(group, (rank, len(order)))
+        groups.append(group)
+    ranked = sorted(zip((order[group] for group in groups), range(len(items)), strict=True))
+    items[:] = [items[number] for _, number in ranked]
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -44,3 +93,16 @@ async def private_infra(tmp_path: Path) -> AsyncIterator[Infra]:
     infra = await ensure(tmp_path / "infra", "embedded")
     yield infra
     await infra.stop()
+
+
+@pytest.fixture(scope="module")
+def serve_graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start graphs with `serve_graph(*arguments, graph=, cwd=, env=)`; those that still run end with the module."""
+    with ExitStack() as started:
+
+        def start(*arguments: str, **options: Any) -> Served:
+            served = Served(tmp_path_factory.mktemp("serve") / "output", *arguments, **options)
+            started.callback(served.end)
+            return served
+
+        yield start

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from dynamo.engines.mock import MockEngine
-from dynamo.launcher.embedded_servers import free_ports
 from dynamo.llm.model_files import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, Sampling
@@ -25,6 +24,7 @@ from dynamo.llm.tiny import faq
 from dynamo.llm.tokenizer import Tokenizer
 from tests.cli.conftest import Graph
 from tests.cli.terminal import COMMAND, CTRL_C, CTRL_D, ROOT, Terminal, command, environment
+from tests.ports import free_port
 
 MOCK = ("run", "--engine", "mock")
 
@@ -261,7 +261,7 @@ def scripted() -> Iterator[Callable[..., str]]:
     def serve(*script: bytes | None, status: int = 200) -> str:
         handler = type("Handler", (_Scripted,), {"script": script, "status": status, "gone": _Scripted.gone})
         _Scripted.gone.clear()
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", free_ports(1)[0]), handler))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}"
 

@@ -12,12 +12,12 @@ import pytest
 from components.worker import VllmWorker
 from dynamo.engines.vllm.multi_node import HELLO_TIMEOUT_S, NEWCOMERS, NONCE_BYTES, MultiNode
 from dynamo.errors import ConfigError, StartError
-from dynamo.launcher.embedded_servers import free_ports
 from tests.cli.terminal import command
+from tests.ports import free_port
 
 
 def nodes(count: int = 2) -> list[MultiNode]:
-    port = free_ports(1)[0]
+    port = free_port()
     return [MultiNode(rank, count, "127.0.0.1", port) for rank in range(count)]
 
 
@@ -148,7 +148,7 @@ async def test_only_who_knows_the_secret_is_a_node(
     given: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that `dynamo serve` has made is another one on each host, and proves nothing."""
-    port = free_ports(1)[0]
+    port = free_port()
     shared(monkeypatch, "ours", given=given)
     leader = MultiNode(0, 2, "127.0.0.1", port)
     await leader.meet(lambda _: None, lambda _: None)

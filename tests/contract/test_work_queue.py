@@ -26,6 +26,7 @@ from dynamo.transport.nats import Nats
 from dynamo.worker.broker import ServiceBroker, delete_queues, streams
 from dynamo.worker.stubs import InstancePool
 from tests.contract.rpc_steps import Make, make, namespace, soon
+from tests.ports import free_port
 
 __all__ = ["make", "namespace"]  # fixtures
 
@@ -351,7 +352,7 @@ async def test_nats_is_killed_and_comes_back(
 
 
 async def test_a_server_without_jetstream(tmp_path: Any, namespace: str, etcd_server: str) -> None:
-    port = infra_module.free_ports(1)[0]
+    port = free_port()
     process = await asyncio.create_subprocess_exec(
         find_binary(infra_module.NATS), "--addr", "127.0.0.1", "--port", str(port), stderr=asyncio.subprocess.PIPE
     )

@@ -18,6 +18,7 @@ from tests.deploy.dashboard import FILES, NOW, Query, panels, queries, variables
 OTHERS = ("DCGM_", "gnatsd_", "etcd_", "up")
 # Empty where a graph has no such part, or nothing has gone wrong.
 OPTIONAL = re.compile("dynamo_(router|disagg|prefill)_|dynamo_migrations|DCGM|gnatsd|restarts")
+pytestmark = pytest.mark.xdist_group("busy graph")
 BOARD = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from dynamo.llm import tiny
-from tests.graph.conftest import Served
 from tests.graph.test_agg_router import agree, complete, metrics
+from tests.served import Served, Start
 
 BLOCK = 32
 
@@ -16,7 +14,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def served(serve_graph: Callable[..., Served]) -> Served:
+def served(serve_graph: Start) -> Served:
     return serve_graph("-f", "configs/agg_router_tiny.yaml", graph="graphs.agg_router:Frontend").ready(200)
 
 

@@ -15,10 +15,9 @@ import pytest
 from dynamo.engines.mock import MockEngine
 from dynamo.llm.protocol import GenerateRequest, Sampling
 from tests.cli.terminal import command
-from tests.graph.conftest import Served
-from tests.graph.test_agg_router import environment, metrics
+from tests.graph.test_agg_router import metrics
+from tests.served import Served, Start
 
-Start = Callable[..., Served]
 LONG, TOKENS = 3000, 12
 _NEW = count(1)
 
@@ -138,7 +137,7 @@ def test_prompts_cached_by_the_decode_worker_are_not_long(served: Served) -> Non
 
 
 def test_prefill_workers_serve_no_model(served: Served) -> None:
-    table = command("status", **environment(served)).stdout
+    table = command("status", **served.servers).stdout
     models = [line for line in table.splitlines() if line.startswith("dynamo-tiny")]
     assert len(models) == 1
     assert "VllmWorker" in models[0]
@@ -226,7 +225,7 @@ def test_disconnected_clients_leave_nothing_behind(served: Served) -> None:
 
 
 def test_settings_change_while_the_graph_runs(served: Served) -> None:
-    env = environment(served)
+    env = served.servers
 
     def set_to(setting: str, value: str) -> None:
         done = command("set", f"VllmWorker.{setting}={value}", **env)
@@ -254,7 +253,7 @@ def test_settings_change_while_the_graph_runs(served: Served) -> None:
 
 
 def test_a_full_queue_and_a_slow_pool_delay_no_request(served: Served) -> None:
-    env = environment(served)
+    env = served.servers
     try:
         assert command("set", "VllmWorker.max-prefill-queue-size=2", **env).returncode == 0
         before = local(served, "queue"), remote(served)

@@ -7,7 +7,7 @@ import time
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.graph.conftest import Served
+from tests.served import Served
 
 
 def test_the_frontend_shows_every_process(mock_graph: Served) -> None:

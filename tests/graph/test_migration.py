@@ -13,9 +13,8 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from tests.graph.conftest import Served
+from tests.served import Served, Start
 
-Start = Callable[..., Served]
 TWO = ("-f", "configs/agg_mock.yaml", "--VllmWorker.ServiceArgs.workers=2")
 STREAMS = 32
 

@@ -6,16 +6,14 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 
 import httpx
 import openai
 import pytest
 
 from dynamo.launcher import guard
-from tests.graph.conftest import Served
+from tests.served import Served, Start
 
-Start = Callable[..., Served]
 MOCK = ("-f", "configs/agg_mock.yaml")
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -14,9 +13,9 @@ import openai
 import pytest
 
 from dynamo.llm import tiny
-from tests.graph.conftest import Served
+from tests.served import Served
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("tiny"), pytest.mark.timeout(240)]
 
 FAQ = tiny.faq()
 QUESTION = "What is an inference graph?"
@@ -157,10 +156,9 @@ def test_a_client_that_leaves_frees_the_engine(tiny_graph: Served) -> None:
     assert ask(tiny_graph, QUESTION) == FAQ[QUESTION]
 
 
-def test_a_killed_engine_core_is_replaced_and_nothing_survives_the_supervisor(
-    serve_graph: Callable[..., Served],
-) -> None:
-    served = serve_graph("-f", "configs/agg_tiny.yaml").ready(120)
+def test_a_killed_engine_core_is_replaced_and_nothing_survives_the_supervisor(tiny_graph: Served) -> None:
+    """The last of its group: it ends the graph."""
+    served = tiny_graph
     (core,) = served.pids("EngineCore")
     before = len(served.output)
     os.kill(core, signal.SIGKILL)

@@ -7,7 +7,7 @@ import re
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +15,7 @@ import httpx
 import pytest
 
 from dynamo.llm import tiny
-from tests.graph.conftest import Served
-from tests.graph.conftest import serve_graph as serve_graph
+from tests.served import Served, Start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
 
@@ -24,7 +23,7 @@ FAQ = tiny.faq()
 
 
 @pytest.fixture
-def served(serve_graph: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+def served(serve_graph: Start, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     with tempfile.TemporaryDirectory(prefix="d-") as directory:
         monkeypatch.setenv("TMPDIR", directory)
         found = serve_graph("-f", "configs/agg_tiny.yaml", "--VllmWorker.ServiceArgs.workers=2").ready(150)
