@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynamo import engines
-from dynamo.engines.vllm.install import cpu_build, engine_arguments, unchecked
-from dynamo.engines.vllm.multi_node import MultiNode, number
+from dynamo.engines.vllm.install import cpu_build, engine_arguments, unverifiable_flags
+from dynamo.engines.vllm.multi_node import NodeGroup, integer_setting
 from dynamo.llm.engine import EngineInfo
 from dynamo.sdk import Service, liveness, metrics_registry, on_shutdown, service_context
 
@@ -30,21 +30,22 @@ class EngineService(Service):
         """GPUs of one worker on this host with these settings, unless ServiceArgs says otherwise."""
         if settings.get("engine") == "mock" or cpu_build():
             return 0
-        return math.ceil(math.prod(number(settings, size, 1, 1) for size in SIZES) / number(settings, "nnodes", 1, 1))
+        gpus = math.prod(integer_setting(settings, size, 1, 1) for size in SIZES)
+        return math.ceil(gpus / integer_setting(settings, "nnodes", 1, 1))
 
     @staticmethod
     def check_settings(settings: Mapping[str, Any], where: Callable[[str], str]) -> None:
         """Of vLLM's flags, those that say how many GPUs and hosts it takes."""
         for size in SIZES:
-            number(settings, size, 1, 1, where=where)
-        MultiNode.of(settings, where)
+            integer_setting(settings, size, 1, 1, where=where)
+        NodeGroup.from_flags(settings, where)
 
     def __init__(
         self, model: str, engine: str, speedup_ratio: float | None, engine_args: dict[str, Any], *, kv_transfer: bool
     ) -> None:
         """`kv_transfer`: the engine gives KV to other engines and takes it from them."""
         self.model, self.engine_name = model, engine
-        if engine == "mock" and (loose := unchecked(engine_args)):
+        if engine == "mock" and (loose := unverifiable_flags(engine_args)):
             log.warning("vLLM is not installed: nothing says whether it has a flag %s", " or ".join(loose))
         if speedup_ratio is not None and engine == "mock":
             engine_args["speedup-ratio"] = speedup_ratio
