@@ -99,7 +99,7 @@ def traces() -> list[Trace]:
     return [
         Trace("one after the other, with eviction", 20, 512, 8, sequential),
         Trace("the same prompt again", 40, 512, 8, [Arrival(30 * i, f"r{i}", shared[:128], 10) for i in range(3)]),
-        Trace("the same prompt at once", 60, 512, 8, [Arrival(0, f"r{i}", shared[:130], 40) for i in range(5)]),
+        Trace("the same prompt concurrently", 60, 512, 8, [Arrival(0, f"r{i}", shared[:130], 40) for i in range(5)]),
         Trace("chunks", 60, 48, 8, [Arrival(i, f"r{i}", shared[:100] + tokens(i, 77), 40) for i in range(6)]),
         Trace("preemption", 14, 512, 8, [Arrival(0, f"r{i}", tokens(i, 60), 120) for i in range(5)]),
         Trace("preemption in chunks", 14, 40, 8, [Arrival(i, f"r{i}", tokens(i, 60), 120) for i in range(5)]),

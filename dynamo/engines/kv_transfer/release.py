@@ -18,7 +18,7 @@ CONNECT_TIMEOUT_S = 2.0
 
 
 def release(kv_transfer_params: Mapping[str, Any]) -> None:
-    """Release the lease that the parameters name; block for up to about 10 s.
+    """Release the lease that the parameters name. Blocks, for some seconds if the holder does not respond.
 
     No-op for parameters of another connector, and for a lease that has ended. If the holder cannot be reached its lease
     expires later.

@@ -129,6 +129,7 @@ class Options:
         return config, bool(parsed.disable_log_stats)
 
     def _configure_transfer(self) -> None:
+        """Set kv-transfer-config: a user's with defaults added, or our connector's if `kv-transfer` is on."""
         given = self.get("kv-transfer-config")
         if given is not None:
             self.transfers_kv = True
