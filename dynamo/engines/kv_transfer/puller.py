@@ -101,7 +101,7 @@ class Puller:
             self._cancelled |= self._pending.intersection(requests)
 
     def take_results(self) -> PullResults:
-        """Return what has ended since the last call."""
+        """Return the pulls that have ended since the last call."""
         with self._lock:
             results = self._results
             self._results = NO_RESULTS
@@ -179,8 +179,9 @@ class Puller:
             return self._fetch(pull, session, sessions)
 
     def _connect(self, remote: RemoteKv, sessions: HolderSessions) -> tuple[Session, bool]:
-        """Return an open session and whether it is new. Raises SessionError without trying for UNREACHABLE_S after a
-        failed connection."""
+        """Return an open session and whether it is new. Raises SessionError if none can be opened, and for UNREACHABLE_S
+        after that without trying.
+        """
         holder = (remote.address, remote.port)
         until, reason = self._unreachable.get(holder, (0.0, ""))
         if time.monotonic() < until:

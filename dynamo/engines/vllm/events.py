@@ -173,8 +173,10 @@ class KvEventSource:
         self._deliver(events)
 
     def _schedule_read(self, *, idle: bool) -> None:
-        """Schedule the next `_read_messages`: when the descriptor signals if the socket is `idle`, else after POLL_S;
-        while a gap is being filled, `_end_gap` calls it."""
+        """Schedule the next `_read_messages`: on the descriptor's signal if the socket is `idle`, else after POLL_S.
+
+        While a gap is being filled it is not scheduled: `_end_gap` calls it.
+        """
         if self._poll_timer is not None:
             self._poll_timer.cancel()
             self._poll_timer = None
@@ -186,7 +188,7 @@ class KvEventSource:
             self._poll_timer = self._loop.call_later(POLL_S, self._read_messages)
 
     def _request_replay(self) -> None:
-        """Request all messages from the expected one on; give up after REPLAY_TIMEOUT_S, without a replay socket now."""
+        """Request all messages from the expected one on; give up after REPLAY_TIMEOUT_S, or immediately without replays."""
         timeout_s = 0.0
         if self._replay is not None:
             timeout_s = REPLAY_TIMEOUT_S
