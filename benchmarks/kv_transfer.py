@@ -25,8 +25,8 @@ import torch
 from dynamo.engines.kv_transfer.kv_cache import KvCache
 from dynamo.engines.kv_transfer.kv_leases import KvLeases
 from dynamo.engines.kv_transfer.puller import Pull, Puller
-from dynamo.engines.kv_transfer.server import Server
-from dynamo.engines.kv_transfer.session import SECRET, Offer
+from dynamo.engines.kv_transfer.server import KvServer
+from dynamo.engines.kv_transfer.session import SECRET, RemoteKv
 from dynamo.transport.network import host_id
 
 LAYERS, HEADS, BLOCK_TOKENS, HEAD = 32, 8, 16, 128  # an 8B Llama in bfloat16: 2 MiB a block of 16 tokens
@@ -45,11 +45,11 @@ def hold(pipe: Connection, blocks: int, device: str) -> None:
     cache = cache_of(blocks, device)
     for number, plane in enumerate(cache.planes):
         plane.fill_(number + 1)
-    holdings = KvLeases(lease_s=600)
-    server = Server(cache, holdings, b"bench", "127.0.0.1")
+    leases = KvLeases(lease_s=600)
+    server = KvServer(cache, leases, b"bench", "127.0.0.1")
     pipe.send((server.local, server.port))
     while (name := pipe.recv()) is not None:
-        holdings.hold(name, range(blocks))
+        leases.grant(name, range(blocks))
         pipe.send(True)
 
 
@@ -63,14 +63,16 @@ def transfers(blocks: int, device: str, repetitions: int) -> Iterator[tuple[str,
     cache = cache_of(blocks, device)
     for way in WAYS:
         puller = Puller(cache, b"bench", threads=1, shared=way == "shared memory")
-        offer = Offer("", 1, "", host_id() if way != "TCP" else "", local, "127.0.0.1", port)
+        remote = RemoteKv("", 1, "", host_id() if way != "TCP" else "", local, "127.0.0.1", port)
         seconds = []
         for number in range(repetitions + 1):
             name = f"{way} {number}"
             pipe.send(name)
             pipe.recv()
-            puller.submit(Pull(name, msgspec.structs.replace(offer, holding=name), 0, range(blocks), cache.mark()))
-            while not (ended := puller.take()).requests:
+            puller.submit(
+                Pull(name, msgspec.structs.replace(remote, lease_id=name), 0, range(blocks), cache.record_event())
+            )
+            while not (ended := puller.take_results()).requests:
                 time.sleep(0.0002)
             assert not ended.failures
             seconds.append(ended.seconds)
