@@ -1,4 +1,4 @@
-"""From a graph and its configuration to the processes that will run: pure, so that it can be shown and tested."""
+"""The processes of a graph, planned from its configuration. Pure, so that a plan can be shown and tested."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def plan(
     *,
     working_dir: Path,
     visible_gpus: Sequence[str],
-    environment: Mapping[str, str],
 ) -> list[ProcessSpec]:
-    """One spec a process, dependencies first. `environment` goes to all: addresses of NATS and etcd, the run directory.
+    """Return one spec per process, dependencies first. `services` is the resolved configuration.
 
-    Raises ConfigError when the GPUs do not suffice.
+    Variables that are known only at the start, such as the addresses of NATS and etcd, are added then. Raises
+    ConfigError if there are too few GPUs.
     """
     wanted: list[tuple[str, int, int, ServiceArgs, float]] = []
     for name, cls in graph.services.items():
@@ -39,7 +39,6 @@ def plan(
     processes: list[ProcessSpec] = []
     for (name, worker, workers, arguments, share), devices in zip(wanted, given, strict=True):
         env = {
-            **environment,
             VARIABLE: json.dumps(services),
             **spec_of(graph.services[name]).envs,
             **arguments.envs,
@@ -55,7 +54,7 @@ def plan(
 
 
 def gpu_share(cls: type[Any], settings: Mapping[str, Any], arguments: ServiceArgs) -> float:
-    """GPUs of one worker: what ServiceArgs says, else what the class computes from its settings, else its decorator."""
+    """Return the GPUs of one worker: by ServiceArgs, else computed by the class from its settings, else by its decorator."""
     if arguments.gpu is not None:
         return arguments.gpu
     needed = getattr(cls, "gpus_needed", None)
@@ -63,7 +62,7 @@ def gpu_share(cls: type[Any], settings: Mapping[str, Any], arguments: ServiceArg
 
 
 def describe(processes: Sequence[ProcessSpec]) -> list[dict[str, Any]]:
-    """What `--dry-run` tells of each process: name, command, GPUs, and the environment that is added to the caller's."""
+    """Return what `--dry-run` shows of each process: name, command, GPUs, and the variables added to the caller's."""
     hidden = (VARIABLE, "CUDA_VISIBLE_DEVICES")
     return [
         {

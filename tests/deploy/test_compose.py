@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dynamo.launcher.embedded_servers import ETCD, NATS
+from dynamo.launcher.server_kinds import ETCD, NATS
 from tests.deploy.container import DEPLOY, METRICS, SERVERS, compose
 
 # No shell, no wget, nothing but the program: its scrape tells.
