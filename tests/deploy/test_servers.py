@@ -82,7 +82,7 @@ async def test_etcd(tmp_path: Path) -> None:
             assert await etcd.get("deploy") == b"kept"
 
 
-def test_etcd_tells_clients_the_address_of_its_host() -> None:
+def test_etcd_advertises_the_address_of_its_host() -> None:
     assert "--advertise-client-urls=http://${DYN_HOST_IP:-127.0.0.1}:2379" in SERVERS.read_text()
 
 
