@@ -60,9 +60,7 @@ def _fault_of_services(url: str) -> str | None:
 
 
 def _get(url: str) -> str:
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # HTTP_PROXY is for downloads of models
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY is for downloads of models
     with opener.open(url, timeout=ANSWER_S) as answer:
         return str(answer.read().decode(errors="replace"))
 

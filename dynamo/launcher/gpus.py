@@ -40,10 +40,10 @@ def assign(requests: Iterable[tuple[str, float]], gpus: Sequence[str]) -> list[t
     """
     requests = list(requests)
     free = dict.fromkeys(gpus, WHOLE)
-    given: list[tuple[str, ...]] = []
+    assigned: list[tuple[str, ...]] = []
     for name, wanted in requests:
         if wanted <= 0:
-            given.append(())
+            assigned.append(())
             continue
         if wanted < WHOLE:
             fits = [gpu for gpu, left in free.items() if left >= wanted - 1e-9][:1]
@@ -52,11 +52,11 @@ def assign(requests: Iterable[tuple[str, float]], gpus: Sequence[str]) -> list[t
         if len(fits) < max(1, int(wanted)):
             total = sum(w for _, w in requests)
             raise ConfigError(
-                f"{name} wants {wanted:g} GPU{'s' if wanted > 1 else ''}, {sum(v == WHOLE for v in free.values())} of "
-                f"{len(gpus)} are free; the graph wants {total:g} in all",
+                f"{name} needs {wanted:g} GPU{'s' if wanted > 1 else ''}, {sum(v == WHOLE for v in free.values())} of "
+                f"{len(gpus)} are free; the graph needs {total:g} in all",
                 hint="lower ServiceArgs.workers or resources.gpu, or run without a GPU: -f configs/agg_tiny.yaml",
             )
         for gpu in fits:
             free[gpu] -= min(wanted, WHOLE)
-        given.append(tuple(fits))
-    return given
+        assigned.append(tuple(fits))
+    return assigned

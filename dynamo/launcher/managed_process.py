@@ -52,12 +52,12 @@ class ProcessSpec:
     argv: tuple[str, ...]
     env: Mapping[str, str]  # added to os.environ
     cwd: str
-    of: int = 1  # workers of the service
+    workers: int = 1  # of the service
     namespace: str = ""
 
     @property
     def name(self) -> str:
-        return self.service if self.of == 1 else f"{self.service}:{self.worker_id}"
+        return self.service if self.workers == 1 else f"{self.service}:{self.worker_id}"
 
 
 class ManagedProcess:

@@ -44,7 +44,7 @@ def test_the_plan_has_every_process_with_what_is_added_to_its_environment() -> N
 
 def test_too_few_gpus_are_told_and_the_configuration_is_printed_all_the_same() -> None:
     found = explained("--VllmWorker.ServiceArgs.resources.gpu=99")
-    assert "VllmWorker wants 99 GPUs" in found["plan_error"]
+    assert "VllmWorker needs 99 GPUs" in found["plan_error"]
     assert "plan" not in found
 
 

@@ -43,7 +43,7 @@ WORKER = ("--service-name", "VllmWorker")
             "--service-name needs the NATS and etcd of the services",
             "NATS_SERVER and",
         ),
-        ([*WORKER, "--VllmWorker.ServiceArgs.resources.gpu=1"], 1, "VllmWorker wants 1 GPU, 0 of 0", ""),
+        ([*WORKER, "--VllmWorker.ServiceArgs.resources.gpu=1"], 1, "VllmWorker needs 1 GPU, 0 of 0", ""),
         (["--supervise"], 2, "--supervise needs --service-name", ""),
         (
             [*WORKER, "--service-name", "Processor", "--system-app-port", "1"],

@@ -171,8 +171,8 @@ class Serve:
         names = [name for name, _ in workers]
         processes = []
         for index, (name, do) in enumerate(workers):
-            spec = {"service": name, "worker_id": names[:index].count(name) + 1, "of": names.count(name)}
-            label = name if spec["of"] == 1 else f"{name}:{spec['worker_id']}"
+            spec = {"service": name, "worker_id": names[:index].count(name) + 1, "workers": names.count(name)}
+            label = name if spec["workers"] == 1 else f"{name}:{spec['worker_id']}"
             argv = [do.get("python", sys.executable), "-ISc", WORKER, self.token, json.dumps(do)]
             env = {"JOURNAL": str(self.journal_path), "STUBBORN": STUBBORN, "NAME": label}
             processes.append({**spec, "argv": argv, "env": env, "cwd": str(self.dir)})
