@@ -245,4 +245,4 @@ def free_ports(count: int, among: range = STREAM_PORTS) -> list[int]:
             ports.append(port)
             if len(ports) == count:
                 return ports
-    raise StartError(f"no free port between {among[0]} and {among[-1]}", hint="end what listens there")
+    raise StartError(f"no free port between {among[0]} and {among[-1]}", hint="end a program that listens there")
