@@ -41,7 +41,7 @@ VERBS = frozenset(
     enter enumerate escape establish estimate evaluate evict examine exchange exclude execute exit expand expect
     expire explain export expose extend extract fail fall fetch fill filter find finish fire fit flag flatten flush
     fold follow force forget fork format forward free freeze gate gather generate get give go grant greet group grow
-    guard guess hand handle hash have hide hold identify ignore implement import include increase increment index
+    guard guess hand handle hash hide hold identify ignore implement import include increase increment index
     indicate infer inherit initialize inject insert inspect install instantiate intercept interpret interrupt
     introduce invalidate invert invoke isolate issue iterate join judge jump keep kill label launch lay lead leave
     lend let limit link list listen load locate lock log look loop lower make manage map mark match measure merge

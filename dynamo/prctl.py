@@ -15,7 +15,7 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  
 
 
 def die_with_parent(sig: int, parent: int | None = None) -> None:
-    """Have the kernel send `sig` to this process when its parent dies.
+    """Request that the kernel sends `sig` to this process when its parent dies.
 
     Bound to the parent's *thread* that forked: fork from the main thread. Kept across exec, not inherited by children.
     With `parent`, the pid that forked this process, the signal is sent immediately if that process has died already.

@@ -16,8 +16,9 @@ from dynamo.cli.errors import warn
 from dynamo.config import overrides, yaml_file
 from dynamo.config.merge import Layer
 from dynamo.config.options import InfraMode, ServeOptions
+from dynamo.config.resolution import resolve_and_check
 from dynamo.config.service_config import VARIABLE
-from dynamo.config.settings import Declared, declared, knows, resolve_and_check
+from dynamo.config.settings import Declared, declared, knows
 from dynamo.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ import click
 from click.shell_completion import CompletionItem
 
 from dynamo.errors import ConfigError, DynamoError, UnavailableError
-from dynamo.launcher import wording
 
 if TYPE_CHECKING:
     from dynamo.cli.deployments import ProcessSettings
@@ -202,17 +201,19 @@ async def _taken_over(etcd: Etcd, targets: Sequence[_Target]) -> list[str]:
                 if state.error:
                     raise ConfigError(state.error, hint=state.hint or None)
             if len(done) < len(states) or not states:
-                missing = (
-                    f"{target.name}: {len(done)} of {wording.processes(len(states))} took it over in {TAKEN_OVER_S:g} s"
-                )
+                missing = f"{target.name}: {len(done)} of {_count(len(states))} took it over in {TAKEN_OVER_S:g} s"
             now = ", ".join(sorted({state.value for state in done}))
             change = f"stays {now}" if now == target.before else f"{target.before} -> {now}"
-            lines.append(f"{target.name}: {change} ({wording.processes(len(done))})")
+            lines.append(f"{target.name}: {change} ({_count(len(done))})")
         if not missing:
             return lines
         if time.monotonic() > give_up:
             raise UnavailableError(missing, hint="it is written: the others follow when they reach etcd")
         await asyncio.sleep(LOOK_EVERY_S)
+
+
+def _count(processes: int) -> str:
+    return f"{processes} process{'es' if processes != 1 else ''}"
 
 
 def _listed(found: Sequence[ProcessSettings]) -> Iterator[str]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dynamo.errors import UnavailableError
-from dynamo.launcher.wording import age
 
 if TYPE_CHECKING:
     from dynamo.cli.deployments import Seen
@@ -84,9 +83,9 @@ def render(seen: Sequence[Seen]) -> str:
 def _sections(seen: Seen) -> Iterator[str]:
     here = seen.deployment
     for graph in here.graphs:
-        up = age(time.time() - graph.started)
+        age = _duration(time.time() - graph.started)
         scraped = f"metrics {graph.metrics}" if graph.metrics else ""
-        yield "  ".join(filter(None, (graph.graph, graph.url, f"pid {graph.pid}", f"up {up}", graph.run_dir, scraped)))
+        yield "  ".join(filter(None, (graph.graph, graph.url, f"pid {graph.pid}", f"up {age}", graph.run_dir, scraped)))
     yield f"etcd {_address(here.etcd_endpoints)}, nats {_address(here.nats_url)}"
     if seen.error:
         yield f"error: {seen.error}"
@@ -117,7 +116,7 @@ def _instance_rows(seen: Seen) -> list[tuple[str, ...]]:
                 instance.endpoint,
                 instance.streams.get("tcp") or instance.streams.get("unix") or "",
                 "here" if instance.host == host_id() else instance.host[:8],
-                "" if load.since is None else age(time.time() - load.since),
+                "" if load.since is None else _duration(time.time() - load.since),
                 _count(load.requests),
                 _count(load.in_flight),
                 _count(load.errors),
@@ -233,3 +232,13 @@ def _count(number: int | None) -> str:
 
 def _percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{fraction:.0%}"
+
+
+def _duration(seconds: float) -> str:
+    """`8 s`, `3 min`, `2 h 5 min`, `4 d 2 h`."""
+    minutes, hours, days = int(seconds / 60), int(seconds / 3600), int(seconds / 86400)
+    if minutes < 1:
+        return f"{max(seconds, 0):.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"

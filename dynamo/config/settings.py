@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-from dynamo.config.merge import COMMON_CONFIGS, SERVICE_ARGS, Layer, Resolved, resolve
+from dynamo.config.merge import COMMON_CONFIGS, SERVICE_ARGS, Resolved
 from dynamo.config.provenance import KeyPath, Origin, alike, shown, suggestion, where
 from dynamo.config.service_args import service_args
 from dynamo.errors import ConfigError
@@ -139,22 +138,6 @@ def check(resolved: Resolved, services: Mapping[str, Declared | None]) -> None:
                     f"{where(origin, (name, key))}: is required and not given",
                     hint=f"add `{key}` below {name} in the file given with -f, or pass --{name}.{key}=VALUE",
                 )
-
-
-def resolve_and_check(
-    layers: Iterable[Layer], services: Mapping[str, Declared | None], *, only: str | None = None
-) -> Resolved:
-    """Merge `layers`, lowest first, into the configuration of these services, and check it, or that of `only` alone.
-
-    Raises ConfigError as `check` does.
-    """
-    resolved = resolve(layers, services, partial(knows, services))
-    if only is None:
-        check(resolved, services)
-    else:
-        values = {only: resolved.services.get(only, {})}
-        check(replace(resolved, services=values, unclaimed=()), {only: services[only]})
-    return resolved
 
 
 def _check_service(name: str, values: Mapping[str, Any], found: Declared, origin: Mapping[KeyPath, Origin]) -> None:

@@ -21,8 +21,8 @@ from dynamo.http.api_route import handler
 from dynamo.http.middleware import RequestIds
 from dynamo.http.prometheus_text import CONTENT_TYPE
 from dynamo.http.server import HttpServer, listening
-from dynamo.transport.network import STREAM_PORTS
 
+FREE_PORTS = range(20000, 32768)  # below the range that the kernel gives to outgoing connections
 TRIES = 50
 
 Check = Callable[[], Awaitable[tuple[int, str]]]
@@ -118,11 +118,11 @@ async def _failed(_: Request, error: Exception) -> Response:
 
 
 def listen(host: str, port: int | None, *, shared: bool = False) -> socket.socket:
-    """A socket that listens there, on a free port of `STREAM_PORTS` for None or 0; `shared` with others that share it.
+    """A socket that listens there, on a free port of `FREE_PORTS` for None or 0; `shared` with others that share it.
 
     Raises StartError when the port is taken.
     """
-    ports: Iterator[int] = iter([port] if port else random.sample(STREAM_PORTS, TRIES))
+    ports: Iterator[int] = iter([port] if port else random.sample(FREE_PORTS, TRIES))
     for candidate in ports:
         try:
             return listening(host, candidate, shared=shared)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dynamo.config import overrides, yaml_file
 from dynamo.config.merge import COMMON, SERVICE_ARGS, Layer
 from dynamo.config.options import ServeOptions
-from dynamo.config.settings import declared, resolve_and_check
+from dynamo.config.resolution import resolve_and_check
+from dynamo.config.settings import declared
 from dynamo.errors import DynamoError, GraphError
 from dynamo.sdk.graph import load
 from dynamo.sdk.spec import spec_of

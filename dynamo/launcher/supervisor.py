@@ -94,9 +94,9 @@ class Supervisor:
         self._stop_requested_at = 0.0
 
     def run_beside(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Have `run` run `work()` beside the processes, and cancel it last. An exception that leaves it ends the graph.
+        """Run `work()` beside the processes during `run`, and cancel it last. An exception that leaves it ends the graph.
 
-        Call it before `run`.
+        Call this before `run`.
         """
         self._beside.append((name, work))
 

@@ -112,10 +112,10 @@ def _try_to_bind(host: str, variable: str, hint: str) -> None:
 
 
 def listening_at(host: str, port: int, backlog: int = 128) -> socket.socket:
-    """Return a TCP socket that listens on the address; `::` means all addresses, IPv4 too. Raises OSError."""
-    every = host == "::"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server(("" if every else host, port), family=family, backlog=backlog, dualstack_ipv6=every)
+    """A TCP socket that listens there, with IPv6 where the address is one. Raises OSError when it cannot."""
+    return socket.create_server(
+        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=backlog
+    )
 
 
 def listening_socket(host: str, backlog: int = 128) -> socket.socket:
