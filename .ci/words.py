@@ -29,7 +29,7 @@ REFUSED = re.compile(
 REFUSED_IN_NAMES = {"tell", "tells", "told", "hear", "hears", "heard", "gone", "nobody", "whoever", "anew"}
 VERBS = frozenset(
     """
-    abort accept acknowledge acquire activate adapt add adjust admit advance advertise align allocate allow announce
+    abort accept acknowledge acquire activate adapt add adjust adopt admit advance advertise align allocate allow announce
     answer append apply approximate arm arrange ask assemble assert assign assume attach await back balance begin
     bench benchmark bind block book bootstrap bound break bridge bring broadcast build bundle cache calculate call
     cancel capture cast catch change charge check choose claim clamp clean clear clip close coalesce collect combine
@@ -49,7 +49,7 @@ VERBS = frozenset(
     notice notify number observe obtain offer omit open order override own pack pad parse partition pass patch pause
     peek pick pin ping pipe place plan play plot point poll pop populate post prefer prefill prefix prepare prepend
     preserve prevent print probe proceed process produce profile promise propagate prove provide prune publish pull
-    purge push put queue quote raise randomize range rank reach read readmit rebuild receive recompute reconnect
+    purge push put queue quote raise randomize range rank reach read readmit reap rebuild receive recompute reconnect
     record recover redeliver redirect reduce refer refresh refuse register reject relay release reload remember
     remove rename render renew repeat replace replay reply report represent reproduce request requeue require
     reserve reset resolve respond restart restore restrict resume retain retire retry return reuse revoke rewrite

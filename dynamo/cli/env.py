@@ -119,11 +119,11 @@ def _packages() -> Lines:
 
 def _servers() -> Lines:
     from dynamo.errors import DynamoError
-    from dynamo.launcher import embedded_servers
+    from dynamo.launcher import server_kinds
 
-    for kind in (embedded_servers.NATS, embedded_servers.ETCD):
+    for kind in (server_kinds.NATS, server_kinds.ETCD):
         try:
-            program = embedded_servers.find_binary(kind)
+            program = server_kinds.find_binary(kind)
         except DynamoError:
             yield kind.binary, MISSING
             continue
@@ -133,7 +133,7 @@ def _servers() -> Lines:
             yield kind.binary, f"{version[0] if version else 'unknown version'} ({program})"
         except (OSError, subprocess.SubprocessError) as error:
             yield kind.binary, f"cannot be run: {error} ({program})"
-    for kind, greet in ((embedded_servers.NATS, _greet_nats), (embedded_servers.ETCD, _greet_etcd)):
+    for kind, greet in ((server_kinds.NATS, _greet_nats), (server_kinds.ETCD, _greet_etcd)):
         url = os.environ.get(kind.variable) or f"{kind.scheme}://localhost:{kind.port}"
         for one in url.split(","):
             parts = urlsplit(one.strip() if "://" in one else f"{kind.scheme}://{one.strip()}")

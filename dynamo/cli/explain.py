@@ -27,9 +27,7 @@ def explanation(
     processes: list[dict[str, Any]] = []
     problem = ""
     try:
-        processes = describe(
-            plan(graph, resolved.services, working_dir=working_dir, visible_gpus=gpus.visible(), environment={})
-        )
+        processes = describe(plan(graph, resolved.services, working_dir=working_dir, visible_gpus=gpus.visible()))
     except ConfigError as error:  # it says what starting would say; the configuration is good all the same
         problem = str(error)
     if as_json:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from dynamo import engines
+from dynamo import engines, prctl
 from dynamo.cli.chat import Message, Piece, Progress, Sampled
 from dynamo.engines.vllm.install import cpu_build
 from dynamo.launcher import guard
@@ -122,7 +122,7 @@ def _stoppable_loading() -> Iterator[None]:
     group, and an engine core would take it as its own end when the user only wants to stop an answer.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    guard.set_subreaper()
+    prctl.set_subreaper()
     loaded = threading.Event()
 
     def watch() -> None:

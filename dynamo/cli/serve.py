@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,11 @@ from click.core import ParameterSource
 
 from dynamo.cli.errors import warn
 from dynamo.config import overrides, yaml_file
-from dynamo.config.merge import Layer, resolve
-from dynamo.config.options import Infra, ServeOptions
+from dynamo.config.merge import Layer
+from dynamo.config.options import InfraMode, ServeOptions
+from dynamo.config.resolution import resolve_and_check
 from dynamo.config.service_config import VARIABLE
-from dynamo.config.settings import Declared, check, declared, knows
+from dynamo.config.settings import Declared, declared, knows
 from dynamo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class _ServeCommand(click.Command):
 )
 @click.option(
     "--infra",
-    type=click.Choice(get_args(Infra)),
+    type=click.Choice(get_args(InfraMode)),
     default="auto",
     show_default=True,
     envvar="DYN_INFRA",
@@ -206,7 +206,7 @@ def serve(
         working_dir,
         service_names,
         supervise,
-        cast(Infra, infra),
+        cast(InfraMode, infra),
         host,
         port,
         dry_run,
@@ -218,8 +218,7 @@ def serve(
     layers = _file_layers(config_file)
     layers += _entry_layers(ctx, found, services)
     layers += ctx.meta[OVERRIDES]
-    resolved = resolve(layers, services, functools.partial(knows, services))
-    check(resolved, services)
+    resolved = resolve_and_check(layers, services)
     if dry_run:
         from dynamo.cli.explain import explanation
         from dynamo.launcher.metrics_port import check_addresses

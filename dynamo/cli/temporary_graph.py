@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from dynamo import prctl
 from dynamo.cli.chat import Progress
 from dynamo.errors import StartError
-from dynamo.launcher import guard
 from dynamo.launcher.embedded_servers import free_ports
 
 POLL_S = 0.05
@@ -41,7 +41,7 @@ def own_graph(arguments: Sequence[str], progress: Progress) -> Iterator[str]:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # the terminal's Ctrl-C is for the chat
-                preexec_fn=partial(guard.die_with_parent, signal.SIGTERM, os.getpid()),
+                preexec_fn=partial(prctl.die_with_parent, signal.SIGTERM, os.getpid()),
             )
         try:
             yield _wait_for_url(process, log, progress)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Infra = Literal["auto", "embedded", "external"]
+InfraMode = Literal["auto", "embedded", "external"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class ServeOptions:
     working_dir: Path = Path()
     service_names: tuple[str, ...] = ()
     supervise: bool = False
-    infra: Infra = "auto"
+    infra: InfraMode = "auto"
     host: str | None = None
     port: int | None = None
     dry_run: bool = False

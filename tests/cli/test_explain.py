@@ -44,7 +44,7 @@ def test_the_plan_has_every_process_with_what_is_added_to_its_environment() -> N
 
 def test_too_few_gpus_are_told_and_the_configuration_is_printed_all_the_same() -> None:
     found = explained("--VllmWorker.ServiceArgs.resources.gpu=99")
-    assert "VllmWorker wants 99 GPUs" in found["plan_error"]
+    assert "VllmWorker needs 99 GPUs" in found["plan_error"]
     assert "plan" not in found
 
 
@@ -60,13 +60,13 @@ def test_gpus_are_given_in_order_shared_by_fractions_and_respect_a_visible_list(
 
     def gpus(visible: list[str], **arguments: Any) -> list[str]:
         services = {"VllmWorker": {"ServiceArgs": arguments}}
-        found = plan(graph, services, working_dir=ROOT, visible_gpus=visible, environment={})
+        found = plan(graph, services, working_dir=ROOT, visible_gpus=visible)
         return [process.env["CUDA_VISIBLE_DEVICES"] for process in found if process.service == "VllmWorker"]
 
     assert gpus(["0", "1", "2", "3"], workers=2, resources={"gpu": 2}) == ["0,1", "2,3"]
     assert gpus(["5", "7"], workers=2, resources={"gpu": 1}) == ["5", "7"]
     assert gpus(["3", "4"], workers=3, resources={"gpu": 0.5}) == ["3", "3", "4"]
     shared = {"VllmWorker": {"ServiceArgs": {"workers": 2, "resources": {"gpu": 0.5}}}}
-    found = plan(graph, shared, working_dir=ROOT, visible_gpus=["0"], environment={})
+    found = plan(graph, shared, working_dir=ROOT, visible_gpus=["0"])
     assert [process.env["DYNAMO_GPU_SHARE"] for process in found if process.service == "VllmWorker"] == ["0.5", "0.5"]
     assert gpus([], workers=2, resources={"gpu": 0}) == ["", ""]

@@ -43,7 +43,7 @@ WORKER = ("--service-name", "VllmWorker")
             "--service-name needs the NATS and etcd of the services",
             "NATS_SERVER and",
         ),
-        ([*WORKER, "--VllmWorker.ServiceArgs.resources.gpu=1"], 1, "VllmWorker wants 1 GPU, 0 of 0", ""),
+        ([*WORKER, "--VllmWorker.ServiceArgs.resources.gpu=1"], 1, "VllmWorker needs 1 GPU, 0 of 0", ""),
         (["--supervise"], 2, "--supervise needs --service-name", ""),
         (
             [*WORKER, "--service-name", "Processor", "--system-app-port", "1"],
@@ -183,7 +183,7 @@ def test_supervised_ones_are_restarted(
     joined.wait_for(f"s: joined joined/VllmWorker of the graph at {nats_server}")
     from dynamo.launcher.guard import descendants
 
-    served = [pid for pid in descendants(joined.process.pid) if b"serve.process" in cmdline(pid)]
+    served = [pid for pid in descendants(joined.process.pid) if b"worker.process" in cmdline(pid)]
     assert len(served) == (1 if arguments == ("--supervise",) else 2)
     os.kill(served[0], signal.SIGKILL)
     joined.wait_for("ready again")
