@@ -42,7 +42,7 @@ VERBS = frozenset(
     expire explain export expose extend extract fail fall fetch fill filter find finish fire fit flag flatten flush
     fold follow force forget fork format forward free freeze gate gather generate get give go grant greet group grow
     guard guess hand handle hash hide hold identify ignore implement import include increase increment index
-    indicate infer inherit initialize inject insert inspect install instantiate intercept interpret interrupt
+    indent indicate infer inherit initialize inject insert inspect install instantiate intercept interpret interrupt
     introduce invalidate invert invoke isolate issue iterate join judge jump keep kill label launch lay lead leave
     lend let limit link list listen load locate lock log look loop lower make manage map mark match measure merge
     migrate minimize mirror mix model modify monitor mount move multiplex name narrow negotiate normalize note

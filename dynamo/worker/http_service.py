@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo.config.environment import get_system_app_host_port, str_to_bool
 from dynamo.config.provenance import alike, shown
 from dynamo.config.settings import declared
+from dynamo.environment import enabled, get_system_app_host_port
 from dynamo.errors import ConfigError, StartError
 from dynamo.sdk.endpoint import LIVENESS_PATH, READINESS_PATH, Hook, probes
 from dynamo.sdk.spec import spec_of
@@ -63,7 +63,7 @@ class HttpService:
 
         Raises StartError when the port is taken.
         """
-        if not _enabled(SYSTEM_APP):
+        if not enabled(SYSTEM_APP):
             return
         from dynamo.http.api_app import ApiServer, create_api, listen
 
@@ -118,7 +118,7 @@ class HttpService:
             methods: dict[str, list[str]] = {}
             for method, route in probes(self._cls, kind).items():
                 methods.setdefault(route, []).append(method)
-            if not methods and _enabled(DEFAULT_CHECKS):
+            if not methods and enabled(DEFAULT_CHECKS):
                 methods[path] = []
             checks |= {route: self._check(kind, names) for route, names in methods.items()}
         return checks
@@ -143,14 +143,6 @@ async def _stop(server: ApiServer | None, limit_s: float) -> None:
     if server is not None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(server.stop(), limit_s)
-
-
-def _enabled(variable: str) -> bool:
-    value = os.environ.get(variable, "")
-    try:
-        return bool(value) and str_to_bool(value)
-    except ConfigError as error:
-        raise ConfigError(f"{variable}: {error.message}", hint=error.hint) from None
 
 
 def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) -> tuple[str, int | None]:
