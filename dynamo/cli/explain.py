@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamo.config.merge import Resolved
-from dynamo.config.provenance import alike, shown
-from dynamo.config.settings import Declared
+from dynamo.config.provenance import canonical, preview
+from dynamo.config.settings import DeclaredSettings
 from dynamo.errors import ConfigError
 from dynamo.launcher import gpus
 from dynamo.launcher.plan import describe, plan
@@ -20,7 +20,12 @@ DEFAULT = "default"
 
 
 def explanation(
-    graph: Graph, resolved: Resolved, declared: Mapping[str, Declared | None], working_dir: Path, *, as_json: bool
+    graph: Graph,
+    resolved: Resolved,
+    declared: Mapping[str, DeclaredSettings | None],
+    working_dir: Path,
+    *,
+    as_json: bool,
 ) -> str:
     """Tables for a person, or one JSON object: `plan` (or `plan_error`) and `values`."""
     values = _values(resolved, declared)
@@ -43,7 +48,7 @@ def explanation(
         rows = [(p["name"], f"GPU {','.join(p['gpus'])}" if p["gpus"] else "no GPU", _command(p)) for p in processes]
         lines += _table(rows)
     lines += ["Where each value comes from:"]
-    lines += _table([(key, shown(value), source) for key, value, source in values])
+    lines += _table([(key, preview(value), source) for key, value, source in values])
     return "\n".join(lines)
 
 
@@ -52,11 +57,11 @@ def _command(process: Mapping[str, Any]) -> str:
     return f"{added} {process['command']}".strip()
 
 
-def _values(resolved: Resolved, declared: Mapping[str, Declared | None]) -> list[tuple[str, Any, str]]:
+def _values(resolved: Resolved, declared: Mapping[str, DeclaredSettings | None]) -> list[tuple[str, Any, str]]:
     """Every value given, then every default that counts because nothing was given."""
     rows = [(".".join(path), value, origin.source) for path, value, origin in resolved.leaves()]
     for service, settings in declared.items():
-        given = {alike(key) for key in resolved.services.get(service, {})}
+        given = {canonical(key) for key in resolved.services.get(service, {})}
         for name, setting in (settings.settings if settings is not None else {}).items():
             if name not in given and setting.default is not inspect.Parameter.empty and setting.default is not None:
                 rows.append((f"{service}.{setting.name}", setting.default, DEFAULT))

@@ -18,7 +18,7 @@ from dynamo.config import overrides, yaml_file
 from dynamo.config.merge import Layer, resolve
 from dynamo.config.options import Infra, ServeOptions
 from dynamo.config.service_config import VARIABLE
-from dynamo.config.settings import Declared, check, declared, knows
+from dynamo.config.settings import DeclaredSettings, check, declared, knows
 from dynamo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def _shared(infra: str, option: str) -> str:
     return "external"
 
 
-def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, Declared | None]) -> list[Layer]:
+def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, DeclaredSettings | None]) -> list[Layer]:
     """`--port` and `--host` as settings of the entry service, where it has them; `ServeOptions` carries them too."""
     name = next(name for name, cls in graph.services.items() if cls is graph.entry)
     layers = []

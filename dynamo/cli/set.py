@@ -150,7 +150,7 @@ async def _write(etcd: Etcd, key: str, value: bytes | None) -> None:
 
 async def _target(etcd: Etcd, found: Sequence[ProcessSettings], one: _Change, namespace: str | None) -> _Target:
     """Where a change is written. Raises ConfigError for a service or a setting that is not there."""
-    from dynamo.config.provenance import alike, suggestion
+    from dynamo.config.provenance import canonical, suggestion
     from dynamo.worker.live_settings import setting_prefix
 
     what = f"{one.service}.{one.setting}"
@@ -167,7 +167,7 @@ async def _target(etcd: Etcd, found: Sequence[ProcessSettings], one: _Change, na
             f"{what}: {one.service} runs in several namespaces: {', '.join(namespaces)}",
             hint=f"name one: --namespace {namespaces[0]}",
         )
-    name = next((n for process in services for n in process.settings if alike(n) == alike(one.setting)), None)
+    name = next((n for process in services for n in process.settings if canonical(n) == canonical(one.setting)), None)
     if name is None:
         live = sorted({name for process in services for name in process.settings})
         raise ConfigError(

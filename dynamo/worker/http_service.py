@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo.config.provenance import alike, shown
+from dynamo.config.provenance import canonical, preview
 from dynamo.config.settings import declared
 from dynamo.environment import enabled, get_system_app_host_port
 from dynamo.errors import ConfigError, StartError
@@ -160,7 +160,7 @@ def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) ->
     if entry:
         given = {"host": os.environ.get("DYNAMO_HOST"), "port": os.environ.get("DYNAMO_PORT")}
         values |= {key: value for key, value in given.items() if value}
-    values |= {alike(key): value for key, value in settings.items() if alike(key) in ("host", "port")}
+    values |= {canonical(key): value for key, value in settings.items() if canonical(key) in ("host", "port")}
     port = values.get("port", DEFAULT_PORT if entry else None)
     try:
         number = None if port is None else int(port)
@@ -168,7 +168,7 @@ def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) ->
             raise ValueError
     except (TypeError, ValueError):
         raise ConfigError(
-            f"{cls.__name__}.port: expected a port number, found {shown(port)}", hint="give a number up to 65535"
+            f"{cls.__name__}.port: expected a port number, found {preview(port)}", hint="give a number up to 65535"
         ) from None
     return str(values.get("host") or DEFAULT_HOST), number
 

@@ -79,9 +79,9 @@ def test_overlay_knows_the_origin_of_everything(lower, upper):
 
     low, high = layer(lower, "low"), layer(upper, "high")
     both = overlay(low, high)
-    assert list(both.origin) == [path for path, _ in walk(both.values)]
+    assert list(both.origins) == [path for path, _ in walk(both.values)]
     for path, value in walk(both.values):
-        if not isinstance(value, dict) and both.origin[path].source == "high":
+        if not isinstance(value, dict) and both.origins[path].source == "high":
             assert value in dict_values(high.values, path)
 
 
@@ -150,7 +150,7 @@ def test_common_without_any_list_reaches_who_knows_the_key():
     assert result.services == {"B": {"model": "m", "size": 3}, "A": {"model": "m"}, "D": {"size": 2}}
     assert list(result.services) == ["B", "A", "D"]
     assert result.unclaimed == (("Common", "typo"),)
-    assert result.origin["D", "size"].source == result.origin["Common", "typo"].source == "c.yaml:1"
+    assert result.origins["D", "size"].source == result.origins["Common", "typo"].source == "c.yaml:1"
 
 
 def test_an_empty_list_declines_common():

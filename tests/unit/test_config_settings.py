@@ -114,7 +114,7 @@ def test_what_a_class_declares():
     assert not found.takes("blocksize")
     inherited = declared(Loader)
     assert inherited is not None
-    assert inherited.further
+    assert inherited.has_kwargs
     assert inherited.takes("max-num-seqs")
 
 
