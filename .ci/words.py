@@ -32,7 +32,7 @@ VERBS = frozenset(
     abort accept acknowledge acquire activate adapt add adjust admit advance advertise align allocate allow announce
     answer append apply approximate arm arrange ask assemble assert assign assume attach await back balance begin
     bench benchmark bind block book bootstrap bound break bridge bring broadcast build bundle cache calculate call
-    cancel capture cast catch change charge check choose claim clamp clean clear clip close coalesce collect combine
+    cancel capture cast catch change charge chat check choose claim clamp clean clear clip close coalesce collect combine
     compare compile complete compress compute concatenate configure confirm connect construct consume contain
     continue control convert copy correct count cover create cut deactivate deal decide declare decline decode
     decorate decrease decrement deduplicate defer define delay delete deliver deregister derive describe deserialize

@@ -72,7 +72,7 @@ def test_a_probe_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: p
         yield "first", "1"
         raise RuntimeError("no /proc here")
 
-    assert list(command_env._safely(broken)) == [("first", "1"), ("broken", "unknown (RuntimeError: no /proc here)")]
+    assert list(command_env._run_probe(broken)) == [("first", "1"), ("broken", "unknown (RuntimeError: no /proc here)")]
     monkeypatch.setattr(command_env, "PACKAGES", ("no-such-package",))
     command_env.env.main([], standalone_mode=False)
     assert "no-such-package: Not installed\n" in capsys.readouterr().out

@@ -131,8 +131,8 @@ async def test_a_process_that_says_nothing(running: Running) -> None:
     code, output, errors = await running.command("Voice.mode=loud")
     assert (code, output) == (1, "")
     assert errors == [
-        "error: Voice.mode: 2 of 3 processes took it over in 2 s",
-        "hint: it is written: the others follow when they reach etcd",
+        "error: Voice.mode: 2 of 3 processes applied the change within 2 s",
+        "hint: the change is stored: the others apply it when they reach etcd",
     ]
     assert running.modes() == ["loud", "loud"]
 
