@@ -103,7 +103,7 @@ def test_environment_variables_stay_strings():
     }
 
 
-def test_overrides_of_one_tree_join():
+def test_overrides_of_one_section_merge():
     assert values("--S.a.b=1", "--S.a.c=2", '--S.a={"d": 3}') == {"S": {"a": {"b": 1, "c": 2, "d": 3}}}
 
 

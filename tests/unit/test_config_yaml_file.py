@@ -66,7 +66,7 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(KEYS, st.dictionaries(KEYS.filter(lambda key: key != "ServiceArgs"), VALUES), max_size=3))
-def test_json_is_read_as_json_reads_it(values):
+def test_json_files_are_read_as_json(values):
     text = json.dumps(values, indent=1, ensure_ascii=False)
     assert parse(text, "c.json").values == json.loads(text)
 
@@ -162,6 +162,6 @@ def test_files_that_cannot_be_read(tmp_path):
         load(tmp_path / "latin.yaml")
 
 
-def test_a_byte_order_mark_is_no_key(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbfS: {k: 1}\n")
     assert load(tmp_path / "c.yaml").values == {"S": {"k": 1}}
