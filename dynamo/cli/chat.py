@@ -32,7 +32,7 @@ _CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"),
 Message = dict[str, str]
 
 
-class Sampling(NamedTuple):
+class SamplingOptions(NamedTuple):
     """Sampling parameters; None: the default of the model."""
 
     max_tokens: int | None = None
@@ -52,7 +52,7 @@ class Model(Protocol):
 
     name: str
 
-    def answer(self, messages: list[Message], sampling: Sampling) -> Generator[Piece]:
+    def answer(self, messages: list[Message], sampling: SamplingOptions) -> Generator[Piece]:
         """Answer the last message. Raises DynamoError."""
         ...
 
@@ -87,7 +87,9 @@ class Statistics:
 class Chat:
     """One conversation: its messages, and its display to the user."""
 
-    def __init__(self, model: Model, sampling: Sampling, *, system: str | None = None, stats: bool = False) -> None:
+    def __init__(
+        self, model: Model, sampling: SamplingOptions, *, system: str | None = None, stats: bool = False
+    ) -> None:
         self._model = model
         self._sampling = sampling
         self._stats = stats

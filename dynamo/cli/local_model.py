@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dynamo import engines
-from dynamo.cli.chat import Message, Piece, Progress
-from dynamo.cli.chat import Sampling as ChatSampling
+from dynamo.cli.chat import Message, Piece, Progress, SamplingOptions
 from dynamo.engines.vllm.install import cpu_build
 from dynamo.launcher import guard
 from dynamo.llm import tiny
@@ -88,7 +87,7 @@ class LocalModel:
             arguments["kv-cache-memory-bytes"] = TINY_KV_BYTES
         return arguments
 
-    def answer(self, messages: list[Message], sampling: ChatSampling) -> Generator[Piece]:
+    def answer(self, messages: list[Message], sampling: SamplingOptions) -> Generator[Piece]:
         """Answer the last message. Raises RequestError or ContextLengthError for the messages, EngineError of the engine."""
         temperature = sampling.temperature
         if temperature is None and self._model == tiny.NAME:

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from dynamo.cli.chat import Message, Piece, Sampling
+from dynamo.cli.chat import Message, Piece, SamplingOptions
 from dynamo.errors import ConfigError, EngineError, ModelNotFoundError, RequestError, TransportError, UnavailableError
 
 CONNECT_S = 5.0
@@ -51,7 +51,7 @@ class RemoteModel:
         finally:
             connection.close()
 
-    def answer(self, messages: list[Message], sampling: Sampling) -> Generator[Piece]:
+    def answer(self, messages: list[Message], sampling: SamplingOptions) -> Generator[Piece]:
         """Answer the last message.
 
         Raises RequestError, UnavailableError or EngineError as the server reports, TransportError if the connection is lost.

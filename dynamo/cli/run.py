@@ -99,13 +99,13 @@ def run(
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty", ctx)
     _configure_logging()
-    from dynamo.cli.chat import Chat, Sampling
+    from dynamo.cli.chat import Chat, SamplingOptions
 
     code = 0
     with _exit_on_signals():
         try:
             with _open_model(graph, config_file, model, engine, url, context_length) as opened_model:
-                chat = Chat(opened_model, Sampling(max_tokens, temperature), system=system, stats=stats)
+                chat = Chat(opened_model, SamplingOptions(max_tokens, temperature), system=system, stats=stats)
                 if prompt is None:
                     chat.converse()
                 else:

@@ -36,8 +36,8 @@ def render(
         show_header=bool(head),
         header_style="bold",
     )
-    for column in range(len(head) or max(map(len, rows), default=0)):
-        table.add_column(Text(head[column]) if head else None, no_wrap=True)
+    for name in head or [""] * max(map(len, rows), default=0):
+        table.add_column(Text(name), no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console(

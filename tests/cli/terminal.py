@@ -65,7 +65,8 @@ class Terminal:
         deadline = time.monotonic() + timeout_s
         while (at := self.output.find(text, self._read_to)) < 0:
             assert self._read(deadline), f"no {text!r} in {self.output!r}"
-        begin, self._read_to = self._read_to, at + len(text)
+        begin = self._read_to
+        self._read_to = at + len(text)
         return self.output[begin : self._read_to]
 
     def wait(self, timeout_s: float = 30) -> int:

@@ -23,7 +23,8 @@ class Voice:
     live_settings = ("mode", "max-words")
 
     def __init__(self, mode: Literal["loud", "quiet"] = "quiet", max_words: int = 3) -> None:
-        self.mode, self.max_words = mode, max_words
+        self.mode = mode
+        self.max_words = max_words
 
 
 @service
@@ -39,7 +40,8 @@ class Running:
 
     def __init__(self, infra: Infra) -> None:
         self.env = infra.env
-        self.voices, self.ear = [Voice(), Voice()], Ear()
+        self.voices = [Voice(), Voice()]
+        self.ear = Ear()
         self._started: list[tuple[Runtime, LiveSettings]] = []
 
     async def start(self, instance: object, namespace: str = "a") -> LiveSettings:
