@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -14,12 +13,12 @@ import click
 from click.core import ParameterSource
 
 from dynamo.cli.errors import warn
+from dynamo.cli.selection import require_external, select, without
 from dynamo.config import overrides, yaml_file
 from dynamo.config.merge import Layer, resolve
 from dynamo.config.options import Infra, ServeOptions
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import DeclaredSettings, check, declared, knows
-from dynamo.errors import ConfigError
 
 if TYPE_CHECKING:
     from dynamo.sdk.graph import Graph
@@ -208,10 +207,10 @@ def serve(
     if supervise and not service_names:
         raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
     found = load(graph, working_dir)
-    started = _select(_without(found, elsewhere), service_names)
+    started = select(without(found, elsewhere), service_names)
     for option, given in (("--depends", elsewhere), ("--service-name", service_names)):
         if given:
-            infra = _external(infra, option)
+            infra = require_external(infra, option)
     options = ServeOptions(
         working_dir,
         service_names,
@@ -269,45 +268,6 @@ def render(services: Mapping[str, Any]) -> str:
         f"Service Configuration:\n{json.dumps(services, indent=2)}\n\n"
         f"Environment Variable that would be set:\n{VARIABLE}={json.dumps(services)}"
     )
-
-
-def _without(graph: Graph, elsewhere: Sequence[str]) -> Graph:
-    """Return the graph without the services that `--depends` names.
-
-    Raises ConfigError, with ai-dynamo's message and exit code 1, for a bad option.
-    """
-    names = set()
-    for given in elsewhere:
-        name, equals, _ = given.partition("=")
-        if not equals or not name:
-            raise ConfigError(
-                "Invalid format for --depends option. Use format 'name=value'",
-                hint=f"write --depends {name or 'NAME'}=elsewhere",
-            )
-        graph.service(name)
-        names.add(name)
-    services = {name: cls for name, cls in graph.services.items() if name not in names}
-    if not services:
-        raise ConfigError("--depends leaves no service to start", hint="name only services that run elsewhere")
-    return replace(graph, services=services)
-
-
-def _select(graph: Graph, names: Sequence[str]) -> Graph:
-    """Return the graph with only the named services, all if no name is given. Raises GraphError for an unknown one."""
-    if not names:
-        return graph
-    named = {name: graph.service(name) for name in names}
-    return replace(graph, services={name: cls for name, cls in graph.services.items() if name in named})
-
-
-def _external(infra: str, option: str) -> str:
-    """Return `external`: services elsewhere are found through shared servers. Raises ConfigError for private ones."""
-    if infra == "embedded":
-        raise ConfigError(
-            f"{option} needs the NATS and etcd of the services elsewhere, but --infra embedded starts private ones",
-            hint="set NATS_SERVER and ETCD_ENDPOINTS, and omit --infra",
-        )
-    return "external"
 
 
 def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, DeclaredSettings | None]) -> list[Layer]:
