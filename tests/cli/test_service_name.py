@@ -183,7 +183,7 @@ def test_supervised_processes_are_restarted(
     joined.wait_for(f"s: joined joined/VllmWorker of the graph at {nats_server}")
     from dynamo.launcher.guard import descendants
 
-    served = [pid for pid in descendants(joined.process.pid) if b"serve.process" in cmdline(pid)]
+    served = [pid for pid in descendants(joined.process.pid) if b"worker.process" in cmdline(pid)]
     assert len(served) == (1 if arguments == ("--supervise",) else 2)
     os.kill(served[0], signal.SIGKILL)
     joined.wait_for("ready again")
