@@ -1,4 +1,4 @@
-"""All errors that the project raises on purpose.
+"""Every error that the project raises on purpose.
 
     DynamoError
     ├── ConfigError              a bad YAML file, override or setting                  exit 1
@@ -8,16 +8,16 @@
     │   ├── ContextLengthError   prompt and output do not fit the model                HTTP 400
     │   └── ModelNotFoundError   no such model here                                    HTTP 404
     ├── OverloadedError          more work than the graph accepts: try again           HTTP 429
-    ├── UnavailableError         no instance can answer now: try again                 HTTP 503
+    ├── UnavailableError         temporarily unavailable: try again                    HTTP 503
     │   ├── NoInstancesError     no instance of the endpoint is registered
-    │   └── WorkerLostError      the instance that was answering died or lost contact
-    ├── DeadlineError            the request did not complete before its deadline      HTTP 504
+    │   └── WorkerLostError      the instance that was answering died
+    ├── DeadlineError            the request's deadline has passed                     HTTP 504
     ├── TransportError           etcd, NATS or a stream connection failed              HTTP 503
     ├── EngineError              the inference engine failed                           HTTP 500
-    │   └── EngineDeadError      the engine has ended for good                         HTTP 500
+    │   └── EngineDeadError      the engine has stopped for good                       HTTP 500
     └── RemoteError              a remote endpoint raised a class unknown here         HTTP 500
 
-A message states what failed, on what, and the fact; `hint` is one imperative sentence on what to do. Errors cross process
+A message says what failed, for what, and the fact; `hint` says what to do, in the imperative. Errors cross process
 boundaries as data (`dynamo.rpc.remote_errors`) and are raised there as the same class.
 """
 
@@ -27,7 +27,7 @@ from typing import ClassVar
 
 
 class DynamoError(Exception):
-    """Base class. Clients get `status` as the HTTP status and `code` as the OpenAI error code."""
+    """Base of all errors. `status` is the HTTP status and `code` the OpenAI error code that a client gets."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str | None] = None
@@ -48,7 +48,7 @@ class ConfigError(DynamoError):
 
 
 class GraphError(ConfigError, ValueError, TypeError):
-    """A bad service, dependency, link or graph module. Also a ValueError and TypeError, which the 0.x SDK raised."""
+    """A bad service, dependency, link or graph module. Also a ValueError and a TypeError, which the 0.x SDK raised."""
 
 
 class StartError(DynamoError):
@@ -82,7 +82,7 @@ class OverloadedError(DynamoError):
 
 
 class UnavailableError(DynamoError):
-    """No instance can answer now; the client may try again."""
+    """Temporarily unavailable; the client may try again."""
 
     status = 503
     code = "unavailable"
@@ -99,7 +99,7 @@ class WorkerLostError(UnavailableError):
 
 
 class DeadlineError(DynamoError):
-    """The request did not complete before its deadline."""
+    """The request's deadline has passed."""
 
     status = 504
     code = "deadline_exceeded"
@@ -119,7 +119,7 @@ class EngineError(DynamoError):
 
 
 class EngineDeadError(EngineError):
-    """The engine has ended or will not answer again; another worker's engine can take over its requests."""
+    """The engine has stopped for good; another worker can take over its requests."""
 
     code = "engine_dead"
 

@@ -40,7 +40,7 @@ def temporary_graph(arguments: Sequence[str], progress: Progress) -> Iterator[st
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C in the terminal is for the chat
+                start_new_session=True,  # the terminal's Ctrl-C is for the chat
                 preexec_fn=partial(guard.die_with_parent, signal.SIGTERM, os.getpid()),
             )
         try:

@@ -11,13 +11,15 @@ Infra = Literal["auto", "embedded", "external"]
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """The flags of one run of `dynamo serve`. For hosts and ports, None means that the flag was not given."""
+    """The flags of one run of `dynamo serve`. For hosts and ports, None means that the flag was not given.
+
+    `supervise`: supervise a single process too, as the processes of a graph are.
+    """
 
     working_dir: Path = Path()
     service_names: tuple[str, ...] = ()
     """run only these services of the graph, beside those that run elsewhere; empty: all of them"""
     supervise: bool = False
-    """supervise a single process too, as the processes of a graph are"""
     infra: Infra = "auto"
     host: str | None = None
     port: int | None = None
