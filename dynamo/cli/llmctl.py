@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from dynamo.cli import tables
 from dynamo.cli.etcd import with_etcd
 from dynamo.errors import ConfigError, DynamoError
 
@@ -66,8 +67,6 @@ def http() -> None:
 @click.pass_obj
 def list_models(public_namespace: str | None, kind: str | None) -> None:
     """List the models; TYPE is chat-models, completion-models or embedding-models."""
-    from dynamo.cli import tables
-
     wanted = KIND_OF.get(kind or "")
     rows = {
         (model_type, card.name, card.namespace, card.component, endpoint)

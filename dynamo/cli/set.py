@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 from click.shell_completion import CompletionItem
 
+from dynamo.cli import tables
+from dynamo.cli.errors import in_colour
 from dynamo.cli.etcd import with_etcd
+from dynamo.config.provenance import canonical, suggestion
 from dynamo.errors import ConfigError, DynamoError, UnavailableError
 from dynamo.launcher import wording
 
@@ -192,8 +195,6 @@ def _find_service(
     processes: Sequence[ProcessSettings], change: _Change, namespace: str | None
 ) -> list[ProcessSettings]:
     """Return the processes of the service. Raises ConfigError if there are none, or in several namespaces."""
-    from dynamo.config.provenance import suggestion
-
     name = f"{change.service}.{change.setting}"
     in_namespace = [process for process in processes if namespace in (None, process.namespace)]
     found = [process for process in in_namespace if process.service == change.service]
@@ -215,8 +216,6 @@ def _find_service(
 
 def _find_setting(processes: Sequence[ProcessSettings], change: _Change) -> str:
     """Return the setting's name in the spelling of the service. Raises ConfigError if it is not a live setting."""
-    from dynamo.config.provenance import canonical, suggestion
-
     names = sorted({name for process in processes for name in process.settings})
     for name in names:
         if canonical(name) == canonical(change.setting):
@@ -265,9 +264,6 @@ def _outcome(target: _Target, processes: Sequence[ProcessSettings]) -> _Outcome:
 
 def _table(processes: Sequence[ProcessSettings]) -> str:
     """Return a row for each setting; processes whose values differ have rows of their own."""
-    from dynamo.cli import tables
-    from dynamo.cli.errors import in_colour
-
     counts: Counter[tuple[str, str, str, str, str]] = Counter()
     for process in processes:
         for name, setting in process.settings.items():
