@@ -11,11 +11,11 @@ from dynamo.config.merge import Layer, Resolved, resolve
 from dynamo.config.settings import check, knows
 
 if TYPE_CHECKING:
-    from dynamo.config.settings import Declared
+    from dynamo.config.settings import DeclaredSettings
 
 
 def resolve_and_check(
-    layers: Iterable[Layer], services: Mapping[str, Declared | None], *, only: str | None = None
+    layers: Iterable[Layer], services: Mapping[str, DeclaredSettings | None], *, only: str | None = None
 ) -> Resolved:
     """Merge `layers`, lowest first, into the configuration of these services, and check it, or that of `only` alone.
 
