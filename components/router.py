@@ -96,21 +96,21 @@ class Router(Service):
         self._following = asyncio.get_running_loop().create_task(self._follow())
 
     def _take_events(self, message: KvEvents) -> None:
-        if self.kv.caches.take_events(message):
+        if self.kv.state.apply_events(message):
             self._fetch(message.worker)
 
     def _take_load(self, message: WorkerLoad) -> None:
-        if self.kv.caches.take_load(message):
+        if self.kv.state.apply_load(message):
             self._fetch(message.worker)
 
     async def _follow(self) -> None:
         ticked = time.monotonic()
         while True:
-            known, live = set(self.kv.caches.workers), set(instance_ids(self.worker))
+            known, live = set(self.kv.state.workers), set(instance_ids(self.worker))
             for worker in known - live:
-                self.kv.caches.leave(worker)
+                self.kv.state.leave(worker)
             for worker in live - known:
-                self.kv.caches.join(worker)
+                self.kv.state.join(worker)
                 self._fetch(worker)
             if time.monotonic() - ticked > TICK_S:
                 ticked = time.monotonic()
@@ -126,13 +126,13 @@ class Router(Service):
 
     async def _snapshot(self, worker: int) -> None:
         again = True
-        while again and worker in self.kv.caches.workers:
+        while again and worker in self.kv.state.workers:
             try:
                 async with asyncio.timeout(SNAPSHOT_S):
                     parts = [part async for part in direct(self.worker, worker).kv_snapshot(SnapshotRequest())]
-                again = self.kv.caches.take_snapshot(worker, parts)
+                again = self.kv.state.apply_snapshot(worker, parts)
             except RequestError as error:
-                self.kv.caches.is_blind(worker, error.message)
+                self.kv.state.mark_without_events(worker, error.message)
                 return
             except (DynamoError, TimeoutError) as error:
                 log.debug("no snapshot of worker %x, trying again: %r", worker, error)
@@ -141,7 +141,7 @@ class Router(Service):
 
     @readiness
     def ready(self) -> bool:
-        there = len(self.kv.caches.workers)
+        there = len(self.kv.state.workers)
         if there < self.min_workers and (context := service_context()) is not None:
             context.progress(f"waiting for workers: {there} of {self.min_workers}")
         return there >= self.min_workers
@@ -151,20 +151,20 @@ class Router(Service):
         """Raises NoInstancesError when there is no worker."""
         started = time.perf_counter()
         route = self.kv.route(request)
-        self.metrics.decided(request, route, time.perf_counter() - started)
+        self.metrics.count_decision(request, route, time.perf_counter() - started)
         return route
 
     @endpoint
     async def generate(self, request: Tokens) -> AsyncIterator[tuple[str, float]]:
         """As in ai-dynamo 0.3: yields the worker's id and the part of the prompt that it has cached, 0 to 1."""
-        size = self.kv.caches.block_size or self.block_size
+        size = self.kv.state.block_size or self.block_size
         hashes = pack(block_hashes(request.tokens, size))
         route = await self.route(RouteRequest("", len(request.tokens), size, hashes))
         yield str(route.worker), route.overlap_blocks * size / max(len(request.tokens), 1)
 
     def stats_data(self) -> dict[str, Any]:
-        caches = self.kv.caches
-        return {"workers": len(caches.workers), "kv_blocks": len(caches.index), "kv_resyncs": caches.resyncs}
+        state = self.kv.state
+        return {"workers": len(state.workers), "kv_blocks": len(state.index), "kv_resyncs": state.resyncs}
 
     @on_shutdown
     def stop(self) -> None:

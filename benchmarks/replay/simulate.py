@@ -10,6 +10,7 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import get_args
 
 from benchmarks.processes import StartError
 from benchmarks.replay.capacity import Engines
@@ -22,9 +23,10 @@ from dynamo.engines.mock.timing import step_ms
 from dynamo.kv_router.block_map import BlockMap
 from dynamo.kv_router.events import KvEvents, KvSnapshot, WorkerLoad
 from dynamo.kv_router.hashing import block_hashes, pack
-from dynamo.kv_router.messages import KV_MODES, KvMode, RouteRequest
+from dynamo.kv_router.messages import KvMode, RouteRequest
 from dynamo.kv_router.router import KvRouter
 
+KV_MODES: tuple[str, ...] = get_args(KvMode)
 MODES = ("round-robin", "random", "power-of-two", "least-loaded", *KV_MODES)
 
 
@@ -86,12 +88,12 @@ class _Worker:
         return True
 
     def _tell(self) -> None:
-        caches = self._simulation.router.caches
+        state = self._simulation.router.state
         self._ledger.apply(self.scheduler.cache.take_events())
         if changes := self._ledger.changes():
             self._sequence += 1
-            caches.take_events(KvEvents(self.id, 0, self._sequence, changes))
-        caches.take_load(self._load())
+            state.apply_events(KvEvents(self.id, 0, self._sequence, changes))
+        state.apply_load(self._load())
 
     def _load(self) -> WorkerLoad:
         block, scheduler = self._engines.block, self.scheduler
@@ -125,8 +127,8 @@ class Simulation:
         self._random = random.Random(1)
         self.workers = [_Worker(id, engines, self) for id in range(engines.workers)]
         for worker in self.workers:
-            self.router.caches.join(worker.id)
-            self.router.caches.take_snapshot(worker.id, [KvSnapshot(worker.id, 0, 0, engines.block, b"")])
+            self.router.state.join(worker.id)
+            self.router.state.apply_snapshot(worker.id, [KvSnapshot(worker.id, 0, 0, engines.block, b"")])
 
     def after(self, seconds: float, work: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (self.now_s + seconds, next(self._order), work))
