@@ -170,7 +170,7 @@ class WorkerState:
         return False
 
     def _resync(self, cache: CacheState) -> None:
-        """Buffer events from now on, until a snapshot has been applied."""
+        """Start to buffer events, until a snapshot has been applied."""
         self.resyncs += 1
         cache.sequence = None
         cache.buffered = []

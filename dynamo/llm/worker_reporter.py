@@ -148,7 +148,7 @@ class WorkerReporter:
         number, size = request.rank or 0, self._info.kv_block_size
         if not self._kv_events or not 0 <= number < len(self._ranks):
             return request.expected_hit
-        return self._ranks[number].ledger.found(block_hashes(request.token_ids, size)) * size
+        return self._ranks[number].ledger.overlap(block_hashes(request.token_ids, size)) * size
 
     # -- load
 
