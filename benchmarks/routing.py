@@ -189,8 +189,8 @@ def measure_peer(directory: Path, version: str, shape: list[str]) -> dict[str, f
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=main.__doc__)
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="where benchmarks/peers/install.sh put the peers")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description="Measure CPU of routing.")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="folder of benchmarks/peers/install.sh")
     parser.add_argument("--tokens", type=int, default=4096, help="length of a prompt; 4096 by default")
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block; 16 by default")
     parser.add_argument("--workers", type=int, default=64, help="64 by default")

@@ -1,7 +1,7 @@
-"""The same replay in virtual time, without processes: the mock engine's scheduler and caches, and the real router.
+"""Replay in virtual time, without processes: the mock engine's scheduler and caches, and the real router.
 
 Hundreds of workers on one core, minutes of traffic in seconds, and the same result each time: to try a routing policy
-before it is measured. What the processes themselves cost is left out, and workers' messages arrive at once.
+before it is measured. The cost of the processes themselves is left out, and workers' messages arrive immediately.
 """
 
 from __future__ import annotations
@@ -37,18 +37,23 @@ class _Request(Running):
 
     def __init__(self, prompt: list[int], block: int, answer: Answer, first_token: int) -> None:
         super().__init__(prompt, block_hashes(prompt, block))
-        self.answer, self.first_token, self.expected_hit = answer, first_token, 0
+        self.answer = answer
+        self.first_token = first_token
+        self.expected_hit = 0
 
 
 class _Worker:
     def __init__(self, id: int, engines: Engines, simulation: Simulation) -> None:
-        self.id, self._engines, self._simulation = id, engines, simulation
+        self.id = id
+        self._engines = engines
+        self._simulation = simulation
         self.scheduler: Scheduler[_Request] = Scheduler(
             KvCache(engines.blocks, engines.block, events=True),
             batched_tokens=engines.batched_tokens,
             sequences=engines.max_sequences,
         )
-        self._ledger, self._sequence = BlockMap(engines.block), 0
+        self._block_map = BlockMap(engines.block)
+        self._sequence = 0
         self._requests: dict[_Request, None] = {}
         self._accepted: list[str] = []
         self._stepping = False
@@ -62,7 +67,7 @@ class _Worker:
         self.scheduler.add(request)
         if not self._stepping:
             self._begin()
-        self._tell()
+        self._report()
 
     def _begin(self) -> None:
         step = self.scheduler.schedule()
@@ -74,7 +79,7 @@ class _Worker:
     def _end(self) -> None:
         self.scheduler.complete(self._emit)
         self._begin()
-        self._tell()
+        self._report()
 
     def _emit(self, request: _Request) -> bool:
         answer, now_s = request.answer, self._simulation.now_s
@@ -87,10 +92,10 @@ class _Worker:
         del self._requests[request]
         return True
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         state = self._simulation.router.state
-        self._ledger.apply(self.scheduler.cache.take_events())
-        if changes := self._ledger.changes():
+        self._block_map.apply(self.scheduler.cache.take_events())
+        if changes := self._block_map.changes():
             self._sequence += 1
             state.apply_events(KvEvents(self.id, 0, self._sequence, changes))
         state.apply_load(self._load())
@@ -98,7 +103,8 @@ class _Worker:
     def _load(self) -> WorkerLoad:
         block, scheduler = self._engines.block, self.scheduler
         new = [-(-(len(r.prompt) - r.expected_hit) // block) for r in self._requests if not r.output]
-        accepted, self._accepted = self._accepted, []
+        accepted = self._accepted
+        self._accepted = []
         return WorkerLoad(
             worker=self.id,
             rank=0,
@@ -121,7 +127,8 @@ class Simulation:
     def __init__(self, engines: Engines, mode: str, router: KvRouter | None = None) -> None:
         self.now_s = 0.0
         self.router = router or KvRouter(clock=lambda: self.now_s)
-        self._engines, self._mode = engines, mode
+        self._engines = engines
+        self._mode = mode
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._random = random.Random(1)
@@ -169,4 +176,4 @@ class Simulation:
             return min(self._random.sample(self.workers, len(self.workers)), key=len)
         if mode == "power-of-two":
             return min(self._random.sample(self.workers, 2), key=len)
-        raise StartError(f"no mode is named {mode!r}; modes: {', '.join(MODES)}")
+        raise StartError(f"unknown mode {mode!r}; modes: {', '.join(MODES)}")
