@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from dynamo.kv_router.worker_state import CacheState
 
@@ -20,8 +20,6 @@ PREFILL_LOAD_SCALE = 8.0
 """A block to be computed delays all requests of the worker once, by all its tokens; a block that is held is read once a
 step. Dynamo's value is 1. Simulated (benchmarks/replay) over conversations, agents and documents, 8 found 90 to 98 % of
 the possible hits, 1 found 60 to 84 %; beyond 16, load gathers on few workers and tokens come more slowly."""
-
-T = TypeVar("T")
 
 
 class Weights(NamedTuple):
@@ -34,26 +32,27 @@ class Weights(NamedTuple):
 
 def costs(
     prompt_blocks: int, overlaps: Mapping[int, int], caches: Iterable[CacheState], weights: Weights
-) -> dict[CacheState, float]:
+) -> list[float]:
     """Return the cost of running a request on each of these caches; `overlaps` are by slot."""
     scale, credit, _ = weights
-    found: dict[CacheState, float] = {}
+    prompt = float(prompt_blocks)  # Python adds and multiplies floats faster than a float and an int
+    found: list[float] = []
     for cache in caches:
-        to_compute = cache.prefill_blocks + prompt_blocks - credit * overlaps.get(cache.slot, 0)
-        if to_compute < 0:
-            to_compute = 0
-        found[cache] = scale * to_compute + cache.decode_blocks + prompt_blocks
+        to_compute = cache.prefill_blocks + prompt - credit * overlaps.get(cache.slot, 0)
+        if to_compute < 0.0:
+            to_compute = 0.0
+        found.append(scale * to_compute + cache.decode_blocks + prompt)
     return found
 
 
-def draw(scores: Mapping[T, float], temperature: float = 0.0) -> T:
-    """Return a key with the lowest score, a random one of several; with a temperature, draw by softmax.
+def draw(scores: Sequence[float], temperature: float = 0.0) -> int:
+    """Return the position of the lowest score, a random one of several; with a temperature, draw by softmax.
 
     The softmax is over the negated scores, scaled to 0..1 before.
     """
-    lowest = min(scores.values())
+    lowest = min(scores)
     if temperature <= 0:
-        return random.choice([key for key, score in scores.items() if score == lowest])
-    span = (max(scores.values()) - lowest) or 1.0
-    chances = [math.exp((lowest - score) / span / temperature) for score in scores.values()]
-    return random.choices(list(scores), chances)[0]
+        return random.choice([position for position, score in enumerate(scores) if score == lowest])
+    span = (max(scores) - lowest) or 1.0
+    chances = [math.exp((lowest - score) / span / temperature) for score in scores]
+    return random.choices(range(len(scores)), chances)[0]

@@ -57,8 +57,7 @@ class PrefixIndex:
         while holders:
             depth = self._shared_depth(prompt, holders, depth)
             followers = self.holders.get(prompt[depth], 0) & holders if depth < len(prompt) else 0
-            for slot in slots_of(holders & ~followers):
-                found[slot] = depth
+            found.update(dict.fromkeys(slots_of(holders & ~followers), depth))
             holders = followers
             depth += 1
         return found

@@ -51,7 +51,7 @@ class KvRouter:
         prompt = view(request.hashes if state.block_size in (request.block_size, 0) else b"")
         prompt_blocks = request.prompt_tokens // request.block_size or 1
         overlaps = state.overlaps(prompt, approximate=mode == "approx-kv", now_s=now_s)
-        cache = self._choose(request, mode, candidates, overlaps, prompt_blocks)
+        cache = candidates[self._choose(request, mode, candidates, overlaps, prompt_blocks)]
         overlap = overlaps.get(cache.slot, 0)
         state.place(cache, request.request_id, prompt_blocks - overlap, prompt_blocks, now_s)
         if prompt and mode != "kv-load":
@@ -59,7 +59,7 @@ class KvRouter:
                 state.approximate.add(cache.slot, prompt, now_s, _kv_blocks(cache))
             elif overlap < len(prompt):
                 state.pending.add(cache.slot, prompt, overlap, now_s + PENDING_PROMPT_S)
-        return Route(cache.worker, cache.rank, len(state.caches_of(cache.worker)), overlap, state.block_size)
+        return Route(cache.worker, cache.rank, state.rank_count(cache.worker), overlap, state.block_size)
 
     def _choose(
         self,
@@ -68,12 +68,13 @@ class KvRouter:
         candidates: list[CacheState],
         overlaps: Mapping[int, int],
         prompt_blocks: int,
-    ) -> CacheState:
+    ) -> int:
+        """Return the position of the best candidate."""
         if self.score is not None:
             score = self.score
-            return draw({cache: score(request, _candidate(cache, overlaps.get(cache.slot, 0))) for cache in candidates})
+            return draw([score(request, _candidate(cache, overlaps.get(cache.slot, 0))) for cache in candidates])
         if mode == "kv-load":
-            return draw({cache: cache.decode_blocks / _kv_blocks(cache) for cache in candidates})
+            return draw([cache.decode_blocks / _kv_blocks(cache) for cache in candidates])
         weights = self.weights
         if request.temperature is not None:
             weights = weights._replace(temperature=request.temperature)

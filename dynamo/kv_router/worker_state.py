@@ -46,8 +46,8 @@ class CacheState:
         self.rank = rank
         self.slot = slot
         self.load: WorkerLoad | None = None
-        self.prefill_blocks = 0  # as the last load says, and those of unreported requests
-        self.decode_blocks = 0
+        self.prefill_blocks = 0.0  # of the last load, plus those of unreported requests
+        self.decode_blocks = 0.0
         self.unreported: dict[str, Unreported] = {}  # by request id
         self.sequence: int | None = None  # of the last events applied; None while a snapshot is awaited
         self.buffered: list[KvEvents] = []  # events that arrived since the snapshot was requested
@@ -57,8 +57,8 @@ class CacheState:
 
     def update_load(self) -> None:
         """Add up the reported load and the unreported requests."""
-        self.prefill_blocks = self.load.prefill_blocks if self.load is not None else 0
-        self.decode_blocks = self.load.decode_blocks if self.load is not None else 0
+        self.prefill_blocks = float(self.load.prefill_blocks) if self.load is not None else 0.0
+        self.decode_blocks = float(self.load.decode_blocks) if self.load is not None else 0.0
         for request in self.unreported.values():
             self.prefill_blocks += request.new_blocks
             self.decode_blocks += request.blocks
@@ -92,6 +92,9 @@ class WorkerState:
     @property
     def caches(self) -> list[CacheState]:
         return list(self._by_slot.values())
+
+    def rank_count(self, worker: int) -> int:
+        return len(self._by_worker[worker])
 
     def caches_of(self, worker: int) -> list[CacheState]:
         return list(self._by_worker.get(worker, {}).values())

@@ -294,7 +294,7 @@ def test_the_choice_has_the_lowest_cost(
     caches = [cache for cache in router.state.caches if cache.worker not in excluded]
     weights = Weights(scale, credit if asked is None else asked)
     found = costs(len(hashes), router.state.index.overlaps(hashes), caches, weights)
-    true = {cache.worker: cost for cache, cost in found.items()}
+    true = {cache.worker: cost for cache, cost in zip(caches, found, strict=True)}
     route = router.route(ask(PROMPT, exclude=excluded, overlap_credit=asked))
     assert true[route.worker] == min(true.values())
     assert route.overlap_blocks == held[route.worker - 1]
