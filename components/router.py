@@ -52,7 +52,10 @@ class Tokens(msgspec.Struct):
 
 @service(dynamo={"namespace": "dynamo"}, resources={"cpu": "10", "memory": "20Gi"}, workers=1)
 class Router(Service):
-    """Several can run: each gets the messages of all workers, and knows the requests it has placed itself before that."""
+    """Several can run, each with the messages of all workers.
+
+    Until a worker reports a request, only the Router that placed it counts it.
+    """
 
     worker = depends(VllmWorker)
 

@@ -11,6 +11,7 @@ from dynamo.kv_router.approximate_index import ApproximateIndex
 from dynamo.kv_router.cost import Weights, costs, draw
 from dynamo.kv_router.hashing import ROOT, BlockHash, block_hashes, pack, unpack
 from dynamo.kv_router.index import PrefixIndex, slots_of
+from dynamo.kv_router.pending_prefixes import PendingPrefixes, common_blocks
 from dynamo.kv_router.worker_state import CacheState, WorkerState
 
 SLOTS = 5
@@ -86,6 +87,35 @@ def test_caches_without_events_are_looked_up_in_the_approximate_index(
     for slot in range(SLOTS):
         expected = two if approximate or slot in without_events else one
         assert found.get(slot, 0) == expected.get(slot, 0)
+
+
+@given(holdings, st.lists(st.tuples(st.integers(0, SLOTS - 1), prompts, st.booleans()), max_size=8), prompts)
+def test_pending_prompts_raise_overlaps_to_what_they_have_in_common(
+    held: list[tuple[int, list[int]]], placed: list[tuple[int, list[int], bool]], names: list[int]
+) -> None:
+    index, now_s = PrefixIndex(), 5.0
+    pending = PendingPrefixes(index)
+    for slot, blocks in held:
+        index.add(slot, chain(*blocks))
+    common: dict[int, list[int]] = {slot: [0] for slot in range(SLOTS)}
+    prompt = chain(*names)
+    for slot, blocks, expired in placed:
+        own = chain(*blocks)
+        depth = index.overlap(slot, own)
+        if depth < len(own):
+            pending.add(slot, own, depth, now_s - 1 if expired else now_s + 1)
+            if not expired:
+                common[slot].append(common_blocks(prompt, own))
+    before = index.overlaps(prompt)
+    found = dict(before)
+    pending.raise_overlaps(found, prompt, now_s)
+    for slot in range(SLOTS):
+        overlap = before.get(slot, 0)
+        assert found.get(slot, 0) in {overlap, *(blocks for blocks in common[slot] if blocks > overlap)}
+        if overlap < len(prompt):  # a prompt that the cache goes on with right there counts
+            entry = pending.prompts.get(prompt[overlap], {}).get(slot)
+            if entry is not None and entry.until_s > now_s:
+                assert found[slot] >= common_blocks(prompt, entry.blocks) > overlap
 
 
 @given(st.lists(st.tuples(st.integers(0, SLOTS - 1), st.sets(st.integers(0, 11))), max_size=8), st.integers(1, 12))
