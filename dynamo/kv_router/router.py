@@ -42,7 +42,8 @@ class KvRouter:
         Raises NoInstancesError if there are no workers but excluded ones.
         """
         state = self.state
-        candidates = [cache for cache in state.caches if cache.worker not in request.exclude]
+        excluded = request.exclude
+        candidates = [cache for cache in state.caches if cache.worker not in excluded]
         if not candidates:
             raise NoInstancesError("the router knows no worker", hint="it is starting, restarting or was not deployed")
         now_s = self._clock()
