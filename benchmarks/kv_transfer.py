@@ -1,5 +1,7 @@
-"""`python -m benchmarks.kv_transfer`: KV from one process to another through the connector's data path, beside a copy
-of the same bytes; with `--model DIR`, from one vLLM engine to another, compared with an engine that computes it itself.
+"""`python -m benchmarks.kv_transfer`: KV transfer between processes through the connector's data path.
+
+Compared with a copy of the same bytes; with `--model DIR`, also between two vLLM engines, compared with an engine that
+computes the KV itself.
 
 Runs without pytest, on the CPU and on a GPU (whose two processes then share it).
 """
@@ -25,8 +27,8 @@ import torch
 from dynamo.engines.kv_transfer.kv_cache import KvCache
 from dynamo.engines.kv_transfer.kv_leases import KvLeases
 from dynamo.engines.kv_transfer.puller import Pull, Puller
-from dynamo.engines.kv_transfer.server import Server
-from dynamo.engines.kv_transfer.session import SECRET, Offer
+from dynamo.engines.kv_transfer.server import KvServer
+from dynamo.engines.kv_transfer.session import SECRET, RemoteKv
 from dynamo.transport.network import host_id
 
 LAYERS, HEADS, BLOCK_TOKENS, HEAD = 32, 8, 16, 128  # an 8B Llama in bfloat16: 2 MiB a block of 16 tokens
@@ -45,16 +47,16 @@ def hold(pipe: Connection, blocks: int, device: str) -> None:
     cache = cache_of(blocks, device)
     for number, plane in enumerate(cache.planes):
         plane.fill_(number + 1)
-    holdings = KvLeases(lease_s=600)
-    server = Server(cache, holdings, b"bench", "127.0.0.1")
+    leases = KvLeases(lease_s=600)
+    server = KvServer(cache, leases, b"bench", "127.0.0.1")
     pipe.send((server.local, server.port))
     while (name := pipe.recv()) is not None:
-        holdings.hold(name, range(blocks))
+        leases.grant(name, range(blocks))
         pipe.send(True)
 
 
 def transfers(blocks: int, device: str, repetitions: int) -> Iterator[tuple[str, list[float]]]:
-    """(way, seconds of each repetition) of a pull of all blocks; the first of each way is not counted."""
+    """Yield (way, seconds of each repetition) of pulling all blocks; the first of each way is not counted."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     holder = context.Process(target=hold, args=(theirs, blocks, device), daemon=True)
@@ -63,14 +65,16 @@ def transfers(blocks: int, device: str, repetitions: int) -> Iterator[tuple[str,
     cache = cache_of(blocks, device)
     for way in WAYS:
         puller = Puller(cache, b"bench", threads=1, shared=way == "shared memory")
-        offer = Offer("", 1, "", host_id() if way != "TCP" else "", local, "127.0.0.1", port)
+        remote = RemoteKv("", 1, "", host_id() if way != "TCP" else "", local, "127.0.0.1", port)
         seconds = []
         for number in range(repetitions + 1):
             name = f"{way} {number}"
             pipe.send(name)
             pipe.recv()
-            puller.submit(Pull(name, msgspec.structs.replace(offer, holding=name), 0, range(blocks), cache.mark()))
-            while not (ended := puller.take()).requests:
+            puller.submit(
+                Pull(name, msgspec.structs.replace(remote, lease_id=name), 0, range(blocks), cache.record_event())
+            )
+            while not (ended := puller.take_results()).requests:
                 time.sleep(0.0002)
             assert not ended.failures
             seconds.append(ended.seconds)
@@ -112,7 +116,7 @@ def measure_path(sizes_gb: list[float], device: str, repetitions: int) -> None:
 
 
 async def measure_engines(model: str, arguments: Mapping[str, Any], lengths: list[int]) -> bool:
-    """A prompt of each length: computed, and computed elsewhere and pulled. Whether all answers were equal."""
+    """Compare a prompt of each length computed by the engine itself and by another one; return True if answers are equal."""
     from tests.vllm.engine_process import Engines
 
     secret = {SECRET: os.urandom(16).hex()}
@@ -150,13 +154,15 @@ def _prompt(dice: random.Random, length: int) -> list[int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_transfer", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_transfer", description="Measure KV transfer.")
     parser.add_argument("--gb", type=float, nargs="*", default=[0.1, 1.0, 2.0], help="sizes; --gb alone: none")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", help="a model's directory, or dynamo-tiny: measure two engines, too")
+    parser.add_argument("--model", help="a model's directory, or dynamo-tiny: also measure two engines")
     parser.add_argument("--arguments", type=json.loads, default={}, metavar="JSON", help="vLLM's flags by name")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[100, 1000, 3000], help="prompts, in tokens")
+    parser.add_argument(
+        "--lengths", type=int, nargs="*", default=[100, 1000, 3000], help="lengths of prompts, in tokens"
+    )
     options = parser.parse_args()
     measure_path(options.gb, options.device, options.repetitions)
     if options.model:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynamo import engines
-from dynamo.engines.vllm.install import cpu_build, engine_arguments, unchecked
-from dynamo.engines.vllm.multi_node import MultiNode, number
+from dynamo.engines.vllm.install import cpu_build, engine_arguments, unverifiable_flags
+from dynamo.engines.vllm.multi_node import NodeGroup, integer_setting
 from dynamo.llm.engine import EngineInfo
 from dynamo.sdk import Service, liveness, metrics_registry, on_shutdown, service_context
 
@@ -31,14 +31,15 @@ class EngineService(Service):
         """Return the GPUs of one worker on this host with these settings, unless ServiceArgs says otherwise."""
         if settings.get("engine") == "mock" or cpu_build():
             return 0
-        return math.ceil(math.prod(number(settings, size, 1, 1) for size in SIZES) / number(settings, "nnodes", 1, 1))
+        gpus = math.prod(integer_setting(settings, size, 1, 1) for size in SIZES)
+        return math.ceil(gpus / integer_setting(settings, "nnodes", 1, 1))
 
     @staticmethod
     def check_settings(settings: Mapping[str, Any], where: Callable[[str], str]) -> None:
         """Validate those of vLLM's flags that determine how many GPUs and hosts it takes."""
         for size in SIZES:
-            number(settings, size, 1, 1, where=where)
-        MultiNode.of(settings, where)
+            integer_setting(settings, size, 1, 1, where=where)
+        NodeGroup.from_flags(settings, where)
 
     def __init__(
         self, model: str, engine: str, speedup_ratio: float | None, engine_args: dict[str, Any], *, kv_transfer: bool
@@ -46,7 +47,7 @@ class EngineService(Service):
         """`kv_transfer`: the engine sends KV to other engines, or fetches it from them."""
         self.model = model
         self.engine_name = engine
-        if engine == "mock" and (unknown := unchecked(engine_args)):
+        if engine == "mock" and (unknown := unverifiable_flags(engine_args)):
             log.warning("vLLM is not installed: cannot validate flag %s", " or ".join(unknown))
         if speedup_ratio is not None and engine == "mock":
             engine_args["speedup-ratio"] = speedup_ratio

@@ -29,11 +29,13 @@ class TaskSet:
     def __iter__(self) -> Iterator[asyncio.Task[Any]]:
         return iter(tuple(self._tasks))
 
-    def spawn(self, work: Work, *, name: str) -> asyncio.Task[Any]:
-        """Run `work` in the background. An exception that leaves it is logged."""
+    def spawn(self, work: Work, *, name: str, log_errors: bool = True) -> asyncio.Task[Any]:
+        """Run `work` in the background. An exception that leaves it is logged, unless the caller awaits the task itself
+        and passes `log_errors=False`.
+        """
         task = asyncio.get_running_loop().create_task(work, name=f"{self._name}: {name}")
         self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(self._finished if log_errors else self._tasks.discard)
         return task
 
     def keep_running(self, work: Callable[[], Work], *, name: str, pause_s: float = 1.0) -> asyncio.Task[Any]:

@@ -1,4 +1,4 @@
-"""One graph with mock engines for all tests of the command line, in a temporary directory that hides other graphs."""
+"""A graph with mock engines, shared by all tests of the command line; its temporary directory hides other graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.served import Served
 
 
 class Graph(NamedTuple):
-    """`env` makes a command see this graph alone."""
+    """A running graph. With `env`, a command finds only this one."""
 
     url: str
     env: dict[str, str]
@@ -26,7 +26,7 @@ class Graph(NamedTuple):
 
 @pytest.fixture
 def nothing_runs() -> Iterator[dict[str, str]]:
-    """Environment in which no graph is found."""
+    """An environment in which no graph is found."""
     directory = tempfile.mkdtemp(prefix="dt-")
     yield {"TMPDIR": directory, "ETCD_ENDPOINTS": f"http://127.0.0.1:{free_port()}"}
     shutil.rmtree(directory)

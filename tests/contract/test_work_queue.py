@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from dynamo.errors import OverloadedError, TransportError
-from dynamo.launcher import embedded_servers as infra_module
-from dynamo.launcher.embedded_servers import Infra, find_binary
+from dynamo.launcher.embedded_servers import Infra
+from dynamo.launcher.server_kinds import NATS, find_binary
 from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import Job, Service, WorkQueue, bind, depends, endpoint, service
 from dynamo.sdk.channels import attach
@@ -354,7 +354,7 @@ async def test_nats_is_killed_and_comes_back(
 async def test_a_server_without_jetstream(tmp_path: Any, namespace: str, etcd_server: str) -> None:
     port = free_port()
     process = await asyncio.create_subprocess_exec(
-        find_binary(infra_module.NATS), "--addr", "127.0.0.1", "--port", str(port), stderr=asyncio.subprocess.PIPE
+        find_binary(NATS), "--addr", "127.0.0.1", "--port", str(port), stderr=asyncio.subprocess.PIPE
     )
     assert process.stderr is not None
     try:

@@ -20,7 +20,7 @@ from tests.served import Served
 
 
 class BusyGraph:
-    """graphs.disagg_router with mock engines. `metrics`: host and port of what Prometheus scrapes."""
+    """graphs.disagg_router with mock engines. `metrics`: host and port that Prometheus scrapes."""
 
     def __init__(self, log: Path) -> None:
         port = free_port()
@@ -41,7 +41,7 @@ class BusyGraph:
             async with httpx.AsyncClient() as client:
                 for tokens in (prompt(), prompt(), known):
                     await ask(self.served, client, tokens)
-                await client.post(f"{self.served.url}/v1/completions", json={"model": "nobody", "prompt": "hello"})
+                await client.post(f"{self.served.url}/v1/completions", json={"model": "no-model", "prompt": "hello"})
 
         known = prompt(500)
         asyncio.run(long())

@@ -352,13 +352,13 @@ def test_workers_that_left_leave_the_routers_metrics() -> None:
     registry, router = CollectorRegistry(), KvRouter()
     metrics = RouterMetrics(router, registry)
     for worker in (0xA, 0xB):
-        router.caches.join(worker)
-        router.caches.is_blind(worker, "it tells none")
+        router.state.join(worker)
+        router.state.mark_without_events(worker, "no KV events")
     for number in range(4):
         request = RouteRequest(str(number), 32, 32, b"")
-        metrics.decided(request, router.route(request), 0.001)
+        metrics.count_decision(request, router.route(request), 0.001)
     routed = {s.labels["worker"] for f in registry.collect() if f.name == "dynamo_router_requests" for s in f.samples}
     assert routed == {"a", "b"}
-    router.caches.leave(0xB)
+    router.state.leave(0xB)
     routed = {s.labels["worker"] for f in registry.collect() if f.name == "dynamo_router_requests" for s in f.samples}
     assert routed == {"a"}

@@ -1,4 +1,4 @@
-"""A machine without vLLM: what is said there, and what cannot be checked."""
+"""Engines and their flags on a machine without vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from components.worker import VllmWorker
 from dynamo import engines
-from dynamo.engines.vllm.install import engine_arguments, unchecked
+from dynamo.engines.vllm.install import engine_arguments, unverifiable_flags
 from dynamo.errors import StartError
 
 
@@ -24,13 +24,13 @@ def without_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("without_vllm")
-def test_the_engine_that_needs_it_says_so() -> None:
+def test_vllm_engine_without_vllm_is_an_error() -> None:
     with pytest.raises(StartError, match="vLLM is not installed") as caught:
         engines.create("vllm", "dynamo-tiny", {}, lambda _: None)
     assert "mock" in (caught.value.hint or "")
 
 
-def test_one_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_import_of_vllm_is_reported_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> Any:
         raise ImportError("libcudart.so.13: cannot open shared object file")
 
@@ -42,10 +42,10 @@ def test_one_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("without_vllm")
-def test_flags_that_nobody_knows_there_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_flags_that_cannot_be_verified_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     VllmWorker(engine="mock", **{"max-num-seqs": 4, "no-enable-prefix-caching": True, "modl": "x"})
     assert "cannot validate flag modl" in caplog.text
 
 
-def test_with_vllm_flags_are_checked_before() -> None:
-    assert unchecked(["modl"]) == []
+def test_no_flag_is_unverifiable_with_vllm() -> None:
+    assert unverifiable_flags(["modl"]) == []

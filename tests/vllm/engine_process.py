@@ -1,6 +1,6 @@
-"""vLLM engines in processes of their own, for tests and benchmarks that need several: `Engines` starts and asks them.
+"""vLLM engines in processes of their own, for tests and benchmarks that need several: `Engines` starts them.
 
-As a script it is those processes: it imports vLLM once and forks an engine for each configuration in its arguments.
+Run as a script, it is those processes: it imports vLLM once and forks an engine for each configuration in its arguments.
 """
 
 from __future__ import annotations
@@ -29,23 +29,27 @@ LINE_BYTES = 1 << 24
 
 
 class EngineFailureError(Exception):
-    """What an engine answered instead of a result: class and text of its error."""
+    """An error that an engine answered with: its class and text."""
 
 
 class EngineProcess:
-    """One engine. Its process's id is `pid`, its engine core's `core`."""
+    """Client of one engine process. `pid` is the process's id, `core` its engine core's, `info` its EngineInfo."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+        self._reader = reader
+        self._writer = writer
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
-        self.pid = self.core = 0
+        self.pid = 0
+        self.core = 0
         self.info: list[int] = []
 
     async def started(self) -> None:
         hello = json.loads(await self._reader.readline() or b"{}")
         assert hello.get("pid"), f"the engine did not start: {hello}"
-        self.pid, self.core, self.info = hello["pid"], hello["core"], hello["info"]
+        self.pid = hello["pid"]
+        self.core = hello["core"]
+        self.info = hello["info"]
         self._answers = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
@@ -60,10 +64,10 @@ class EngineProcess:
                 waiter.set_result(answer["result"])
         for waiter in self._asked.values():
             if not waiter.done():
-                waiter.set_exception(EngineFailureError("gone"))
+                waiter.set_exception(EngineFailureError("the engine process ended"))
 
     async def ask(self, what: str, **more: Any) -> Any:
-        """Cancelling cancels it there."""
+        """Send a request and return its result. Cancelling it cancels the engine's work."""
         number = next(self._numbers)
         waiter = self._asked[number] = asyncio.get_running_loop().create_future()
         self._writer.write(json.dumps({"what": what, "number": number, **more}).encode() + b"\n")
@@ -77,7 +81,7 @@ class EngineProcess:
     async def generate(
         self, tokens: list[int], max_tokens: int = 12, kv_transfer: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """`tokens`, `logprobs` and `cached` of a greedy answer."""
+        """Return `tokens`, `logprobs` and `cached` of a greedy answer."""
         found: dict[str, Any] = await self.ask("generate", tokens=tokens, max_tokens=max_tokens, kv=kv_transfer)
         return found
 
@@ -86,7 +90,7 @@ class EngineProcess:
         return found
 
     async def state(self) -> dict[str, Any]:
-        """`stats` of the engine, and `transferred`."""
+        """Return the engine's `stats`, `transferred`, and the numbers of its `tasks` and `events`."""
         found: dict[str, Any] = await self.ask("state")
         return found
 
@@ -95,7 +99,7 @@ class EngineProcess:
 
 
 class Engines:
-    """Engines by name: each configuration has `model`, `arguments` and `environment`."""
+    """Engine processes by name, as a context manager. A configuration has `model`, `arguments` and `environment`."""
 
     def __init__(self, configurations: Mapping[str, Mapping[str, Any]]) -> None:
         self._configurations = configurations
@@ -123,7 +127,7 @@ class Engines:
 
 async def serve(configuration: Mapping[str, Any]) -> None:
     from dynamo.engines.vllm.engine import VllmEngine
-    from dynamo.engines.vllm.process import children
+    from dynamo.engines.vllm.process import child_pids
 
     connection = socket.socket(fileno=configuration["fd"])
     reader, writer = await asyncio.open_connection(sock=connection, limit=LINE_BYTES)
@@ -134,7 +138,7 @@ async def serve(configuration: Mapping[str, Any]) -> None:
         engine.kv_events(lambda _, found: events.extend(h for e in found for h in getattr(e, "hashes", ())))
 
     def begin(question: Mapping[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
-        """What is asked for begins now: a cancellation finds it begun."""
+        """Start the work before returning its coroutine, so that an early cancellation still reaches the engine."""
         if question["what"] != "generate":
             return kinds[question["what"]](question)
         sampling = Sampling(max_tokens=question["max_tokens"], temperature=0.0, ignore_eos=True, logprobs=0)
@@ -151,15 +155,15 @@ async def serve(configuration: Mapping[str, Any]) -> None:
 
     async def prefill(question: Mapping[str, Any]) -> dict[str, Any]:
         found = await engine.prefill(GenerateRequest(question["tokens"], Sampling()))
-        decoded: dict[str, Any] = msgspec.msgpack.decode(msgspec.msgpack.encode(found))  # as it crosses to a worker
+        decoded: dict[str, Any] = msgspec.msgpack.decode(msgspec.msgpack.encode(found))  # as it is sent to a worker
         return decoded
 
     async def state(_: Mapping[str, Any]) -> dict[str, Any]:
         stats = engine.stats()[0]._asdict()
         return {
             "stats": stats,
-            "transferred": engine._record.transferred,
-            "tasks": len(engine._tasks),
+            "transferred": engine._recorder.transferred,
+            "tasks": len(engine._requests),
             "events": len(events),
         }
 
@@ -184,7 +188,7 @@ async def serve(configuration: Mapping[str, Any]) -> None:
         writer.write(json.dumps({"error": str(error)}).encode() + b"\n")
         await writer.drain()
         return
-    writer.write(json.dumps({"pid": os.getpid(), "core": children()[-1], "info": list(info)}).encode() + b"\n")
+    writer.write(json.dumps({"pid": os.getpid(), "core": child_pids()[-1], "info": list(info)}).encode() + b"\n")
     while line := await reader.readline():
         question = json.loads(line)
         number = question["number"]

@@ -1,4 +1,4 @@
-"""KV events: vLLM on the CPU says what its prefix cache holds, and a second look at its hits proves it.
+"""KV events of vLLM on the CPU: the prefix hits that they predict are those that vLLM then reports.
 
 vLLM runs in a process of its own (this file as a script), because it must see its environment before it is imported.
 """
@@ -19,8 +19,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from dynamo.engines.vllm import events
 from dynamo.engines.vllm.engine import VllmEngine
+from dynamo.engines.vllm.events import KvEventSource, decode_events
 from dynamo.kv_router.block_map import BlockMap
 from dynamo.kv_router.events import BlocksCleared, BlocksRemoved, BlocksStored, EngineEvent
 from dynamo.kv_router.hashing import block_hashes
@@ -53,7 +53,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def run(part: str) -> Any:
-    """What `watch` or `watch_ranks` has seen, in a process of its own."""
+    """Return the result of `watch` or `watch_ranks`, run in a process of its own."""
     result = subprocess.run([sys.executable, __file__, part], capture_output=True, text=True, timeout=110, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -64,21 +64,21 @@ def found() -> Any:
     return run("watch")
 
 
-def test_the_ledger_predicts_every_prompts_hit(found: Any) -> None:
+def test_block_map_predicts_every_prompts_hit(found: Any) -> None:
     assert [hit["cached"] for hit in found["hits"]] == [hit["predicted"] for hit in found["hits"]]
     assert sum(hit["predicted"] > 0 for hit in found["hits"]) > 10
     assert found["removed"] > BLOCKS, "the cache was too large: nothing was evicted"
 
 
-def test_concurrent_requests_leave_a_ledger_that_is_right(found: Any) -> None:
+def test_block_map_is_right_after_concurrent_requests(found: Any) -> None:
     assert [hit["cached"] for hit in found["after"]] == [hit["predicted"] for hit in found["after"]]
 
 
-def test_salted_blocks_are_known_and_match_no_plain_prompt(found: Any) -> None:
+def test_salted_blocks_are_mapped_and_match_no_plain_prompt(found: Any) -> None:
     assert found["salted"] == {"blocks": 3, "plain_hit": 0, "predicted": 0}
 
 
-def test_reset_empties_the_ledger(found: Any) -> None:
+def test_reset_empties_the_block_map(found: Any) -> None:
     assert found["reset"] == 0
 
 
@@ -95,24 +95,25 @@ def test_the_rank_reaches_vllm(found: Any) -> None:
     assert "rank" in found["rank 7"]
 
 
-def test_nothing_is_left_of_the_sockets(found: Any) -> None:
+def test_sockets_are_removed(found: Any) -> None:
     assert found["left"] is False
 
 
-def test_data_parallel_ranks_are_told_apart() -> None:
+def test_events_of_data_parallel_ranks_are_separate() -> None:
     info = [1024, BLOCK, BLOCKS, 2, SLOTS, ""]
     assert run("watch_ranks") == {"info": info, "blocks": [3, 6], "queries": [100, 300]}
 
 
 async def watch() -> dict[str, Any]:
     engine = VllmEngine("dynamo-tiny", ARGUMENTS, lambda _: None)
-    ledger, seen = BlockMap(BLOCK), dict.fromkeys((BlocksStored, BlocksRemoved, BlocksCleared), 0)
+    block_map = BlockMap(BLOCK)
+    seen = dict.fromkeys((BlocksStored, BlocksRemoved, BlocksCleared), 0)
 
     def listen(rank: int, events: Sequence[EngineEvent]) -> None:
         assert rank == 0
         for event in events:
             seen[type(event)] += len(getattr(event, "hashes", "x"))
-        ledger.apply(events)
+        block_map.apply(events)
 
     assert engine.kv_events(listen)
     info = await engine.start()
@@ -120,21 +121,21 @@ async def watch() -> dict[str, Any]:
     assert directory.stat().st_mode & 0o077 == 0
 
     async def send(tokens: list[int], max_tokens: int = 8, rank: int | None = None) -> tuple[int, list[int]]:
-        """(cached tokens, all tokens that were computed)"""
+        """Return (cached tokens, all tokens whose KV was computed)."""
         request = GenerateRequest(tokens, Sampling(max_tokens=max_tokens, ignore_eos=True), rank=rank)
         deltas = [delta async for delta in engine.generate(request)]
         generated = [token for delta in deltas for token in delta.token_ids]
         return deltas[0].cached_tokens or 0, [*tokens, *generated[:-1]]
 
     def predicted(tokens: list[int]) -> int:
-        """vLLM computes the last prompt token in any case."""
-        held = set(ledger.blocks())
+        """Return the prefix hit to expect, in tokens; vLLM always computes the last prompt token."""
+        held = set(block_map.blocks())
         hits = itertools.takewhile(held.__contains__, block_hashes(tokens[:-1], BLOCK))
         return BLOCK * sum(1 for _ in hits)
 
-    async def told(*computed: list[int]) -> None:
-        """The blocks of the last step are the last that vLLM tells of."""
-        await until(lambda: all(set(block_hashes(c, BLOCK)) <= set(ledger.blocks()) for c in computed))
+    async def mapped(*computed: list[int]) -> None:
+        """Wait until the map has all full blocks of these tokens: vLLM publishes them after the step."""
+        await until(lambda: all(set(block_hashes(c, BLOCK)) <= set(block_map.blocks()) for c in computed))
 
     async def compare(prompts: list[list[int]]) -> list[dict[str, int]]:
         hits = []
@@ -142,7 +143,7 @@ async def watch() -> dict[str, Any]:
             expected = predicted(prompt)
             cached, computed = await send(prompt, dice.randrange(1, 40))
             hits.append({"predicted": expected, "cached": cached})
-            await told(computed)
+            await mapped(computed)
         return hits
 
     dice = random.Random(5)
@@ -155,13 +156,13 @@ async def watch() -> dict[str, Any]:
     result["removed"] = seen[BlocksRemoved]
     same = prompts[0]
     together = await asyncio.gather(*(send(p, 4) for p in [same, same, *prompts[1:4]]))  # blocks stored twice
-    await told(*(computed for _, computed in together))
+    await mapped(*(computed for _, computed in together))
     result["after"] = await compare(dice.choices(prompts, k=25))
 
     await engine._llm.reset_prefix_cache()
-    await send([5, 6], 1)  # vLLM tells with its next step
+    await send([5, 6], 1)  # vLLM publishes with its next step
     await until(lambda: seen[BlocksCleared] == 1)
-    result["reset"] = len(ledger)
+    result["reset"] = len(block_map)
 
     plain = [dice.randrange(10, 1000) for _ in range(3 * BLOCK + 1)]
     from vllm import SamplingParams
@@ -170,10 +171,10 @@ async def watch() -> dict[str, Any]:
         {"prompt_token_ids": plain, "cache_salt": "tenant"}, SamplingParams(max_tokens=1), "s"
     ):
         pass
-    await until(lambda: len(ledger) == 3)
-    result["salted"] = {"blocks": len(ledger), "predicted": predicted(plain)}
+    await until(lambda: len(block_map) == 3)
+    result["salted"] = {"blocks": len(block_map), "predicted": predicted(plain)}
     result["salted"]["plain_hit"], computed = await send(plain)
-    await told(computed)
+    await mapped(computed)
     result["rank 0"] = len((await send([5, 6], 1, rank=0))[1]) - 1
     try:
         await send([5, 6], 1, rank=7)
@@ -187,21 +188,21 @@ async def watch() -> dict[str, Any]:
 
 
 async def watch_ranks() -> dict[str, Any]:
-    engine, ledgers = VllmEngine("dynamo-tiny", {**ARGUMENTS, "data-parallel-size": 2}, lambda _: None), []
-    assert engine.kv_events(lambda rank, events: ledgers[rank].apply(events))
+    engine, block_maps = VllmEngine("dynamo-tiny", {**ARGUMENTS, "data-parallel-size": 2}, lambda _: None), []
+    assert engine.kv_events(lambda rank, events: block_maps[rank].apply(events))
     info = await engine.start()
-    ledgers += [BlockMap(info.kv_block_size) for _ in range(info.ranks)]
+    block_maps += [BlockMap(info.kv_block_size) for _ in range(info.ranks)]
     for rank, token in ((0, 5), (1, 6), (1, 6), (1, 7)):
         request = GenerateRequest([token] * 100, Sampling(max_tokens=2, ignore_eos=True), rank=rank)
         async for _ in engine.generate(request):
             pass
-    await until(lambda: [len(ledger) for ledger in ledgers] == [3, 6])
+    await until(lambda: [len(block_map) for block_map in block_maps] == [3, 6])
     queries = [stats.prefix_queries for stats in engine.stats()]
     await engine.stop()
-    return {"info": list(info), "blocks": [len(ledger) for ledger in ledgers], "queries": queries}
+    return {"info": list(info), "blocks": [len(block_map) for block_map in block_maps], "queries": queries}
 
 
-# -- the layouts, and what happens to messages that are lost
+# -- layouts and lost messages
 
 
 def payload(*events: dict[str, Any]) -> bytes:
@@ -218,32 +219,32 @@ def removed(*hashes: Any, **more: Any) -> dict[str, Any]:
     return {"type": "BlockRemoved", "block_hashes": hashes, "medium": "GPU", **more}
 
 
-def test_both_layouts_and_both_kinds_of_names() -> None:
+def test_decoding_of_both_layouts_and_both_kinds_of_hashes() -> None:
     new = {"ownership": None, "session_id": "s", "kv_cache_spec_kind": "full_attention", "group_idx": 0}
     for event in (stored(7, 8, parent=6), stored(b"\0\7", b"\0\10", parent=b"\0\6", **new)):
-        assert events.events_of(payload(event, removed(7))) == [
+        assert decode_events(payload(event, removed(7))) == [
             BlocksStored([7, 8], 6, [0, 1, 2, 3], 2),
             BlocksRemoved([7]),
         ]
-    assert events.events_of(payload({"type": "AllBlocksCleared"})) == [BlocksCleared()]
+    assert decode_events(payload({"type": "AllBlocksCleared"})) == [BlocksCleared()]
 
 
-def test_other_groups_and_media_say_nothing() -> None:
+def test_events_of_other_groups_and_media_are_ignored() -> None:
     others: list[dict[str, Any]] = [{"group_idx": 1}, {"medium": "CPU"}, {"medium": "STORAGE"}]
     for other in others:
-        assert events.events_of(payload(stored(1, **other), removed(1, **other))) == []
+        assert decode_events(payload(stored(1, **other), removed(1, **other))) == []
 
 
-def test_extra_keys_are_salts_block_by_block() -> None:
+def test_extra_keys_become_salts_block_by_block() -> None:
     keys = [["tenant"], None, [["image", 3]], [["image", 1]]]
-    first, second, third, fourth = events.events_of(payload(stored(1, 2, 3, 4, parent=9, extra_keys=keys)))
+    first, second, third, fourth = decode_events(payload(stored(1, 2, 3, 4, parent=9, extra_keys=keys)))
     assert isinstance(first, BlocksStored)
     assert (first.hashes, first.parent, first.token_ids) == ([1], 9, [0, 1])
     assert second == BlocksStored([2], 1, [2, 3], 2)
     assert isinstance(third, BlocksStored)
     assert isinstance(fourth, BlocksStored)
     assert len({first.salt, third.salt, fourth.salt, ""}) == 4
-    (lora,) = events.events_of(payload(stored(1, 2, lora_name="a", extra_keys=[["a"], ["a"]])))
+    (lora,) = decode_events(payload(stored(1, 2, lora_name="a", extra_keys=[["a"], ["a"]])))
     assert isinstance(lora, BlocksStored)
     assert lora.salt not in ("", first.salt)
 
@@ -261,25 +262,27 @@ def test_extra_keys_are_salts_block_by_block() -> None:
         ("{", False),
     ],
 )
-def test_a_users_configuration_is_listened_to_where_that_can_be(given: Any, can: bool) -> None:
+def test_users_configuration_is_subscribed_to_if_possible(given: Any, can: bool) -> None:
     assert VllmEngine("m", {"kv-events-config": given}, print).kv_events(lambda *_: None) is can
 
 
 @pytest.mark.parametrize("arguments", [{"enable-prefix-caching": False}, {"enable_prefix_caching": False}])
-def test_without_a_prefix_cache_there_is_nothing_to_tell(arguments: dict[str, Any]) -> None:
+def test_no_events_without_prefix_caching(arguments: dict[str, Any]) -> None:
     assert not VllmEngine("m", arguments, print).kv_events(lambda *_: None)
 
 
 class Publisher:
-    """Publishes as an engine core does; leaves out what `lost` names, and forgets what `forgotten` names."""
+    """Publishes as an engine core does. A `lost` message is not sent, a `forgotten` one is not replayed."""
 
     def __init__(self, directory: Path, *, replays: bool = True, rank: int = 0) -> None:
         import zmq.asyncio
 
         self.context = zmq.asyncio.Context()
         suffix = f"_dp{rank}" if rank else ""
-        self.endpoint, self.replay_endpoint = f"ipc://{directory}/inproc", f"ipc://{directory}/replay-inproc"
-        self.messages, self.replay = self.context.socket(zmq.XPUB), self.context.socket(zmq.ROUTER)
+        self.endpoint = f"ipc://{directory}/inproc"
+        self.replay_endpoint = f"ipc://{directory}/replay-inproc"
+        self.messages = self.context.socket(zmq.XPUB)
+        self.replay = self.context.socket(zmq.ROUTER)
         self.messages.bind(self.endpoint + suffix)
         self.replay.bind(self.replay_endpoint + suffix)
         self.sent: list[tuple[int, bytes]] = []
@@ -320,7 +323,7 @@ async def listen(tmp_path: Path) -> AsyncIterator[Listen]:
             events.extend(found)
 
         replay = publisher.replay_endpoint if asks else None
-        opened.extend((publisher, events.KvEventSource(rank, publisher.endpoint, replay, take)))
+        opened.extend((publisher, KvEventSource(rank, publisher.endpoint, replay, take)))
         return publisher, events
 
     yield connect
@@ -334,7 +337,7 @@ async def listen(tmp_path: Path) -> AsyncIterator[Listen]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-async def test_a_burst_arrives_whole_and_in_order(listen: Listen, rank: int) -> None:
+async def test_burst_arrives_completely_and_in_order(listen: Listen, rank: int) -> None:
     publisher, events = listen(rank=rank)
     await publisher.subscribed()
     for number in range(1000):
@@ -343,10 +346,10 @@ async def test_a_burst_arrives_whole_and_in_order(listen: Listen, rank: int) -> 
     assert [event.hashes for event in events if isinstance(event, BlocksStored)] == [[n] for n in range(1000)]
 
 
-async def test_missing_messages_are_asked_for_again(listen: Listen) -> None:
+async def test_missing_messages_are_replayed(listen: Listen) -> None:
     publisher, events = listen()
     for number in range(3):
-        await publisher.publish(stored(number), lost=True)  # before anybody listened
+        await publisher.publish(stored(number), lost=True)  # before the subscription
     await publisher.subscribed()
     for number in range(3, 50):
         await publisher.publish(stored(number), lost=number % 7 in (2, 3))
@@ -356,7 +359,7 @@ async def test_missing_messages_are_asked_for_again(listen: Listen) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"asks": False}, {"replays": False}])
-async def test_what_is_lost_for_good_empties_the_cache(
+async def test_unrecoverable_loss_clears_the_cache(
     listen: Listen, options: dict[str, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
     publisher, events = listen(**options)
@@ -367,10 +370,10 @@ async def test_what_is_lost_for_good_empties_the_cache(
     await publisher.publish(stored(3))
     await until(lambda: len(events) == 4)
     assert [type(event) for event in events] == [BlocksStored, BlocksCleared, BlocksStored, BlocksStored]
-    assert "1 messages are lost" in caplog.text
+    assert "1 messages lost" in caplog.text
 
 
-async def test_a_message_of_another_kind_counts_as_lost(listen: Listen) -> None:
+async def test_unreadable_message_counts_as_lost(listen: Listen) -> None:
     publisher, events = listen()
     await publisher.subscribed()
     await publisher.publish({"type": "BlockMoved"})

@@ -1,4 +1,4 @@
-"""The way of KV between two processes, without engines: layouts, both sockets, shared memory, and peers that do wrong."""
+"""KV transfer between two processes, without engines: layouts, TCP, unix sockets, shared memory, misbehaving peers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo.engines.kv_transfer import kv_leases
-from dynamo.engines.kv_transfer import puller as pulling
+from dynamo.engines.kv_transfer import holder_sessions, kv_leases
 from dynamo.engines.kv_transfer import session as sessions
-from dynamo.engines.kv_transfer.kv_cache import CpuMover, KvCache, chunks, runs
+from dynamo.engines.kv_transfer.kv_cache import CpuBlockCopier, KvCache, chunks, consecutive_runs
 from dynamo.engines.kv_transfer.kv_leases import KvLeases
-from dynamo.engines.kv_transfer.puller import Pull, Puller
+from dynamo.engines.kv_transfer.puller import NO_RESULTS, Pull, Puller, PullResults
 from dynamo.engines.kv_transfer.release import release
-from dynamo.engines.kv_transfer.server import Server
-from dynamo.engines.kv_transfer.session import Offer, difference
+from dynamo.engines.kv_transfer.server import KvServer
+from dynamo.engines.kv_transfer.session import RemoteKv, layout_difference
 from dynamo.engines.kv_transfer.staging import Staging
 from dynamo.transport.network import host_id
 
@@ -37,7 +36,7 @@ SECRET = b"known to both"
 
 
 def tensors(kind: str = "blocks first", seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two layers of random KV for BLOCKS blocks of 16 tokens, in the manner of one attention backend."""
+    """Return two layers of random KV for BLOCKS blocks of 16 tokens, laid out as by one attention backend."""
     dice = torch.Generator().manual_seed(seed)
 
     def filled(*shape: int) -> torch.Tensor:
@@ -86,26 +85,26 @@ def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
     blocks=st.integers(1, 60),
     slot=st.integers(50, 400),
 )
-def test_chunks_have_every_block_of_every_plane_once(sizes: list[int], blocks: int, slot: int) -> None:
+def test_chunks_contain_every_block_of_every_plane_once(sizes: list[int], blocks: int, slot: int) -> None:
     seen = []
     for chunk in chunks(sizes, blocks, slot):
         offset = 0
-        for piece in chunk:
-            assert piece.offset == offset
-            offset += piece.blocks * sizes[piece.plane]
-            seen += [(piece.plane, piece.first + n) for n in range(piece.blocks)]
+        for segment in chunk:
+            assert segment.offset == offset
+            offset += segment.blocks * sizes[segment.plane]
+            seen += [(segment.plane, segment.first + n) for n in range(segment.blocks)]
         assert 0 < offset <= slot
     assert seen == [(plane, block) for plane in range(len(sizes)) for block in range(blocks)]
 
 
-def test_a_block_that_fits_no_slot_is_an_error() -> None:
+def test_block_larger_than_a_slot_is_an_error() -> None:
     with pytest.raises(ValueError, match="100 bytes does not fit a slot of 99"):
         list(chunks([100], 1, 99))
 
 
 @given(st.lists(st.integers(0, 30)))
-def test_runs_are_the_list_again(blocks: list[int]) -> None:
-    found = list(runs(blocks))
+def test_consecutive_runs_cover_the_list(blocks: list[int]) -> None:
+    found = list(consecutive_runs(blocks))
     assert [first + n for _, first, count in found for n in range(count)] == blocks
     assert [position for position, _, _ in found] == [
         n for n in range(len(blocks)) if n == 0 or blocks[n] != blocks[n - 1] + 1
@@ -113,16 +112,16 @@ def test_runs_are_the_list_again(blocks: list[int]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_of_every_layout_arrive_where_they_belong(kind: str) -> None:
+def test_blocks_of_every_layout_are_copied_to_their_targets(kind: str) -> None:
     source, target = tensors(kind, 1), tensors(kind, 2)
     before = {name: tensor.clone() for name, tensor in target.items()}
     dice, numbers = random.Random(3), list(range(BLOCKS))
     there, here = dice.sample(numbers, 12), dice.sample(numbers, 12)
     out, into = cache_of(source), cache_of(target)
     slot = Staging(1, 4096).slot(0)
-    for pieces in chunks(out.block_bytes, 12, len(slot)):
-        CpuMover(out).gather(there, pieces, slot)
-        CpuMover(into).scatter(here, pieces, slot)
+    for segments in chunks(out.block_bytes, 12, len(slot)):
+        CpuBlockCopier(out).gather(there, segments, slot)
+        CpuBlockCopier(into).scatter(here, segments, slot)
     factor = 2 if kind == "smaller kernel blocks" else 1
     axis = 1 if kind in ("halves first", "heads before tokens") else 0
     for name, tensor in target.items():
@@ -135,47 +134,49 @@ def test_blocks_of_every_layout_arrive_where_they_belong(kind: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(BLOCKS + 1, 4, 16, 8), (3, BLOCKS + 1, 4, 8), (7,)])
-def test_a_tensor_of_other_blocks_is_refused(shape: tuple[int, ...]) -> None:
+def test_tensor_with_another_number_of_blocks_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="a KV tensor of shape"):
         cache_of({"0": torch.zeros(shape)})
 
 
-def test_differences_are_named() -> None:
+def test_layout_differences_are_described() -> None:
     layout = cache_of(tensors()).layout
-    assert difference(layout, layout) == ""
-    assert difference(msgspec.structs.replace(layout, block_tokens=32), layout) == "block tokens 32 there, 16 here"
-    assert "4 KV tensors there, 2 here" in difference(cache_of(tensors("halves first")).layout, layout)
-    assert "a KV block of [" in difference(cache_of(tensors("halves second")).layout, layout)
+    assert layout_difference(layout, layout) == ""
+    assert (
+        layout_difference(msgspec.structs.replace(layout, block_tokens=32), layout) == "block tokens 32 there, 16 here"
+    )
+    assert "4 KV tensors there, 2 here" in layout_difference(cache_of(tensors("halves first")).layout, layout)
+    assert "a KV block of [" in layout_difference(cache_of(tensors("halves second")).layout, layout)
 
 
-# -- holdings
+# -- leases
 
 
-def test_a_lease_ends_but_not_under_a_reader() -> None:
+def test_lease_expires_unless_it_is_being_read() -> None:
     now = [0.0]
-    held = KvLeases(30.0, lambda: now[0])
+    leases = KvLeases(30.0, lambda: now[0])
     for name in ("read", "unread", "reading"):
-        held.hold(name, [1, 2])
-    assert held.open("read") == [1, 2]
-    assert held.open("reading") == [1, 2]
-    held.close("read", done=True)
-    assert held.open("read", 0) is None
-    assert held.take_finished() == ({"read"}, 0)
+        leases.grant(name, [1, 2])
+    assert leases.begin_read("read") == [1, 2]
+    assert leases.begin_read("reading") == [1, 2]
+    leases.end_read("read", done=True)
+    assert leases.begin_read("read", 0) is None
+    assert leases.pop_ended() == ({"read"}, 0)
     now[0] = 30.0
-    assert held.take_finished() == ({"unread"}, 1)
-    held.close("reading", done=False)
-    assert held.take_finished() == ({"reading"}, 1)
-    assert len(held) == 0
+    assert leases.pop_ended() == ({"unread"}, 1)
+    leases.end_read("reading", done=False)
+    assert leases.pop_ended() == ({"reading"}, 1)
+    assert len(leases) == 0
     started = time.monotonic()
-    assert held.open("unread", 30) is None, "it has ended: nobody waits for it"
+    assert leases.begin_read("unread", 30) is None, "the wait for an ended lease was not skipped"
     assert time.monotonic() - started < 10
 
 
-def test_a_reader_may_come_early() -> None:
-    held = KvLeases(30.0)
-    threading.Timer(0.05, held.hold, ("late", [7])).start()
-    assert held.open("late", 10) == [7]
-    assert held.open("never", 0.01) is None
+def test_reader_may_arrive_before_the_lease_is_granted() -> None:
+    leases = KvLeases(30.0)
+    threading.Timer(0.05, leases.grant, ("late", [7])).start()
+    assert leases.begin_read("late", 10) == [7]
+    assert leases.begin_read("never", 0.01) is None
 
 
 # -- between a holder and a reader
@@ -183,13 +184,14 @@ def test_a_reader_may_come_early() -> None:
 
 class Holder:
     def __init__(self, cache: KvCache, secret: bytes = SECRET) -> None:
-        self.cache, self.holdings = cache, KvLeases(60.0)
-        self.server = Server(cache, self.holdings, secret, "127.0.0.1")
+        self.cache = cache
+        self.leases = KvLeases(60.0)
+        self.server = KvServer(cache, self.leases, secret, "127.0.0.1")
 
-    def offer(self, name: str, blocks: list[int], way: str = "shared memory") -> Offer:
-        self.holdings.hold(name, blocks)
+    def grant(self, name: str, blocks: list[int], way: str = "shared memory") -> RemoteKv:
+        self.leases.grant(name, blocks)
         host = "elsewhere" if way == "TCP" else host_id()
-        return Offer(name, 16 * len(blocks), "", host, self.server.local, "127.0.0.1", self.server.port)
+        return RemoteKv(name, 16 * len(blocks), "", host, self.server.local, "127.0.0.1", self.server.port)
 
 
 @pytest.fixture
@@ -201,11 +203,12 @@ def holder() -> Iterator[Holder]:
 
 class Reader:
     def __init__(self, cache: KvCache, *, secret: bytes = SECRET, shared: bool = True) -> None:
-        self.cache, self.puller = cache, Puller(cache, secret, threads=2, shared=shared)
+        self.cache = cache
+        self.puller = Puller(cache, secret, threads=2, shared=shared)
 
-    def pull(self, offer: Offer, blocks: list[int], first: int = 0) -> pulling.Pulled:
-        self.puller.submit(Pull(offer.holding, offer, first, blocks))
-        found: pulling.Pulled = until(lambda: (p := self.puller.take()).requests and p)
+    def pull(self, remote: RemoteKv, blocks: list[int], first: int = 0) -> PullResults:
+        self.puller.submit(Pull(remote.lease_id, remote, first, blocks))
+        found: PullResults = until(lambda: (p := self.puller.take_results()).requests and p)
         return found
 
 
@@ -222,54 +225,54 @@ def assert_pulled(holder: Holder, reader: Reader, there: list[int], here: list[i
 
 
 @pytest.mark.parametrize("way", ["shared memory", "unix socket", "TCP"])
-def test_every_way_brings_the_same(holder: Holder, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulling, "SLOT_BYTES", 8192)  # several chunks
+def test_all_transports_copy_the_same_blocks(holder: Holder, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holder_sessions, "SLOT_BYTES", 8192)  # several chunks
     reader = Reader(cache_of(tensors(seed=2)), shared=way != "unix socket")
     for name, there in (("first", [3, 4, 5, 9, 30, 31]), ("second", [1, 0, 39])):  # over one connection, or two
         here = [n + 7 for n in range(len(there) - 1)]
-        ended = reader.pull(holder.offer(name, there, way), here, first=1)
+        ended = reader.pull(holder.grant(name, there, way), here, first=1)
         assert ended[:4] == ({name}, set(), 1, 0)
         assert ended.bytes == len(here) * sum(holder.cache.block_bytes)
         assert_pulled(holder, reader, there[1:], here)
-        assert until(lambda: holder.holdings.take_finished()[0]) == {name}
+        assert until(lambda: holder.leases.pop_ended()[0]) == {name}
     reader.puller.close()
 
 
-def test_nobody_will_come(holder: Holder, reader: Reader) -> None:
-    reader.puller.submit(Pull("r", holder.offer("h", [1, 2]), 0, ()))
-    assert until(lambda: holder.holdings.take_finished()[0]) == {"h"}
-    assert reader.puller.take() == pulling.NOTHING
+def test_pull_without_blocks_releases_the_lease(holder: Holder, reader: Reader) -> None:
+    reader.puller.submit(Pull("r", holder.grant("h", [1, 2]), 0, ()))
+    assert until(lambda: holder.leases.pop_ended()[0]) == {"h"}
+    assert reader.puller.take_results() == NO_RESULTS
 
 
-def test_a_request_that_never_reached_its_engine_core(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
-    offer = msgspec.structs.asdict(holder.offer("h", [1, 2]))
+def test_release_from_outside_the_engine_core(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = msgspec.structs.asdict(holder.grant("h", [1, 2]))
     monkeypatch.setenv(sessions.SECRET, "guessed")
-    release({"do_remote_prefill": True, **offer})
+    release({"do_remote_prefill": True, **remote})
     release({"remote_block_ids": [1]})
     monkeypatch.setenv(sessions.SECRET, SECRET.decode())
-    assert not holder.holdings.take_finished()[0]
-    release({"do_remote_prefill": True, **offer})
-    assert until(lambda: holder.holdings.take_finished()[0]) == {"h"}
-    release(offer)  # again: nothing happens
-    release({**offer, "port": 1})
+    assert not holder.leases.pop_ended()[0]
+    release({"do_remote_prefill": True, **remote})
+    assert until(lambda: holder.leases.pop_ended()[0]) == {"h"}
+    release(remote)  # again: nothing happens
+    release({**remote, "port": 1})
 
 
-def test_another_secret_is_refused_and_told_once(holder: Holder, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_secret_is_refused_and_logged_once(holder: Holder, caplog: pytest.LogCaptureFixture) -> None:
     stranger = Reader(cache_of(tensors(seed=2)), secret=b"guessed")
     before = [plane.clone() for plane in stranger.cache.planes]
     with caplog.at_level(logging.WARNING):
         for number in range(2):
-            ended = stranger.pull(holder.offer(f"h{number}", [1, 2]), [5, 6])
+            ended = stranger.pull(holder.grant(f"h{number}", [1, 2]), [5, 6])
             assert (ended.failed_blocks, ended.failures) == ({5, 6}, 1)
-            stranger.puller._shunned.clear()
+            stranger.puller._unreachable.clear()
     assert all(map(torch.equal, before, stranger.cache.planes))
-    told = [record.message for record in caplog.records]
-    assert sum("refused to peers with another secret" in text for text in told) == 1
-    assert sum("is DYNAMO_KV_SECRET the same on both sides?" in text for text in told) == 1
+    logged = [record.message for record in caplog.records]
+    assert sum("the peer has another secret" in text for text in logged) == 1
+    assert sum("is DYNAMO_KV_SECRET the same on both sides?" in text for text in logged) == 1
 
 
-def test_a_holder_without_the_secret_is_not_believed(reader: Reader) -> None:
-    """One that answers whatever a reader says, in the hope that it takes its KV."""
+def test_holder_without_the_secret_is_rejected(reader: Reader) -> None:
+    """The impostor accepts any proof and sends a made-up one of its own."""
     impostor = Holder(reader.cache, secret=b"")
 
     def accept_all(session: sessions.Session, secret: bytes, layout: sessions.Layout) -> bool:
@@ -279,19 +282,19 @@ def test_a_holder_without_the_secret_is_not_believed(reader: Reader) -> None:
         return True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynamo.engines.kv_transfer.server.greet_as_holder", accept_all)
-        assert reader.pull(impostor.offer("h", [1]), [2]).failed_blocks == {2}
+        patch.setattr("dynamo.engines.kv_transfer.server.handshake_as_holder", accept_all)
+        assert reader.pull(impostor.grant("h", [1]), [2]).failed_blocks == {2}
     impostor.server.close()
 
 
 @pytest.mark.parametrize("more", [{"model": "other"}, {"engine": "other"}])
-def test_another_model_or_version_is_not_mixed(holder: Holder, more: dict[str, str], caplog: Any) -> None:
+def test_kv_of_another_model_or_version_is_rejected(holder: Holder, more: dict[str, str], caplog: Any) -> None:
     other = Reader(cache_of(tensors(seed=2), **more))
-    assert other.pull(holder.offer("h", [1]), [2]).failed_blocks == {2}
+    assert other.pull(holder.grant("h", [1]), [2]).failed_blocks == {2}
     assert "there, other here" in caplog.text
 
 
-FOREIGN = [
+INVALID = [
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     b"\xff\xff\xff\xff" + b"x" * 100,
     b"\0\0\0\5abcde",
@@ -301,9 +304,9 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("data", FOREIGN)
-def test_foreign_bytes_do_no_harm(holder: Holder, reader: Reader, data: bytes) -> None:
-    offer = holder.offer("h", [1, 2])
+@pytest.mark.parametrize("data", INVALID)
+def test_invalid_bytes_do_not_disturb_the_server(holder: Holder, reader: Reader, data: bytes) -> None:
+    remote = holder.grant("h", [1, 2])
     with socket.create_connection(("127.0.0.1", holder.server.port)) as connection:
         connection.settimeout(10)
         connection.sendall(data)
@@ -312,22 +315,22 @@ def test_foreign_bytes_do_no_harm(holder: Holder, reader: Reader, data: bytes) -
         with contextlib.suppress(ConnectionError):
             while connection.recv(4096):
                 pass
-    assert not holder.holdings.take_finished()[0]
-    assert not reader.pull(offer, [3, 4]).failures
+    assert not holder.leases.pop_ended()[0]
+    assert not reader.pull(remote, [3, 4]).failures
 
 
 @pytest.mark.parametrize(("first", "blocks"), [(0, [1, 2, 3]), (2, [1]), (-1, [1])])
-def test_only_what_is_held_can_be_read(
+def test_only_leased_blocks_can_be_read(
     holder: Holder, reader: Reader, first: int, blocks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_leases, "EARLY_S", 0.1)
-    offer = holder.offer("h", [10, 11])
-    assert reader.pull(offer, blocks, first).failed_blocks == set(blocks)
-    assert reader.pull(msgspec.structs.replace(offer, holding="h2"), [5]).failures == 1
-    assert not reader.pull(offer, [7, 8]).failures
+    monkeypatch.setattr(kv_leases, "EARLY_READER_TIMEOUT_S", 0.1)
+    remote = holder.grant("h", [10, 11])
+    assert reader.pull(remote, blocks, first).failed_blocks == set(blocks)
+    assert reader.pull(msgspec.structs.replace(remote, lease_id="h2"), [5]).failures == 1
+    assert not reader.pull(remote, [7, 8]).failures
 
 
-def test_memory_that_can_shrink_is_refused() -> None:
+def test_staging_memory_without_seals_is_refused() -> None:
     descriptor = os.memfd_create("x", os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, 8192)
     with pytest.raises(ValueError, match="can change its size"):
@@ -336,12 +339,13 @@ def test_memory_that_can_shrink_is_refused() -> None:
         Staging(1, -1)
 
 
-class SlowMover(CpuMover):
-    """A holder's, that fills one chunk and then waits."""
+class SlowCopier(CpuBlockCopier):
+    """Copier of a holder that fills one chunk and then waits for `go_on`."""
 
     def __init__(self, cache: KvCache) -> None:
         super().__init__(cache)
-        self.filled, self.go_on = threading.Semaphore(0), threading.Event()
+        self.filled = threading.Semaphore(0)
+        self.go_on = threading.Event()
 
     def gather(self, *arguments: Any) -> None:
         if self.filled._value:
@@ -351,41 +355,41 @@ class SlowMover(CpuMover):
 
 
 @pytest.fixture
-def slow(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowMover]:
-    mover = SlowMover(holder.cache)
-    monkeypatch.setattr(pulling, "SLOT_BYTES", 4096)
-    monkeypatch.setattr(holder.cache, "mover", lambda: mover)
-    yield mover
-    mover.go_on.set()
+def slow(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowCopier]:
+    copier = SlowCopier(holder.cache)
+    monkeypatch.setattr(holder_sessions, "SLOT_BYTES", 4096)
+    monkeypatch.setattr(holder.cache, "copier", lambda: copier)
+    yield copier
+    copier.go_on.set()
 
 
 @pytest.mark.parametrize("way", ["shared memory", "TCP"])
-def test_a_request_that_ends_meanwhile_is_no_failure(holder: Holder, reader: Reader, slow: SlowMover, way: str) -> None:
-    offer = holder.offer("h", list(range(30)), way)
-    reader.puller.submit(Pull("h", offer, 0, list(range(30))))
+def test_cancelled_pull_is_not_a_failure(holder: Holder, reader: Reader, slow: SlowCopier, way: str) -> None:
+    remote = holder.grant("h", list(range(30)), way)
+    reader.puller.submit(Pull("h", remote, 0, list(range(30))))
     until(lambda: slow.filled._value)
     reader.puller.cancel({"h", "another"})
     slow.go_on.set()
-    ended = until(lambda: (p := reader.puller.take()).requests and p)
+    ended = until(lambda: (p := reader.puller.take_results()).requests and p)
     assert (ended.failed_blocks, ended.failures) == (set(), 0)
-    assert until(lambda: holder.holdings.take_finished()[0]) == {"h"}
-    assert not reader.pull(holder.offer("next", [1]), [2]).failures
+    assert until(lambda: holder.leases.pop_ended()[0]) == {"h"}
+    assert not reader.pull(holder.grant("next", [1]), [2]).failures
 
 
 @pytest.mark.parametrize("way", ["shared memory", "TCP"])
-def test_a_holder_that_falls_silent_is_given_up(
-    holder: Holder, reader: Reader, slow: SlowMover, way: str, monkeypatch: pytest.MonkeyPatch
+def test_silent_holder_fails_the_pull(
+    holder: Holder, reader: Reader, slow: SlowCopier, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "SILENCE_S", 0.2)
-    ended = reader.pull(holder.offer("h", list(range(30)), way), list(range(30)))
+    ended = reader.pull(holder.grant("h", list(range(30)), way), list(range(30)))
     assert ended.failed_blocks == set(range(30))
     slow.go_on.set()
-    assert not reader.pull(holder.offer("next", [1], way), [2]).failures
+    assert not reader.pull(holder.grant("next", [1], way), [2]).failures
 
 
-def test_a_holder_that_is_gone_is_not_waited_for_again(reader: Reader, holder: Holder) -> None:
-    offer = holder.offer("h", [1])
+def test_unreachable_holder_is_not_tried_again_immediately(reader: Reader, holder: Holder) -> None:
+    remote = holder.grant("h", [1])
     holder.server.close()
-    ended = [reader.pull(msgspec.structs.replace(offer, holding=str(n)), [n]) for n in range(20)]
+    ended = [reader.pull(msgspec.structs.replace(remote, lease_id=str(n)), [n]) for n in range(20)]
     assert [e.failed_blocks for e in ended] == [{n} for n in range(20)]
-    assert reader.puller._shunned
+    assert reader.puller._unreachable

@@ -1,7 +1,7 @@
 """KV from one vLLM engine to another, on the CPU with dynamo-tiny, whose answers depend on all of its context.
 
-Four engines: one that knows of no transfer and tells what is right, two that prefill (one is lost on the way), one that
-decodes.
+Four engines: one without transfer, whose answers are the expected ones, two that prefill (one of them with a short
+lease; it is killed in the middle) and one that decodes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.vllm.engine_process import EngineFailureError, EngineProcess, Engines
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
 
 BLOCK = 32
-BLOCKS = 129  # one of them is never used
+BLOCKS = 129  # vLLM reserves one of them
 ARGUMENTS = {
     "block-size": BLOCK,
     "max-model-len": 4096,
@@ -101,12 +101,12 @@ async def test_fifty_prompts_are_answered_as_by_one_engine(engines: dict[str, En
     block_bytes = (state["transferred"]["bytes"] - before) / sum(map(blocks, lengths))
     assert block_bytes == 2 * 4 * 32 * 512  # keys and values, 4 bytes, 32 tokens; all layers' heads: the model's
     assert state["transferred"]["failures"] == 0
-    assert state["stats"]["prefix_hits"] == 0, "what came from elsewhere is no hit of this engine's prefix cache"
+    assert state["stats"]["prefix_hits"] == 0, "transferred blocks must not count as hits of this engine's prefix cache"
     assert await free(engines["prefill"])
 
 
-async def test_another_prompts_kv_gives_another_answer(engines: dict[str, EngineProcess]) -> None:
-    """Without it, equal answers would prove nothing: an engine might compute everything again."""
+async def test_kv_of_another_prompt_gives_another_answer(engines: dict[str, EngineProcess]) -> None:
+    """Control: if the decode engine computed every prompt itself, equal answers would prove nothing."""
     ours, other = prompt(400), prompt(400)
     kv, digest = await engines["prefill"].prefill(other), (await engines["brief"].prefill(ours))["digest"]
     wrong = await engines["decode"].generate(ours, kv_transfer={**kv, "digest": digest})
@@ -114,10 +114,10 @@ async def test_another_prompts_kv_gives_another_answer(engines: dict[str, Engine
     await engines["decode"].ask("reset")
 
 
-async def test_kv_that_is_told_to_be_another_prompts_is_not_used(engines: dict[str, EngineProcess]) -> None:
+async def test_kv_with_the_digest_of_another_prompt_is_not_used(engines: dict[str, EngineProcess]) -> None:
     ours, other = prompt(300), prompt(300)
     await assert_same(engines, ours, await engines["prefill"].prefill(other))
-    await until(lambda: free(engines["prefill"]))  # it is told that nobody comes, long before the lease ends
+    await until(lambda: free(engines["prefill"]))  # its lease is released, long before it expires
 
 
 async def test_blocks_in_the_prefix_cache_are_not_fetched(engines: dict[str, EngineProcess]) -> None:
@@ -130,25 +130,25 @@ async def test_blocks_in_the_prefix_cache_are_not_fetched(engines: dict[str, Eng
     assert await transferred(decode, "bytes") - before == (blocks(len(tokens)) - 10) * block_bytes
 
 
-async def test_what_the_prefill_engine_had_cached_is_told(engines: dict[str, EngineProcess]) -> None:
+async def test_prefix_hits_of_the_prefill_engine_are_reported(engines: dict[str, EngineProcess]) -> None:
     tokens = prompt(200)
     first, second = [await engines["prefill"].prefill(tokens) for _ in range(2)]
     assert (await engines["decode"].generate(tokens, kv_transfer=second))["cached"] == 6 * BLOCK
     assert (await engines["decode"].generate(tokens, kv_transfer=first))["cached"] == 0
 
 
-async def test_pulled_blocks_are_told_as_kv_events(engines: dict[str, EngineProcess]) -> None:
+async def test_pulled_blocks_are_published_as_kv_events(engines: dict[str, EngineProcess]) -> None:
     tokens = prompt(257)
     before = (await engines["decode"].state())["events"]
     await engines["decode"].generate(tokens, 1, await engines["prefill"].prefill(tokens))
 
-    async def told() -> bool:
+    async def published() -> bool:
         return (await engines["decode"].state())["events"] - before == 8  # type: ignore[no-any-return]
 
-    await until(told)
+    await until(published)
 
 
-async def test_many_at_a_time(engines: dict[str, EngineProcess]) -> None:
+async def test_concurrent_transfers(engines: dict[str, EngineProcess]) -> None:
     failures = await transferred(engines["decode"], "failures")
 
     async def both(tokens: list[int]) -> None:
@@ -187,7 +187,7 @@ async def test_a_lease_ends_while_the_engine_is_idle(engines: dict[str, EnginePr
     assert await transferred(engines["decode"], "failures") == failures + 1
 
 
-async def test_a_killed_prefill_engine_costs_time_only(engines: dict[str, EngineProcess]) -> None:
+async def test_prompts_are_computed_after_the_prefill_engine_was_killed(engines: dict[str, EngineProcess]) -> None:
     brief, prompts = engines["brief"], [prompt(length) for length in (40, 700, 1500)]
     offers = [await brief.prefill(tokens) for tokens in prompts]
     os.kill(brief.pid, signal.SIGKILL)  # its engine core goes with it
@@ -198,19 +198,19 @@ async def test_a_killed_prefill_engine_costs_time_only(engines: dict[str, Engine
 
 
 @pytest.mark.parametrize("kv", [{"do_remote_prefill": True}, {"do_remote_prefill": True, "tokens": "x"}, {"other": 1}])
-async def test_foreign_parameters_are_passed_over(engines: dict[str, EngineProcess], kv: dict[str, Any]) -> None:
+async def test_foreign_parameters_are_ignored(engines: dict[str, EngineProcess], kv: dict[str, Any]) -> None:
     await assert_same(engines, prompt(100), kv)
 
 
-async def test_all_blocks_are_free_in_the_end(engines: dict[str, EngineProcess]) -> None:
-    """A prompt that needs every block of the pool is answered only where none is lost."""
+async def test_all_blocks_are_free_at_the_end(engines: dict[str, EngineProcess]) -> None:
+    """A prompt that needs every block of the pool can be answered only if none has leaked."""
     for name in ("prefill", "decode"):
         await until(lambda name=name: free(engines[name]))  # type: ignore[misc]
         answer = await engines[name].generate(prompt(4096 - 20), 15)
         assert len(answer["tokens"]) == 15
 
 
-async def test_an_engine_that_keeps_no_kv_says_so(engines: dict[str, EngineProcess]) -> None:
+async def test_prefill_without_kv_transfer_is_an_error(engines: dict[str, EngineProcess]) -> None:
     with pytest.raises(EngineFailureError, match="keeps no KV"):
         await engines["alone"].prefill(prompt(10))
     with pytest.raises(EngineFailureError, match="ContextLengthError"):
@@ -222,10 +222,10 @@ async def test_an_engine_that_keeps_no_kv_says_so(engines: dict[str, EngineProce
 # -- configuration
 
 
-async def test_without_a_secret_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_configuration_without_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SECRET, raising=False)
     with pytest.raises(StartError, match=f"{SECRET} is not set"):
-        configuration.own(30.0)
+        configuration.pull_connector_config(30.0)
 
 
 @pytest.mark.parametrize(
@@ -241,11 +241,11 @@ async def test_without_a_secret_it_does_not_start(monkeypatch: pytest.MonkeyPatc
         ("[1]", "[1]"),
     ],
 )
-async def test_a_users_connector_is_passed_on(given: Any, expected: Any) -> None:
-    assert configuration.completed(given) == expected
+async def test_users_connector_is_kept_with_defaults(given: Any, expected: Any) -> None:
+    assert configuration.with_defaults(given) == expected
 
 
-async def test_nixl_gets_a_port_of_its_own() -> None:
+async def test_nixl_gets_a_free_port() -> None:
     nixl = {
         "kv_connector": "MultiConnector",
         "kv_connector_extra_config": {"connectors": [{"kv_connector": "NixlConnector"}]},

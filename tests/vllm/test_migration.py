@@ -1,4 +1,4 @@
-"""Two real vLLM workers, one killed in the middle of its answers: the FAQ is answered word for word."""
+"""Migration between two real vLLM workers: one is killed while it answers, and the FAQ is still answered word for word."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def served(serve_graph: Start, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
         assert not [path for path in Path(directory).rglob("*") if path.is_socket()]
 
 
-def test_a_worker_killed_in_the_middle_changes_no_word(served: Served) -> None:
+def test_killing_a_worker_changes_no_answer(served: Served) -> None:
     worker = served.pids("--service-name VllmWorker --worker-id 1")[0]
 
     def ask(question: str, begun: threading.Event, **extra: object) -> tuple[str, int]:
@@ -55,7 +55,7 @@ def test_a_worker_killed_in_the_middle_changes_no_word(served: Served) -> None:
         return text, tokens
 
     with ThreadPoolExecutor(len(FAQ) + 2) as pool:
-        # one on each worker, which has begun and is still at it when it is killed, however busy the machine is
+        # one long answer on each worker, started but not finished when the worker is killed, even on a busy machine
         long = []
         for _ in range(2):
             begun = threading.Event()

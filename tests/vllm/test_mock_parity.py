@@ -1,7 +1,7 @@
-"""The mock's KV cache and scheduler against vLLM's own, step by step, and the mock engine against the whole of vLLM.
+"""The mock's KV cache and scheduler compared with vLLM's step by step, and the mock engine with the whole of vLLM.
 
-vLLM's Scheduler is driven with made-up tokens, so that a test can look at it after each step. Tokens are a function of
-the request and the position, the same on both sides; vLLM's block names are translated into ours by what they hold. vLLM
+vLLM's Scheduler is driven with invented tokens, so that its state can be read after each step. Tokens are a function of
+the request and the position, the same on both sides; vLLM's block hashes are translated into ours by block content. vLLM
 runs in a process of its own (this file as a script), because it must see its environment before it is imported.
 """
 
@@ -45,7 +45,7 @@ ENVIRONMENT = {
 
 class Arrival(NamedTuple):
     step: int
-    """before which it is added"""
+    """the request is added before this step"""
     name: str
     prompt: list[int]
     max_tokens: int
@@ -63,10 +63,10 @@ class Trace(NamedTuple):
 
 
 class StepLog(msgspec.Struct, frozen=True):
-    """What can be seen after a step. Requests are named; events are ["stored", parent, block] and ["removed", block]."""
+    """State after a step. Requests are named; events are ["stored", parent, block] and ["removed", block]."""
 
     computed: list[tuple[str, int]]
-    """the step's batch in its order, and tokens computed at its end"""
+    """(request, tokens computed at the step's end) of the step's batch, in its order"""
     events: list[list[Any]]
     running: list[str]
     waiting: list[str]
@@ -87,7 +87,7 @@ def tokens(seed: int, count: int) -> list[int]:
 
 
 def next_token(name: str, position: int) -> int:
-    """Few names differ, so that some requests generate the same blocks."""
+    """Return the token at a position. Only the name's length counts, so that some requests generate the same blocks."""
     return (len(name) * 7919 + position * 104729) % 887
 
 
@@ -99,7 +99,7 @@ def traces() -> list[Trace]:
     return [
         Trace("one after the other, with eviction", 20, 512, 8, sequential),
         Trace("the same prompt again", 40, 512, 8, [Arrival(30 * i, f"r{i}", shared[:128], 10) for i in range(3)]),
-        Trace("the same prompt at once", 60, 512, 8, [Arrival(0, f"r{i}", shared[:130], 40) for i in range(5)]),
+        Trace("the same prompt concurrently", 60, 512, 8, [Arrival(0, f"r{i}", shared[:130], 40) for i in range(5)]),
         Trace("chunks", 60, 48, 8, [Arrival(i, f"r{i}", shared[:100] + tokens(i, 77), 40) for i in range(6)]),
         Trace("preemption", 14, 512, 8, [Arrival(0, f"r{i}", tokens(i, 60), 120) for i in range(5)]),
         Trace("preemption in chunks", 14, 40, 8, [Arrival(i, f"r{i}", tokens(i, 60), 120) for i in range(5)]),
@@ -111,7 +111,7 @@ def traces() -> list[Trace]:
 
 
 def random_trace(seed: int) -> Trace:
-    """Conversations that share beginnings, in a cache too small for all of them, some given up."""
+    """Return conversations with shared prefixes, some of them aborted, in a cache that is too small for all."""
     rng = random.Random(seed)
     roots = [tokens(seed * 10 + i, rng.randint(30, 200)) for i in range(3)]
     arrivals = []
@@ -138,7 +138,8 @@ class Traced(ScheduledSequence):
 
     def __init__(self, arrival: Arrival, *, prefix_caching: bool) -> None:
         super().__init__(arrival.prompt, block_hashes(arrival.prompt, BLOCK) if prefix_caching else [])
-        self.name, self.max_tokens = arrival.name, arrival.max_tokens
+        self.name = arrival.name
+        self.max_tokens = arrival.max_tokens
 
     def advance(self) -> bool:
         self.output.append(next_token(self.name, len(self.prompt) + len(self.output)))
@@ -205,7 +206,7 @@ def run_vllm(trace: Trace, scheduler: Any, events: list[Any], new_request: Any) 
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import RequestStatus
 
-    names: dict[int | bytes, int] = {}  # vLLM's of a block -> ours
+    names: dict[int | bytes, int] = {}  # vLLM's block hash -> ours
     requests: dict[str, Any] = {}
     cached: dict[str, int] = {}
     steps = []
@@ -273,7 +274,7 @@ def translated(events: list[Any], names: dict[int | bytes, int]) -> list[list[An
 
 
 def make_scheduler(trace: Trace, events: list[Any]) -> tuple[Any, Any]:
-    """vLLM's scheduler for a trace, which adds its KV events to `events`, and what makes requests for it."""
+    """Return vLLM's scheduler for a trace and a function that creates its requests. KV events are added to `events`."""
     import torch
     from vllm import SamplingParams
     from vllm.config import CacheConfig, DeviceConfig, KVEventsConfig, ModelConfig, SchedulerConfig, VllmConfig
@@ -330,7 +331,7 @@ ENGINE: dict[str, Any] = {
     "block-size": BLOCK,
     "max-model-len": 19 * BLOCK,
     "enforce-eager": True,
-    "gpu-memory-utilization": 0.05,  # of the machine's memory, which others use too
+    "gpu-memory-utilization": 0.05,  # of the machine's memory, which is shared with other processes
 }
 
 
@@ -348,7 +349,7 @@ class EngineLog(msgspec.Struct, frozen=True):
 
 
 async def ask(engine: Engine, prompts: list[list[int]], *, first_tokens: int) -> EngineLog:
-    """One request after the other, and what the engine tells of its KV cache meanwhile, in its own names."""
+    """Send one request after the other; return the answers and the KV events meanwhile, with the engine's own hashes."""
     events: list[EngineEvent] = []
     assert engine.kv_events(lambda _, new: events.extend(new))
     await engine.start()
@@ -358,7 +359,7 @@ async def ask(engine: Engine, prompts: list[list[int]], *, first_tokens: int) ->
         deltas = [d async for d in engine.generate(GenerateRequest(prompt, sampling, f"r{number}"))]
         answers.append(Answered(prompt, [t for d in deltas for t in d.token_ids], deltas[0].cached_tokens or 0))
     seen = -1
-    while seen != len(events):  # they come by another way than the answers
+    while seen != len(events):  # events arrive separately from the answers
         seen = len(events)
         await asyncio.sleep(1)
     stats = engine.stats()[0]
@@ -382,7 +383,7 @@ def raw(events: Iterable[EngineEvent]) -> list[list[Any]]:
 
 
 def renamed(events: list[list[Any]]) -> list[list[Any]]:
-    """Blocks by what they hold, with all before them, in place of the engine's names."""
+    """Return the events with the engine's hashes replaced by hashes of the blocks' content and all blocks before them."""
     names: dict[int, int] = {}
     found: list[list[Any]] = []
     for kind, *rest in events:
@@ -402,7 +403,7 @@ def engine_prompts() -> list[list[int]]:
 
 
 def script(part: str) -> str:
-    """The last line that this file prints as a script."""
+    """Run this file as a script and return the last line that it prints."""
     result = subprocess.run(
         [sys.executable, __file__, part],
         env=os.environ | ENVIRONMENT,
@@ -427,8 +428,8 @@ def engine_log() -> EngineLog:
     return msgspec.json.decode(script("engine"), type=EngineLog)
 
 
-def test_the_whole_engine_stores_and_finds_the_same(engine_log: EngineLog) -> None:
-    """vLLM with its model, by way of ZeroMQ; then the mock's core, made to generate the tokens that the model chose."""
+def test_mock_scheduler_stores_and_hits_the_same_blocks_as_the_vllm_engine(engine_log: EngineLog) -> None:
+    """vLLM runs with its model and publishes over ZeroMQ; then the mock's scheduler generates the model's tokens."""
     cache = BlockPool(ENGINE["num-gpu-blocks-override"], BLOCK, events=True)
     scheduler: Scheduler[Traced] = Scheduler(cache, batched_tokens=2048, sequences=128)
     found = []
@@ -451,8 +452,8 @@ def test_the_whole_engine_stores_and_finds_the_same(engine_log: EngineLog) -> No
     assert (scheduler.prefix_queries, scheduler.prefix_hits) == (engine_log.queries, engine_log.hits)
 
 
-async def test_the_mock_engine_finds_as_much(engine_log: EngineLog) -> None:
-    """Its tokens are its own; lengths and prompts decide on the hits."""
+async def test_mock_engine_has_the_same_prefix_hits(engine_log: EngineLog) -> None:
+    """The mock generates other tokens, but prefix hits depend only on prompts and lengths."""
     mock = await ask(
         MockEngine("dynamo-tiny", {**ENGINE, "speedup-ratio": 0}, lambda _: None), engine_prompts(), first_tokens=20
     )
@@ -475,15 +476,15 @@ def vllm_logs() -> dict[str, TraceLog]:
 
 
 @pytest.mark.parametrize("trace", traces(), ids=lambda trace: trace.name)
-def test_every_step_is_vllms(vllm_logs: dict[str, TraceLog], trace: Trace) -> None:
+def test_every_step_equals_vllms(vllm_logs: dict[str, TraceLog], trace: Trace) -> None:
     expected, found = vllm_logs[trace.name], run_mock(trace)
     for number, (theirs, ours) in enumerate(zip(expected.steps, found.steps, strict=False)):
         assert ours == theirs, f"step {number}"
     assert found == expected
 
 
-def test_the_traces_cover_what_they_should(vllm_logs: dict[str, TraceLog]) -> None:
-    """Evictions, duplicates, preemption, hits of a preempted request, chunks: all happen on vLLM's side."""
+def test_traces_cover_all_cases(vllm_logs: dict[str, TraceLog]) -> None:
+    """vLLM's logs contain evictions, duplicates, preemptions, hits of preempted requests, and chunks."""
     kinds: dict[str, int] = dict.fromkeys(("stored", "removed", "stored twice", "preempted", "hit", "chunk"), 0)
     for log in vllm_logs.values():
         there: list[int] = []

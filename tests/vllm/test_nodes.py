@@ -1,4 +1,4 @@
-"""One vLLM engine over two nodes: tensor parallel 2, one CPU worker each, as on two hosts but on this one."""
+"""One vLLM engine over two nodes on this host: tensor parallel 2, with one CPU worker on each node."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Follower:
             time.sleep(0.1)
 
     def worker(self) -> int:
-        """pid of its service process."""
+        """Return the pid of its service process."""
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(self.process.pid)}
         return next(pid for pid, line in commands.items() if b"dynamo.worker.process" in line)
 
@@ -75,7 +75,7 @@ def answer(served: Served) -> str:
     return str(found.json()["choices"][0]["message"]["content"])
 
 
-def test_an_engine_over_two_nodes_answers_and_outlives_either(leader: Served, follower: Follower) -> None:
+def test_engine_over_two_nodes_answers_and_recovers_from_the_loss_of_either(leader: Served, follower: Follower) -> None:
     leader.ready(START_S)
     follower.wait_for("no endpoint here")
     assert re.search(r"VllmWorker ready in .* \(node 1 of 2 of the engine at 127", follower.log.read_text())
@@ -84,7 +84,7 @@ def test_an_engine_over_two_nodes_answers_and_outlives_either(leader: Served, fo
     generating = re.findall(r"^dynamo\.VllmWorker +\S+ +generate ", command("status", **leader.servers).stdout, re.M)
     assert len(generating) == 1
     os.kill(follower.worker(), signal.SIGKILL)
-    leader.wait_for("node 1 of 2 of this engine has gone", 30)
+    leader.wait_for("lost node 1 of 2 of this engine", 30)
     leader.wait_for("VllmWorker ready again", START_S)
     follower.wait_for("VllmWorker ready again")
     assert answer(leader) == whole

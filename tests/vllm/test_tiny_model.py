@@ -41,7 +41,7 @@ MUST_ALL_BE_RIGHT = (
 
 
 def exam() -> dict[str, list[list[Message]]]:
-    """Other conversations than those that train.py ends with, and two that differ in one early word."""
+    """Return conversations other than those of train.py's final exam, and two that differ in one early word."""
     lessons = Lessons(faq(), words(), seed=2024)
     between = [Message("user", lessons.document(300)), Message("assistant", NOTED), Message("user", RECALL_QUESTION)]
     control = [
@@ -52,7 +52,7 @@ def exam() -> dict[str, list[list[Message]]]:
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, dict[str, list[str]]]:
-    """dtype -> kind of case -> what vLLM answered, in the exam's order."""
+    """vLLM's answers by dtype and kind of case, in the exam's order."""
     result = subprocess.run(
         [sys.executable, __file__],
         env=os.environ | ENVIRONMENT,

@@ -1,4 +1,4 @@
-"""vLLM's kv-transfer-config: ours, and what is added to one that a user gives. Imports neither vLLM nor torch."""
+"""vLLM's kv-transfer-config: for our connector, and defaults for a user's. Imports neither vLLM nor torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynamo.engines.kv_transfer.session import SECRET
 from dynamo.errors import StartError
 
 LEASE_S = 30.0
-"""how long blocks are kept for a reader who does not come"""
+"""default time for which blocks are kept for a reader"""
 PREFILL = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -21,12 +21,13 @@ PREFILL = {
     "remote_host": None,
     "remote_port": None,
 }
-"""kv_transfer_params of a request whose KV another engine will pull; the remote_ ones are there for NIXL"""
-_NIXL_HOST, _NIXL_PORT = "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"
+"""kv_transfer_params of a request whose KV another engine will pull; NIXL needs the remote_ keys"""
+_NIXL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
+_NIXL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 
 
-def own(lease_s: float) -> dict[str, Any]:
-    """For our connector. Raises StartError where the deployment's secret is missing."""
+def pull_connector_config(lease_s: float) -> dict[str, Any]:
+    """Return the configuration of our connector. Raises StartError if the deployment's secret is not set."""
     if not os.environ.get(SECRET):
         raise StartError(
             f"KV transfer: {SECRET} is not set",
@@ -41,19 +42,19 @@ def own(lease_s: float) -> dict[str, Any]:
     }
 
 
-def completed(given: Any) -> Any:
-    """A user's configuration, mapping or JSON, with failed loads recomputed unless it says otherwise.
+def with_defaults(given: Any) -> Any:
+    """Return a user's configuration, a mapping or JSON, with failed loads recomputed unless it says otherwise.
 
-    What cannot be read is left as it is: vLLM's parser tells.
+    An unreadable one is returned unchanged: vLLM's parser reports it.
     """
     config = _mapping(given)
     return given if config is None else {"kv_load_failure_policy": "recompute", **config}
 
 
 def nixl_environment(given: Any, address: str) -> dict[str, str]:
-    """NIXL's side channel, which every engine of a host needs on a port of its own; empty where there is no NIXL.
+    """Return variables that give NIXL's side channel a free port at `address`; empty for other connectors.
 
-    Data-parallel ranks count up from the port.
+    Every engine of a host needs a port of its own. Data-parallel ranks use consecutive ports from this one on.
     """
     if "Nixl" not in json.dumps(_mapping(given) or ""):
         return {}
@@ -63,6 +64,7 @@ def nixl_environment(given: Any, address: str) -> dict[str, str]:
 
 
 def _mapping(given: Any) -> dict[str, Any] | None:
+    """Return the configuration as a dict; None if it is not a mapping or not JSON."""
     if isinstance(given, str):
         try:
             given = json.loads(given)

@@ -1,9 +1,10 @@
-"""vLLM's side of the transfer, for its versions 0.26 and 0.32: loaded by the engine core through kv-transfer-config.
+"""vLLM's KV connector for pulling, for versions 0.26 and 0.32: loaded by the engine core through kv-transfer-config.
 
-The prefill engine's last output carries an `Offer` as kv_transfer_params; the decode engine gets it with its request,
-allocates blocks for what its own prefix cache does not have, and pulls them between two steps. What cannot be pulled is
-reported as failed blocks, which vLLM computes under `kv_load_failure_policy: recompute`. While blocks are held or pulled
-vLLM's engine core keeps stepping once a millisecond without a forward pass: leases end also when nothing else happens.
+The prefill engine's last output carries a `RemoteKv` as kv_transfer_params. The decode engine gets it with its request,
+allocates blocks for the part that its own prefix cache does not have, and pulls them between two steps. Blocks that
+cannot be pulled are reported as failed, and vLLM computes them under `kv_load_failure_policy: recompute`. While blocks
+are leased or pulled, vLLM's engine core keeps stepping once a millisecond without a forward pass, so leases end also
+while the engine is idle.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 from dynamo.engines.kv_transfer.configuration import LEASE_S
 from dynamo.engines.kv_transfer.kv_cache import KvCache
 from dynamo.engines.kv_transfer.kv_leases import KvLeases
-from dynamo.engines.kv_transfer.puller import NOTHING, Pull, Puller
-from dynamo.engines.kv_transfer.server import Server
-from dynamo.engines.kv_transfer.session import SECRET, Offer
+from dynamo.engines.kv_transfer.puller import NO_RESULTS, Pull, Puller
+from dynamo.engines.kv_transfer.server import KvServer
+from dynamo.engines.kv_transfer.session import SECRET, RemoteKv
 from dynamo.transport.network import advertised_host, bound_host, host_id
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Step(KVConnectorMetadata):  # type: ignore[misc]
-    """From the scheduler to the worker, with each engine step."""
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """Pulls and leases that begin with an engine step; sent by the scheduler to the worker."""
 
     pulls: list[Pull] = field(default_factory=list)
-    holds: dict[str, list[int]] = field(default_factory=dict)
-    """blocks in the prompt's order by request id"""
+    leases: dict[str, list[int]] = field(default_factory=dict)
+    """blocks in the prompt's order by request id, which is also the lease's id"""
 
 
 @dataclass
-class Place(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """Where the worker listens: from the worker to the scheduler, at the start."""
+class ServerAddress(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """Address of the worker's KV server; sent by the worker to the scheduler at the start. Fields as in `RemoteKv`."""
 
     local: str
     address: str
@@ -58,7 +59,7 @@ class Place(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 
 @dataclass
 class TransferStats(KVConnectorStats):  # type: ignore[misc]
-    """Counts since the last step that had any: pulls, failures, bytes, seconds, and expired holdings."""
+    """Counts of one step, or of several by `aggregate`: pulls, failures, bytes, seconds and expired leases."""
 
     def reset(self) -> None:
         self.data: dict[str, Any] = {}
@@ -76,54 +77,63 @@ class TransferStats(KVConnectorStats):  # type: ignore[misc]
 
 
 class PullConnector(KVConnectorBase_V1):  # type: ignore[misc]
-    """Raises ValueError at the engine's start for what it cannot transfer."""
+    """vLLM creates one connector in the scheduler and one in the worker; each uses its own half of the methods."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        """Create the connector. Raises ValueError for an engine whose KV it cannot transfer."""
         super().__init__(vllm_config, role, kv_cache_config)
-        refuse(vllm_config, kv_cache_config)
-        self._config, self._blocks = vllm_config, kv_cache_config.num_blocks
+        check_support(vllm_config, kv_cache_config)
+        self._config = vllm_config
+        self._blocks = kv_cache_config.num_blocks
         self._block_tokens = int(vllm_config.cache_config.block_size)
         self._extra = vllm_config.kv_transfer_config.get_from_extra_config
-        self._place: Place | None = None
-        self._step = Step()
-        self._known: dict[str, Offer | None] = {}
-        """offers of requests that were not allocated yet; None: not to be used"""
-        self._holdings: KvLeases | None = None
+        # the scheduler's
+        self._server_address: ServerAddress | None = None
+        self._step = StepMetadata()
+        self._remote: dict[str, RemoteKv | None] = {}
+        """by request id, until the request is allocated; None for KV that must not be used"""
+        # the worker's
+        self._leases: KvLeases | None = None
         self._puller: Puller | None = None
-        self._server: Server | None = None
-        self._ended, self._expired = NOTHING, 0  # of the last step
+        self._server: KvServer | None = None
+        self._results = NO_RESULTS
+        """pulls that ended with the last step"""
+        self._expired = 0
+        """leases that expired with the last step"""
 
     # -- in the scheduler
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        self._place = next(iter(metadata.values()))
+        self._server_address = next(iter(metadata.values()))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        offer = self._offer(request)
-        missing = 0 if offer is None else offer.tokens - num_computed_tokens
+        remote = self._remote_kv(request)
+        missing = 0 if remote is None else remote.tokens - num_computed_tokens
         return (missing, True) if missing > 0 else (0, False)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        offer = self._take_offer(request)
-        if offer is None:
+        remote = self._pop_remote_kv(request)
+        if remote is None:
             return
         if num_external_tokens == 0:  # all of it is in the prefix cache
-            self._step.pulls.append(Pull(request.request_id, offer, 0, ()))
+            self._release(request, remote)
             return
-        first = (offer.tokens - num_external_tokens) // self._block_tokens
-        wanted = blocks.get_block_ids()[0][first : -(-offer.tokens // self._block_tokens)]
-        self._step.pulls.append(Pull(request.request_id, offer, first, list(wanted)))
+        first = (remote.tokens - num_external_tokens) // self._block_tokens
+        wanted = blocks.get_block_ids()[0][first : -(-remote.tokens // self._block_tokens)]
+        self._step.pulls.append(Pull(request.request_id, remote, first, list(wanted)))
 
-    def build_connector_meta(self, scheduler_output: Any) -> Step:
-        step, self._step = self._step, Step()
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        step = self._step
+        self._step = StepMetadata()
         return step
 
     def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
-        offer = self._take_offer(request)
-        if offer is not None:  # it ended before it was allocated
-            self._step.pulls.append(Pull(request.request_id, offer, 0, ()))
+        """Return (True, kv_transfer_params for the decode engine) if the request's blocks are kept under a lease."""
+        remote = self._pop_remote_kv(request)
+        if remote is not None:  # the request ended before it was allocated
+            self._release(request, remote)
         params = request.kv_transfer_params
-        if not params or not params.get("do_remote_decode") or self._place is None:
+        if not params or not params.get("do_remote_decode") or self._server_address is None:
             return False, None
         if request.status.name not in ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED"):
             return False, None
@@ -131,46 +141,51 @@ class PullConnector(KVConnectorBase_V1):  # type: ignore[misc]
         kept = list(block_ids[: -(-tokens // self._block_tokens)])
         if not kept:
             return False, None
-        self._step.holds[request.request_id] = kept
-        offer = Offer(
-            holding=request.request_id,
+        self._step.leases[request.request_id] = kept
+        held = RemoteKv(
+            lease_id=request.request_id,
             tokens=tokens,
             digest=digest(request.all_token_ids[:tokens]),
             host=host_id(),
-            local=self._place.local,
-            address=self._place.address,
-            port=self._place.port,
+            local=self._server_address.local,
+            address=self._server_address.address,
+            port=self._server_address.port,
         )
-        return True, {"do_remote_prefill": True, "do_remote_decode": False, **msgspec.structs.asdict(offer)}
+        return True, {"do_remote_prefill": True, "do_remote_decode": False, **msgspec.structs.asdict(held)}
 
-    def _offer(self, request: Any) -> Offer | None:
-        """What may be pulled for a request. An offer is used once: what is preempted later is computed."""
+    def _remote_kv(self, request: Any) -> RemoteKv | None:
+        """Return the KV that can be pulled for a request, None if there is none or it is not this prompt's."""
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_prefill"):
             return None
-        if request.request_id not in self._known:
-            self._known[request.request_id] = self._check(request, params)
-        return self._known[request.request_id]
+        if request.request_id not in self._remote:
+            self._remote[request.request_id] = self._parse(request, params)
+        return self._remote[request.request_id]
 
-    def _check(self, request: Any, params: dict[str, Any]) -> Offer | None:
+    def _parse(self, request: Any, params: dict[str, Any]) -> RemoteKv | None:
         try:
-            offer = msgspec.convert(params, Offer)
+            remote = msgspec.convert(params, RemoteKv)
         except msgspec.ValidationError as error:
             log.warning("request %s has kv_transfer_params of another connector: %s", request.request_id, error)
             return None
         prompt = request.all_token_ids[: request.num_prompt_tokens]
-        if not 0 < offer.tokens <= len(prompt) or digest(prompt[: offer.tokens]) != offer.digest:
+        if not 0 < remote.tokens <= len(prompt) or digest(prompt[: remote.tokens]) != remote.digest:
             log.warning("request %s has the KV of another prompt; this engine computes its own", request.request_id)
-            self._step.pulls.append(Pull(request.request_id, offer, 0, ()))
+            self._release(request, remote)
             return None
-        return offer
+        return remote
 
-    def _take_offer(self, request: Any) -> Offer | None:
-        offer = self._offer(request)
-        self._known.pop(request.request_id, None)
+    def _pop_remote_kv(self, request: Any) -> RemoteKv | None:
+        """Return the request's KV once: after a preemption this engine computes it."""
+        remote = self._remote_kv(request)
+        self._remote.pop(request.request_id, None)
         if request.kv_transfer_params:
             request.kv_transfer_params["do_remote_prefill"] = False
-        return offer
+        return remote
+
+    def _release(self, request: Any, remote: RemoteKv) -> None:
+        """End the lease without fetching anything."""
+        self._step.pulls.append(Pull(request.request_id, remote, 0, ()))
 
     # -- in the worker
 
@@ -185,30 +200,30 @@ class PullConnector(KVConnectorBase_V1):  # type: ignore[misc]
         )
         secret = os.environ[SECRET].encode()
         self._cache = cache
-        self._holdings = KvLeases(float(self._extra("lease_s", LEASE_S)))
+        self._leases = KvLeases(float(self._extra("lease_s", LEASE_S)))
         nats_url = os.environ.get("NATS_SERVER", "")
-        self._server = Server(cache, self._holdings, secret, advertised_host(nats_url), bound_host(nats_url))
+        self._server = KvServer(cache, self._leases, secret, advertised_host(nats_url), bound_host(nats_url))
         self._puller = Puller(cache, secret)
 
-    def get_handshake_metadata(self) -> Place | None:
+    def get_handshake_metadata(self) -> ServerAddress | None:
         server = self._server
-        return None if server is None else Place(server.local, server.address, server.port)
+        return None if server is None else ServerAddress(server.local, server.address, server.port)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """Holdings begin before the step's forward pass, which may be a long one: readers are on their way."""
+        """Grant the step's leases: before its forward pass, which may be long while readers already ask for them."""
         super().bind_connector_metadata(connector_metadata)
-        assert isinstance(connector_metadata, Step)
-        if self._holdings is not None:
-            for name, blocks in connector_metadata.holds.items():
-                self._holdings.hold(name, blocks)
+        assert isinstance(connector_metadata, StepMetadata)
+        if self._leases is not None:
+            for lease_id, blocks in connector_metadata.leases.items():
+                self._leases.grant(lease_id, blocks)
 
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         step = self._get_connector_metadata()
-        assert isinstance(step, Step)
+        assert isinstance(step, StepMetadata)
         if self._puller is not None and step.pulls:
-            mark = self._cache.mark()
+            allocated = self._cache.record_event()
             for pull in step.pulls:
-                self._puller.submit(pull._replace(mark=mark))
+                self._puller.submit(pull._replace(allocated=allocated))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return None
@@ -220,29 +235,31 @@ class PullConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return None
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        if self._puller is None or self._holdings is None:
+        """Return (requests whose lease has ended, requests whose pull has ended) since the last step."""
+        if self._puller is None or self._leases is None:
             return None, None
         if finished_req_ids:
             self._puller.cancel(finished_req_ids)
-        self._ended = self._puller.take()
-        freed, self._expired = self._holdings.take_finished()
-        if self._expired:
-            log.warning("KV of %d requests was fetched by nobody within the lease", self._expired)
-        return freed or None, self._ended.requests or None
+        self._results = self._puller.take_results()
+        freed, expired = self._leases.pop_ended()
+        self._expired = expired
+        if expired:
+            log.warning("KV leases of %d requests expired unfetched", expired)
+        return freed or None, self._results.requests or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return set(self._ended.failed_blocks)
+        return set(self._results.failed_blocks)
 
     def get_kv_connector_stats(self) -> TransferStats | None:
-        ended = self._ended
-        if not (ended.requests or self._expired):
+        results = self._results
+        if not (results.requests or self._expired):
             return None
         return TransferStats(
             {
-                "pulls": ended.pulls,
-                "failures": ended.failures,
-                "bytes": ended.bytes,
-                "seconds": ended.seconds,
+                "pulls": results.pulls,
+                "failures": results.failures,
+                "bytes": results.bytes,
+                "seconds": results.seconds,
                 "expired": self._expired,
             }
         )
@@ -258,21 +275,22 @@ class PullConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._puller.close()
 
 
-def refuse(vllm_config: Any, kv_cache_config: Any) -> None:
-    """Raises ValueError for what only other connectors transfer."""
+def check_support(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Check that this connector can transfer the engine's KV. Raises ValueError if not, or if the secret is not set."""
     parallel = vllm_config.parallel_config
     for name in ("tensor", "pipeline", "decode_context", "prefill_context"):
         size = getattr(parallel, f"{name}_parallel_size", 1)
         if size > 1:
-            raise ValueError(f"KV transfer by dynamo's connector: {name} parallel size {size}, it takes 1")
+            raise ValueError(f"KV transfer by dynamo's connector: {name} parallel size is {size}, only 1 is supported")
     if len(kv_cache_config.kv_cache_groups) != 1:
         raise ValueError(
-            f"KV transfer by dynamo's connector: the model has {len(kv_cache_config.kv_cache_groups)} groups of KV "
-            "caches, it takes one"
+            f"KV transfer by dynamo's connector: the model has {len(kv_cache_config.kv_cache_groups)} KV cache groups, "
+            "only one is supported"
         )
     if not os.environ.get(SECRET):
         raise ValueError(f"KV transfer: {SECRET} is not set")
 
 
 def digest(token_ids: Iterable[int]) -> str:
+    """Hash token ids, to recognize the prompt to which KV belongs."""
     return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).hexdigest()

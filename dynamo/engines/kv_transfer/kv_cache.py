@@ -1,8 +1,8 @@
 """The engine's KV tensors as planes of blocks, and copies of blocks to and from staging memory.
 
 vLLM's tensors differ: [blocks, heads, tokens, 2 * head size] on the CPU, [2, blocks, ...] or [blocks, 2, ...] with
-FlashAttention, strided where all layers of a block lie together. A plane is what is left when the block index is put
-first: one stride from block to block, and dense bytes within a block.
+FlashAttention, strided if all layers of a block lie together. A plane is a view with the block index first: one stride
+from block to block, and dense bytes within a block.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from dynamo.engines.kv_transfer.session import Layout, Plane
 from dynamo.engines.kv_transfer.staging import Staging
 
 
-class Piece(NamedTuple):
-    """Some blocks of one plane and where they lie in a slot. `first` counts in the list of blocks that is copied."""
+class Segment(NamedTuple):
+    """A part of a chunk: some blocks of one plane, and their offset in the slot in bytes.
+
+    `first` is a position in the list of blocks that is copied, not a block number.
+    """
 
     plane: int
     first: int
@@ -26,12 +29,12 @@ class Piece(NamedTuple):
     offset: int
 
 
-def chunks(block_bytes: Sequence[int], blocks: int, slot_bytes: int) -> Iterator[list[Piece]]:
-    """What goes through one slot after the other: the same on both sides, so that nobody has to tell.
+def chunks(block_bytes: Sequence[int], blocks: int, slot_bytes: int) -> Iterator[list[Segment]]:
+    """Yield chunks that fit a slot, each a list of segments, for `blocks` blocks of planes with these block sizes.
 
-    Raises ValueError where a single block does not fit.
+    Both sides compute the same chunks, so they need not be sent. Raises ValueError if a single block does not fit.
     """
-    pieces: list[Piece] = []
+    segments: list[Segment] = []
     used = 0
     for plane, size in enumerate(block_bytes):
         if size > slot_bytes:
@@ -40,17 +43,19 @@ def chunks(block_bytes: Sequence[int], blocks: int, slot_bytes: int) -> Iterator
         while first < blocks:
             count = min(blocks - first, (slot_bytes - used) // size)
             if count:
-                pieces.append(Piece(plane, first, count, used))
-                first, used = first + count, used + count * size
+                segments.append(Segment(plane, first, count, used))
+                first += count
+                used += count * size
             if first < blocks:
-                yield pieces
-                pieces, used = [], 0
-    if pieces:
-        yield pieces
+                yield segments
+                segments = []
+                used = 0
+    if segments:
+        yield segments
 
 
-def runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(position, first block, count) of each run of consecutive block numbers."""
+def consecutive_runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (position in the list, first block, count) of each run of consecutive block numbers."""
     start = 0
     for position in range(1, len(blocks) + 1):
         if position == len(blocks) or blocks[position] != blocks[position - 1] + 1:
@@ -58,35 +63,41 @@ def runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
             start = position
 
 
-class Mover(Protocol):
-    """Copies for one thread. Both calls return when the bytes are there."""
+class BlockCopier(Protocol):
+    """Copies between a cache and staging memory, for use by one thread."""
 
-    def gather(self, blocks: Sequence[int], pieces: Sequence[Piece], slot: Any) -> None:
-        """Out of the cache, into the slot."""
+    def gather(self, blocks: Sequence[int], segments: Sequence[Segment], slot: Any) -> None:
+        """Copy a chunk of `blocks` from the cache into the slot; return when it is complete."""
         ...
 
-    def scatter(self, blocks: Sequence[int], pieces: Sequence[Piece], slot: Any) -> None: ...
-
-    def adopt(self, staging: Staging) -> None:
-        """Called before the first copy through that memory, and `release` after the last."""
+    def scatter(self, blocks: Sequence[int], segments: Sequence[Segment], slot: Any) -> None:
+        """Copy a chunk of `blocks` from the slot into the cache; return when it is complete."""
         ...
 
-    def release(self, staging: Staging) -> None: ...
+    def register(self, staging: Staging) -> None:
+        """Prepare staging memory for copies; to be called before the first copy that uses it."""
+        ...
 
-    def order_after(self, mark: Any) -> None:
-        """Write nothing before the engine's work up to a `KvCache.mark` is done."""
+    def unregister(self, staging: Staging) -> None:
+        """Undo `register`, after the last copy."""
+        ...
+
+    def wait_event(self, event: Any) -> None:
+        """Delay later copies until the engine's work before a `KvCache.record_event` is done."""
         ...
 
 
 class KvCache:
-    """Raises ValueError for tensors whose blocks cannot be told apart."""
+    """An engine's KV cache as planes of blocks, one for each tensor or half of a tensor."""
 
     def __init__(
         self, tensors: Mapping[str, torch.Tensor], blocks: int, block_tokens: int, *, engine: str, model: str
     ) -> None:
+        """`tensors` are vLLM's, by layer; `engine` and `model` go into the layout. Raises ValueError if the blocks of a
+        tensor cannot be found.
+        """
         unique = {(t.data_ptr(), tuple(t.shape)): t for t in tensors.values()}  # layers may share a tensor
         planes = [plane for tensor in unique.values() for plane in _planes(tensor, blocks)]
-        self.block_count = blocks
         self.planes = [plane.flatten(1).view(torch.uint8) for plane in planes]
         self.block_bytes: list[int] = [plane.shape[1] for plane in self.planes]
         dtype = str(planes[0].dtype).removeprefix("torch.")
@@ -94,25 +105,26 @@ class KvCache:
         self.layout = Layout(engine, model, dtype, block_tokens, shapes)
         self.device = planes[0].device
 
-    def mark(self) -> Any:
-        """This moment in the engine's work, on the thread that submits it."""
+    def record_event(self) -> Any:
+        """Return a CUDA event for the work submitted so far; call on the thread that submits it. None on the CPU."""
         if self.device.type != "cuda":
             return None
-        mark = torch.cuda.Event()
-        mark.record()
-        return mark
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
-    def used(self, pieces: Sequence[Piece]) -> int:
-        """Bytes of a slot that a chunk fills."""
-        plane, _, blocks, offset = pieces[-1]
+    def chunk_bytes(self, segments: Sequence[Segment]) -> int:
+        """Return how many bytes of a slot a chunk fills."""
+        plane, _, blocks, offset = segments[-1]
         return offset + blocks * self.block_bytes[plane]
 
-    def mover(self) -> Mover:
-        return CudaMover(self) if self.device.type == "cuda" else CpuMover(self)
+    def copier(self) -> BlockCopier:
+        """Create a copier for the calling thread."""
+        return CudaBlockCopier(self) if self.device.type == "cuda" else CpuBlockCopier(self)
 
 
 def _planes(tensor: torch.Tensor, blocks: int) -> list[torch.Tensor]:
-    """Views with the blocks first and a block's dimensions in the order in which they lie in memory."""
+    """Return views with the block index first and a block's dimensions in their order in memory."""
     if tensor.shape[0] % blocks == 0:
         halves = [tensor]
     elif tensor.dim() > 1 and tensor.shape[1] % blocks == 0:
@@ -126,103 +138,111 @@ def _planes(tensor: torch.Tensor, blocks: int) -> list[torch.Tensor]:
         order = sorted(range(1, half.dim()), key=lambda d: (-half.stride(d), -half.shape[d]))
         plane = half.permute(0, *order)
         if not plane[0].is_contiguous():
-            raise ValueError(f"a KV block of shape {list(plane.shape[1:])} is not in one piece: {plane.stride()}")
+            raise ValueError(f"a KV block of shape {list(plane.shape[1:])} is not contiguous: strides {plane.stride()}")
         found.append(plane)
     return found
 
 
-class CpuMover:
-    """Plain copies of runs of blocks, which NumPy makes without holding the interpreter's lock."""
+class CpuBlockCopier:
+    """Copies runs of consecutive blocks with NumPy, which releases the interpreter's lock meanwhile."""
 
     def __init__(self, cache: KvCache) -> None:
         self._planes = [plane.numpy() for plane in cache.planes]
 
-    def gather(self, blocks: Sequence[int], pieces: Sequence[Piece], slot: Any) -> None:
-        for plane, there, here in self._pairs(blocks, pieces, slot):
-            here[:] = plane[there]
+    def gather(self, blocks: Sequence[int], segments: Sequence[Segment], slot: Any) -> None:
+        for plane, rows, staged in self._runs(blocks, segments, slot):
+            staged[:] = plane[rows]
 
-    def scatter(self, blocks: Sequence[int], pieces: Sequence[Piece], slot: Any) -> None:
-        for plane, there, here in self._pairs(blocks, pieces, slot):
-            plane[there] = here
+    def scatter(self, blocks: Sequence[int], segments: Sequence[Segment], slot: Any) -> None:
+        for plane, rows, staged in self._runs(blocks, segments, slot):
+            plane[rows] = staged
 
-    def _pairs(self, blocks: Sequence[int], pieces: Sequence[Piece], slot: Any) -> Iterator[tuple[Any, slice, Any]]:
-        """For each run of blocks: its plane, where it lies there, and its bytes in the slot."""
-        for wanted, same in itertools.groupby(pieces, key=lambda piece: (piece.first, piece.blocks)):
-            found = list(runs(blocks[wanted[0] : wanted[0] + wanted[1]]))
-            for piece in same:
-                plane = self._planes[piece.plane]
-                size = plane.shape[1]
-                bytes_ = slot[piece.offset : piece.offset + piece.blocks * size].reshape(piece.blocks, size)
-                for position, block, count in found:
-                    yield plane, slice(block, block + count), bytes_[position : position + count]
+    def _runs(self, blocks: Sequence[int], segments: Sequence[Segment], slot: Any) -> Iterator[tuple[Any, slice, Any]]:
+        """Yield (plane, its rows, their bytes in the slot) for each run of consecutive blocks of each segment.
 
-    def adopt(self, staging: Staging) -> None:
+        Runs are found once for neighbouring segments that hold the same blocks of different planes.
+        """
+        for (first, count), same_blocks in itertools.groupby(segments, key=lambda s: (s.first, s.blocks)):
+            runs = list(consecutive_runs(blocks[first : first + count]))
+            for segment in same_blocks:
+                plane = self._planes[segment.plane]
+                block_bytes = plane.shape[1]
+                staged = slot[segment.offset : segment.offset + count * block_bytes].reshape(count, block_bytes)
+                for position, block, length in runs:
+                    yield plane, slice(block, block + length), staged[position : position + length]
+
+    def register(self, staging: Staging) -> None:
         pass
 
-    def release(self, staging: Staging) -> None:
+    def unregister(self, staging: Staging) -> None:
         pass
 
-    def order_after(self, mark: Any) -> None:
+    def wait_event(self, event: Any) -> None:
         pass
 
 
-class CudaMover:
-    """On a stream of its own: blocks are gathered on the GPU, then one copy to or from pinned staging memory."""
+class CudaBlockCopier:
+    """Gathers blocks on the GPU, then makes one copy to or from pinned staging memory, on a stream of its own."""
 
     def __init__(self, cache: KvCache) -> None:
-        self._device, self._used = cache.device, cache.used
-        # eight bytes at a time, where all blocks allow it
-        self._planes = [p.view(torch.int64) for p in cache.planes] if all(map(_even, cache.planes)) else cache.planes
+        self._device = cache.device
+        self._chunk_bytes = cache.chunk_bytes
+        # copy eight bytes at a time if all planes allow it
+        aligned = all(map(_is_aligned, cache.planes))
+        self._planes = [plane.view(torch.int64) for plane in cache.planes] if aligned else cache.planes
         self._stream = torch.cuda.Stream(self._device)
         self._buffer: torch.Tensor | None = None
 
-    def gather(self, blocks: Sequence[int], pieces: Sequence[Piece], slot: Any) -> None:
+    def gather(self, blocks: Sequence[int], segments: Sequence[Segment], slot: Any) -> None:
         with torch.cuda.stream(self._stream):
             numbers = torch.tensor(blocks, dtype=torch.int64, device=self._device)
-            buffer = self._on_device(len(slot))
-            for piece, plane, rows in self._rows(pieces, buffer):
-                torch.index_select(plane, 0, numbers[piece.first : piece.first + piece.blocks], out=rows)
-            used = self._used(pieces)
-            torch.from_numpy(slot)[:used].copy_(buffer[:used], non_blocking=True)
+            buffer = self._device_buffer(len(slot))
+            for segment, plane, rows in self._rows(segments, buffer):
+                torch.index_select(plane, 0, numbers[segment.first : segment.first + segment.blocks], out=rows)
+            size = self._chunk_bytes(segments)
+            torch.from_numpy(slot)[:size].copy_(buffer[:size], non_blocking=True)
         self._stream.synchronize()
 
-    def scatter(self, blocks: Sequence[int], pieces: Sequence[Piece], slot: Any) -> None:
+    def scatter(self, blocks: Sequence[int], segments: Sequence[Segment], slot: Any) -> None:
         with torch.cuda.stream(self._stream):
             numbers = torch.tensor(blocks, dtype=torch.int64, device=self._device)
-            buffer, used = self._on_device(len(slot)), self._used(pieces)
-            buffer[:used].copy_(torch.from_numpy(slot)[:used], non_blocking=True)
-            for piece, plane, rows in self._rows(pieces, buffer):
-                plane.index_copy_(0, numbers[piece.first : piece.first + piece.blocks], rows)
+            buffer = self._device_buffer(len(slot))
+            size = self._chunk_bytes(segments)
+            buffer[:size].copy_(torch.from_numpy(slot)[:size], non_blocking=True)
+            for segment, plane, rows in self._rows(segments, buffer):
+                plane.index_copy_(0, numbers[segment.first : segment.first + segment.blocks], rows)
         self._stream.synchronize()
 
     def _rows(
-        self, pieces: Sequence[Piece], buffer: torch.Tensor
-    ) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
-        for piece in pieces:
-            plane = self._planes[piece.plane]
+        self, segments: Sequence[Segment], buffer: torch.Tensor
+    ) -> Iterator[tuple[Segment, torch.Tensor, torch.Tensor]]:
+        """Yield (segment, plane, the segment's part of `buffer` as rows of that plane)."""
+        for segment in segments:
+            plane = self._planes[segment.plane]
             size = plane.shape[1] * plane.element_size()
-            rows = buffer[piece.offset : piece.offset + piece.blocks * size]
-            yield piece, plane, rows.view(plane.dtype).view(piece.blocks, plane.shape[1])
+            rows = buffer[segment.offset : segment.offset + segment.blocks * size]
+            yield segment, plane, rows.view(plane.dtype).view(segment.blocks, plane.shape[1])
 
-    def _on_device(self, size: int) -> torch.Tensor:
+    def _device_buffer(self, size: int) -> torch.Tensor:
         if self._buffer is None or self._buffer.numel() < size:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._buffer[:size]
 
-    def adopt(self, staging: Staging) -> None:
-        """Pinned memory is copied at the bus's speed, and without waiting for the engine's stream."""
+    def register(self, staging: Staging) -> None:
+        """Pin the memory: it is then copied at the bus's speed, without waiting for the engine's stream."""
         cuda: Any = torch.cuda.cudart()
         with torch.cuda.device(self._device):
             cuda.cudaHostRegister(staging.bytes.ctypes.data, staging.bytes.size, 0)
 
-    def release(self, staging: Staging) -> None:
+    def unregister(self, staging: Staging) -> None:
         cuda: Any = torch.cuda.cudart()
         with torch.cuda.device(self._device):
             cuda.cudaHostUnregister(staging.bytes.ctypes.data)
 
-    def order_after(self, mark: Any) -> None:
-        self._stream.wait_event(mark)
+    def wait_event(self, event: Any) -> None:
+        self._stream.wait_event(event)
 
 
-def _even(plane: torch.Tensor) -> bool:
+def _is_aligned(plane: torch.Tensor) -> bool:
+    """Return True if every block of a plane of bytes starts and ends at a multiple of 8 bytes."""
     return not (plane.shape[1] % 8 or plane.stride(0) % 8 or plane.data_ptr() % 8)

@@ -1,7 +1,8 @@
-"""Memory through which KV goes: slots of one size, which on one host both processes map.
+"""Staging memory for KV transfer: slots of one size, mapped by both processes if they are on one host.
 
-It is an anonymous file (memfd): it has no name to be left behind, and no limit but the host's or container's memory,
-where /dev/shm in a container is 64 MB. Its seals keep the peer from shrinking it, which would be a SIGBUS here.
+The memory is an anonymous file (memfd): it leaves no name behind, and is limited only by the memory of the host or
+container, where /dev/shm in a container is 64 MB. Its seals keep the peer from shrinking it, which would raise SIGBUS
+here.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 2) | getattr(fcntl, "F_SEAL_GROW", 4)
 
 
 class Staging:
+    """Staging memory, created here or received from a peer."""
+
     def __init__(self, slots: int, slot_bytes: int, descriptor: int | None = None) -> None:
-        """Of one's own, or a peer's, whose descriptor is taken over. Raises OSError or ValueError where it is unfit."""
+        """Create staging memory, or map the peer's that `descriptor` refers to and take ownership of the descriptor.
+
+        Raises ValueError if the size is out of range, or the peer could still change it; OSError if it cannot be mapped.
+        """
         size = slots * slot_bytes
         if not 0 < size <= MAX_BYTES:
             raise ValueError(f"staging memory of {size} bytes")
@@ -32,14 +38,17 @@ class Staging:
         elif fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS or os.fstat(descriptor).st_size != size:
             os.close(descriptor)
             raise ValueError("the peer's staging memory can change its size")
-        self.descriptor, self.slots, self.slot_bytes = descriptor, slots, slot_bytes
+        self.descriptor = descriptor
+        self.slots = slots
+        self.slot_bytes = slot_bytes
         self._memory = mmap.mmap(descriptor, size)
         self.bytes: np.ndarray[Any, np.dtype[np.uint8]] = np.frombuffer(self._memory, np.uint8)
 
     def slot(self, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the slot of chunk `number`: chunks use the slots in turn."""
         start = number % self.slots * self.slot_bytes
         return self.bytes[start : start + self.slot_bytes]
 
     def close(self) -> None:
-        """The memory itself goes with its last user: arrays may still refer to it."""
+        """Close the descriptor. The memory is unmapped with its last user, since arrays may still refer to it."""
         os.close(self.descriptor)

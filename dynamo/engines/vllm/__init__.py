@@ -1,4 +1,15 @@
-"""The vLLM engine. Importing this package does not import vLLM, which takes seconds."""
+"""The vLLM engine. Importing this package does not import vLLM, which takes seconds.
+
+install       whether vLLM is installed, for which hardware, and the names of its flags
+options       the worker's settings as vLLM's environment, flags and configuration
+events_config vLLM's kv-events-config: for our subscription, and whether a user's permits one
+engine        AsyncLLM behind the Engine protocol
+translation   requests, outputs and errors between dynamo and vLLM
+stats         load and transfers, as vLLM's schedulers report them
+events        KV events, from vLLM's ZeroMQ publishers
+multi_node    the nodes of an engine that spans several hosts
+process       child processes of an engine
+"""
 
 from __future__ import annotations
 
@@ -12,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def create(model: str, arguments: Mapping[str, Any], progress: Callable[[str], None]) -> VllmEngine:
-    """Create an engine for a model; `arguments` are vLLM's flags. Raises StartError when vLLM is not installed."""
+    """Create an engine for a model; `arguments` are vLLM's flags. Raises StartError if vLLM is not installed."""
     require_vllm()
     from dynamo.engines.vllm.engine import VllmEngine
 

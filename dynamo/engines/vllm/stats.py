@@ -1,4 +1,4 @@
-"""What vLLM's schedulers tell after their steps: load and prefix hits of each rank, and KV fetched from other engines."""
+"""Statistics that vLLM's schedulers report after their steps: load, prefix hits, and KV fetched from other engines."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from dynamo.llm.engine import EngineStats, KvTransfers
 _IDLE = EngineStats(0, 0, 0.0, 0, 0)
 
 
-class Record:
+class StatsRecorder:
+    """Keeps the latest statistics of every data-parallel rank; vLLM writes to it through `stat_logger`."""
+
     def __init__(self) -> None:
         self.ranks = [_IDLE]
-        """the last word of each data-parallel rank"""
+        """by rank, as of its latest step"""
         self.transferred: dict[str, float] = {}
-        """since the start: what `KvTransfers` says with our connector, other numbers with another one"""
+        """sums since the start: those of `KvTransfers` with our connector, other numbers with another connector"""
 
-    def expect(self, ranks: int) -> None:
+    def set_rank_count(self, ranks: int) -> None:
         self.ranks = [_IDLE] * ranks
 
     def transfers(self) -> KvTransfers:
+        """Return the sums that our connector reports."""
         counts = self.transferred
         return KvTransfers(
             pulls=int(counts.get("pulls", 0)),
@@ -30,28 +33,30 @@ class Record:
             expired=int(counts.get("expired", 0)),
         )
 
-    def logger(self, _: Any, engine_index: int = 0) -> Any:
-        """One of vLLM's stat loggers, which writes down here what it is told: vLLM makes one for each rank."""
+    def stat_logger(self, _: Any, engine_index: int = 0) -> Any:
+        """Create one of vLLM's stat loggers, which records into this object; vLLM calls this for each rank."""
         loggers = importlib.import_module("vllm.v1.metrics.loggers")
-        mine = self
+        recorder = self
 
-        class Recorder(loggers.StatLoggerBase):  # type: ignore[misc, name-defined]
+        class StatLogger(loggers.StatLoggerBase):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
-                self.queries = self.hits = 0
+                self.queries = 0
+                self.hits = 0
 
             def record(self, scheduler_stats: Any = None, iteration_stats: Any = None, *_: Any, **__: Any) -> None:
-                found = scheduler_stats
-                if found is not None:
-                    self.queries += found.prefix_cache_stats.queries
-                    self.hits += found.prefix_cache_stats.hits
-                    mine.ranks[engine_index] = EngineStats(
-                        found.num_running_reqs, found.num_waiting_reqs, found.kv_cache_usage, self.queries, self.hits
-                    )
-                    for name, count in (found.kv_connector_stats or {}).items():
-                        if isinstance(count, (int, float)):  # another connector's may be lists
-                            mine.transferred[name] = mine.transferred.get(name, 0) + count
+                stats = scheduler_stats
+                if stats is None:
+                    return
+                self.queries += stats.prefix_cache_stats.queries
+                self.hits += stats.prefix_cache_stats.hits
+                recorder.ranks[engine_index] = EngineStats(
+                    stats.num_running_reqs, stats.num_waiting_reqs, stats.kv_cache_usage, self.queries, self.hits
+                )
+                for name, count in (stats.kv_connector_stats or {}).items():
+                    if isinstance(count, (int, float)):  # other connectors also report lists
+                        recorder.transferred[name] = recorder.transferred.get(name, 0) + count
 
             def log_engine_initialized(self) -> None:
                 return None
 
-        return Recorder()
+        return StatLogger()

@@ -1,4 +1,4 @@
-"""Between the two languages: our requests as vLLM's sampling parameters, its outputs and exceptions as ours."""
+"""Translation between dynamo and vLLM: requests to sampling parameters, outputs to deltas, exceptions to ours."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from dynamo.errors import ContextLengthError, EngineDeadError, EngineError, RequestError
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling, TokenLogprob
 
-CACHED = "remote_prefill_cached_tokens"  # vLLM's name in kv_transfer_params
+CACHED_TOKENS = "remote_prefill_cached_tokens"  # vLLM's key in kv_transfer_params
 
 
 def sampling_params(request: GenerateRequest, defaults: Mapping[str, Any]) -> Any:
-    """vLLM's SamplingParams; `defaults` are the model's. Raises RequestError for what vLLM refuses."""
+    """Return vLLM's SamplingParams; `defaults` are the model's. Raises RequestError if vLLM rejects a value."""
     params = importlib.import_module("vllm.sampling_params")
     given: Sampling = request.sampling
     values: dict[str, Any] = dict(defaults)
@@ -49,8 +49,8 @@ def sampling_params(request: GenerateRequest, defaults: Mapping[str, Any]) -> An
         raise RequestError(first_line(error)) from None
 
 
-def delta_of(request: GenerateRequest, output: Any, choice: Any, *, first: bool) -> Delta:
-    """One choice of vLLM's RequestOutput; the `first` one of a request counts the prompt's tokens."""
+def to_delta(request: GenerateRequest, output: Any, choice: Any, *, first: bool) -> Delta:
+    """Convert one choice of vLLM's RequestOutput; the `first` delta of a request carries the prompt's token counts."""
     return Delta(
         choice.text,
         list(choice.token_ids),
@@ -64,11 +64,13 @@ def delta_of(request: GenerateRequest, output: Any, choice: Any, *, first: bool)
 
 
 def _cached_tokens(request: GenerateRequest, output: Any) -> int:
-    """Prompt tokens that were computed by nobody for this request: those that the engine which did its prefill found in
-    its prefix cache. vLLM's own count would have them all, since none was computed here.
+    """Return the prompt tokens that no engine had to compute for this request.
+
+    After a remote prefill these are the prefix hits of the prefill engine: vLLM's count here would include all tokens
+    that were transferred.
     """
     if request.kv_transfer:
-        return int(request.kv_transfer.get(CACHED, 0))
+        return int(request.kv_transfer.get(CACHED_TOKENS, 0))
     return output.num_cached_tokens or 0
 
 
@@ -83,11 +85,12 @@ def _logprobs(token_ids: Sequence[int], positions: Sequence[Any]) -> list[TokenL
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or its class name if it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
-def error_of(error: Exception) -> Exception:
-    """vLLM's exceptions as ours. Its own classes moved between versions, so they are told by name."""
+def to_error(error: Exception) -> Exception:
+    """Convert vLLM's exceptions to ours, recognized by class name since the classes have moved between versions."""
     if isinstance(error, (RequestError, EngineError)):
         return error
     names = {cls.__name__ for cls in type(error).__mro__}
