@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -29,11 +30,26 @@ class TaskSet:
     def __iter__(self) -> Iterator[asyncio.Task[Any]]:
         return iter(tuple(self._tasks))
 
-    def spawn(self, work: Work, *, name: str) -> asyncio.Task[Any]:
-        """Run `work` in the background. An exception that leaves it is logged."""
-        task = asyncio.get_running_loop().create_task(work, name=f"{self._name}: {name}")
+    def spawn(
+        self,
+        work: Work,
+        *,
+        name: str,
+        context: contextvars.Context | None = None,
+        on_done: Callable[[asyncio.Task[Any]], None] | None = None,
+    ) -> asyncio.Task[Any]:
+        """Run `work` in the background, in `context` if given.
+
+        An exception that leaves it is logged, unless `on_done` is given: that is called with the ended task and handles
+        its outcome.
+        """
+        task = asyncio.get_running_loop().create_task(work, name=f"{self._name}: {name}", context=context)
         self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        if on_done is None:
+            task.add_done_callback(self._finished)
+        else:
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(on_done)
         return task
 
     def keep_running(self, work: Callable[[], Work], *, name: str, pause_s: float = 1.0) -> asyncio.Task[Any]:

@@ -158,7 +158,7 @@ def create_app(
     app = FastAPI(title="dynamo", version=__version__, docs_url="/docs", redoc_url=None, redirect_slashes=False)
     api = endpoints.Api(backend, max_body_bytes, timeout_s)
     if processes is not None:
-        processes.lend(api.metrics.registry)
+        processes.share(api.metrics.registry)
     _add_pages(app, backend, api, processes, targets, fault)
     _add_errors(app)
     generating: dict[str, endpoints.GeneratingRoute] = {

@@ -18,8 +18,8 @@ import msgspec
 from dynamo import codec, context
 from dynamo.errors import ConfigError, DynamoError, NoInstancesError, RequestError, TransportError, UnavailableError
 from dynamo.rpc import frames
-from dynamo.rpc.client_connection import ClientConnection, Incoming
-from dynamo.rpc.connection_pool import ConnectionPool, Peer
+from dynamo.rpc.client_connection import ClientConnection, ClientStream
+from dynamo.rpc.connection_pool import ConnectionPool, PooledConnection
 from dynamo.rpc.load_balancer import lighter_of_two, lightest
 from dynamo.rpc.messages import Instance, InstanceId, Request
 from dynamo.rpc.remote_errors import Failure, unpack
@@ -68,8 +68,8 @@ class Client:
     ) -> None:
         self.address = address
         self._nats, self._peers, self._over_nats = nats, peers, over_nats
-        self._instances: dict[InstanceId, tuple[Instance, Peer]] = {}
-        self._ready: list[tuple[Instance, Peer]] = []
+        self._instances: dict[InstanceId, tuple[Instance, PooledConnection]] = {}
+        self._ready: list[tuple[Instance, PooledConnection]] = []
         self._next = random.randrange(1 << 16)
         self._changed = asyncio.Event()
         self._opening: set[asyncio.Task[None]] = set()
@@ -83,14 +83,14 @@ class Client:
     def join(self, instance: Instance) -> None:
         """Called by discovery; a second time for an instance that registered again."""
         known = self._instances.get(instance.id)
-        peer = known[1] if known is not None else self._peers.join(instance)
+        peer = known[1] if known is not None else self._peers.acquire(instance)
         self._instances[instance.id] = (instance, peer)
         self._update()
 
     def leave(self, instance_id: InstanceId) -> None:
         """Called by discovery when the instance deregistered or its lease ended; its running streams go on."""
         if self._instances.pop(instance_id, None) is not None:
-            self._peers.leave(instance_id)
+            self._peers.release(instance_id)
             self._update()
 
     def _update(self) -> None:
@@ -203,7 +203,7 @@ class Client:
         left_s: float | None,
     ) -> None:
         """Returns when the instance has accepted. Raises what it refused with, TransportError or WorkerLostError."""
-        incoming = connection.receive(decode, channel, left_s)
+        incoming = connection.open_stream(decode, channel, left_s)
         channel.source = instance.id
         envelope = Request(
             id=context.request_id.get() or uuid.uuid4().hex,
@@ -222,21 +222,21 @@ class Client:
                 await connection.request(incoming, instance.subject, envelope, timeout_s)
         except DynamoError:
             if not incoming.accepted:  # with items here, only the acceptance was lost: a retry would repeat them
-                connection.forget(incoming)
+                connection.cancel_stream(incoming)
                 raise
         except BaseException as error:
-            connection.forget(incoming)
+            connection.cancel_stream(incoming)
             if isinstance(error, ValueError):
                 raise RequestError(f"{self.name}: {error}", hint="a request may have 256 MiB") from None
             raise
         incoming.accepted = True
-        channel.on_cancel = partial(connection.forget, incoming)
+        channel.on_cancel = partial(connection.cancel_stream, incoming)
 
     async def _send_over_nats(
         self,
         instance: Instance,
         connection: ClientConnection,
-        incoming: Incoming,
+        incoming: ClientStream,
         envelope: Request,
         timeout_s: float,
     ) -> None:
@@ -251,7 +251,7 @@ class Client:
 
     async def _pick(
         self, choice: str | int, refused: set[InstanceId], give_up: float, left_s: float | None
-    ) -> tuple[Instance, Peer]:
+    ) -> tuple[Instance, PooledConnection]:
         """Instances that refused come again when no other is left, after a pause. Raises NoInstancesError."""
         if left_s is not None:
             give_up = min(give_up, time.monotonic() + left_s)

@@ -33,7 +33,7 @@ WAIT_S = 1.5
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than in earnest, so that a busy machine does not make a process late."""
-    monkeypatch.setattr(process_metrics, "WAIT_S", WAIT_S)
+    monkeypatch.setattr(process_metrics, "SCRAPE_WAIT_S", WAIT_S)
 
 
 class Broken(Collector):
@@ -53,7 +53,7 @@ async def joining(nats_url: str, etcd_endpoints: str, namespace: str) -> AsyncIt
 
     async def join(service: str, namespace: str = namespace, graph: tuple[str, ...] = SERVICES) -> Runtime:
         runtime = Runtime(nats_url=nats_url, etcd_endpoints=etcd_endpoints, name=service)
-        runtime.metrics.belong(namespace, service, [(namespace, name) for name in graph])
+        runtime.metrics.identify(namespace, service, [(namespace, name) for name in graph])
         made.append(runtime)
         await runtime.connect()
         return runtime
@@ -99,7 +99,7 @@ async def test_all_answer_but_one_that_cannot(join: Join) -> None:
 
     broken.broken = False
     await frontend.metrics.gather()  # does not wait for it: whether it is in time is open
-    await soon(lambda: third.metrics.worker_id in frontend.metrics._known)
+    await soon(lambda: third.metrics.worker_id in frontend.metrics._responsive)
     assert (await timed(frontend.metrics))[0] == ids(first, second, third)
 
     broken.broken = True
@@ -164,11 +164,11 @@ async def test_without_nats_a_frontend_shows_itself(private_infra: Infra, namesp
         await soon(lambda: frontend.nats.connected and worker.nats.connected, 10)
         assert frontend.nats_away_s == 0
         await frontend.metrics.gather()  # the subscriptions may be on their way
-        await soon(lambda: worker.metrics.worker_id in frontend.metrics._known)
+        await soon(lambda: worker.metrics.worker_id in frontend.metrics._responsive)
         assert (await timed(frontend.metrics))[0] == ids(worker)
 
 
-async def test_every_process_tells_its_hosts_metrics_port(
+async def test_every_process_publishes_its_hosts_metrics_port(
     private_infra: Infra, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with joining(private_infra.nats_url, private_infra.etcd_endpoints, namespace) as join:

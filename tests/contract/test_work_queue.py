@@ -21,7 +21,7 @@ from dynamo.sdk import Job, Service, WorkQueue, bind, depends, endpoint, service
 from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Stub
 from dynamo.sdk.spec import spec_of
-from dynamo.transport import work_queue
+from dynamo.transport import pull_subscription
 from dynamo.transport.nats import Nats
 from dynamo.worker.broker import ServiceBroker, delete_queues, streams
 from dynamo.worker.process import ServiceCaller
@@ -235,11 +235,11 @@ async def test_a_worker_that_stops_gives_back_what_it_has_not_finished(make: Mak
 async def test_a_worker_that_hung_may_still_be_done(
     make: Make, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its task has gone to another one meanwhile; whoever is done first takes it out."""
+    """Its task was redelivered to another worker meanwhile; the first one to finish removes it."""
 
-    async def keep(_: object) -> None: ...
+    async def extend(_: object) -> None: ...
 
-    monkeypatch.setattr(work_queue._Taker, "keep", keep)
+    monkeypatch.setattr(pull_subscription.PullSubscription, "extend", extend)
     a, b = await make(), await make()
     hung, other = worker_on(a, namespace), worker_on(b, namespace)
     await hung.tasks.put(Task(1))
@@ -309,7 +309,7 @@ async def test_nats_is_killed_and_comes_back(
 ) -> None:
     infra = private_infra
     if wipe:
-        monkeypatch.setattr(work_queue, "DONE_TIMEOUT_S", 3.0)  # it is in vain
+        monkeypatch.setattr(pull_subscription, "ACK_TIMEOUT_S", 3.0)  # it fails in any case
     runtimes = [Runtime(nats_url=infra.nats_url, etcd_endpoints=infra.etcd_endpoints) for _ in range(2)]
     front, worker = front_on(runtimes[0], namespace), worker_on(runtimes[1], namespace)
     for number in range(20):
@@ -327,7 +327,7 @@ async def test_nats_is_killed_and_comes_back(
         await front.worker.tasks.put(Task(200))
         expected = [200]
     else:
-        ending = asyncio.gather(*(job.done() for job in held))  # said as soon as the server is back
+        ending = asyncio.gather(*(job.done() for job in held))  # acknowledged as soon as the server is back
         await infra.restart_nats()
         await ending
         await runtimes[0].nats.wait_connected(10)
@@ -341,11 +341,11 @@ async def test_nats_is_killed_and_comes_back(
             if seen >= set(expected):
                 break
     await jobs.aclose()
-    # at least once: what the server had not written when it died, an end or a task, may come again
+    # at least once: a task or an acknowledgement that the server had not written when it was killed may be repeated
     assert seen <= {*expected, *(() if wipe else (0, 1, 100))}
     await asyncio.sleep(0.2)
     assert await front.worker.tasks.size() == 0
-    assert ("had gone, with its tasks" in caplog.text) == wipe
+    assert ("was lost with its tasks" in caplog.text) == wipe
     for runtime in runtimes:
         await runtime.close()
 

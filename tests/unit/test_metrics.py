@@ -59,7 +59,7 @@ def of(text: bytes, name: str, **labels: str) -> float:
 
 def process(number: int, service: str = "Worker") -> ProcessMetrics:
     found = ProcessMetrics(number, {})
-    found.belong("test", service, [("test", service)], 3)
+    found.identify("test", service, [("test", service)], 3)
     return found
 
 
@@ -143,7 +143,7 @@ def test_a_process_shows_its_memory_and_what_it_counts() -> None:
     Gauge("mine", "Mine.", ["service"], registry=found.registry).labels("billing").set(7)
     lent = CollectorRegistry()
     Counter("lent", "Of the HTTP server.", registry=lent)
-    found.lend(lent)
+    found.share(lent)
     text, labels = found.text(), whose("abc", "Processor")
     assert of(text, "process_resident_memory_bytes", **labels) > 1 << 20
     assert of(text, "process_cpu_seconds_total", **labels) > 0
