@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from dynamo import codec
-from dynamo.errors import DeadlineError, TransportError, WorkerLostError
+from dynamo.errors import BadCallError, DeadlineError, TransportError, WorkerLostError
 from dynamo.rpc import frames
 from dynamo.rpc.connection import MAX_UNREAD_BYTES, Connection
 from dynamo.rpc.messages import Request
@@ -182,6 +182,9 @@ class ClientConnection(Connection):
             stream.accepted = True
             try:
                 stream.channel.push(item if decoded else stream.decode(item))
+            except codec.DecodeError as error:
+                self.cancel_stream(stream)
+                stream.end(_bad_response(stream, error))
             except Exception as error:
                 self.cancel_stream(stream)
                 stream.end(error)
@@ -234,6 +237,13 @@ class ClientConnection(Connection):
                 stream.end(WorkerLostError("the connection to the instance was lost while it was answering"))
             elif not stream.reply.done():
                 stream.reply.set_exception(WorkerLostError("the connection was lost before the instance had accepted"))
+
+
+def _bad_response(stream: ClientStream, fault: codec.DecodeError) -> BadCallError:
+    """Log an item that does not fit the declared type, a bug of the service that sent it; return the error for that."""
+    error = BadCallError(f"invalid response of instance {stream.channel.source or 0:x}: {fault.message}")
+    log.error("%s", error.message)
+    return error
 
 
 def _is_acceptance(reply: asyncio.Future[bytes]) -> bool:

@@ -91,7 +91,7 @@ class Etcd:
 
         It connects at the first call. `https://` means TLS, verified with `ca_file` (else the system's authorities);
         `cert_file` and `key_file` identify this client. `timeout_s` is the default of every call. Raises ConfigError for
-        an address that is none or a file that cannot be read.
+        an invalid address or a file that cannot be read.
         """
         try:
             ca, cert, key = (Path(name).read_bytes() if name else None for name in (ca_file, cert_file, key_file))

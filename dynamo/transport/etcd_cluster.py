@@ -111,7 +111,7 @@ class Cluster:
     """
 
     def __init__(self, endpoints: str, tls: Tls, username: str, password: str, timeout_s: float) -> None:
-        """Raises ConfigError for an address that is none. `timeout_s` is the default of every call."""
+        """Raises ConfigError for an invalid address. `timeout_s` is the default of every call."""
         shown = without_credentials(endpoints)
         self._members = [Member(url, tls, shown) for url in filter(None, map(str.strip, endpoints.split(",")))]
         """the first is the one in use"""
@@ -218,7 +218,7 @@ class Member:
     """One endpoint of the cluster. Its channel opens at the first use."""
 
     def __init__(self, url: str, tls: Tls, shown: str) -> None:
-        """Raises ConfigError for an address that is none; `shown` are all endpoints, without credentials, for that."""
+        """Raises ConfigError, which names all endpoints as `shown`, for an invalid address."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
             host = parts.hostname

@@ -108,7 +108,7 @@ async def test_plain_function_that_gives_a_stream(serve: Serve) -> None:
     "error",
     [RequestError("bad", hint="mend it", param="n"), OverloadedError("full"), KeyError("k"), UserError("u", 1)],
 )
-async def test_errors_come_back_as_their_class_after_the_items(serve: Serve, error: Exception, items: int) -> None:
+async def test_errors_are_raised_as_their_class_after_the_items(serve: Serve, error: Exception, items: int) -> None:
     async def fail(n: int) -> AsyncIterator[int]:
         for i in range(n):
             yield i
@@ -125,7 +125,7 @@ async def test_errors_come_back_as_their_class_after_the_items(serve: Serve, err
     assert caught.value.__notes__ == ["raised in callee run"]
 
 
-async def test_unary_errors_and_odd_returns(serve: Serve) -> None:
+async def test_unary_errors_and_invalid_results(serve: Serve) -> None:
     class Local(Exception):
         def __init__(self) -> None:
             super().__init__("a", "b")
@@ -400,7 +400,7 @@ async def test_five_hundred_concurrent_streams(serve: Serve, pair: tuple[Runtime
     )
 
 
-async def test_one_name_is_the_prefix_of_another(serve: Serve) -> None:
+async def test_an_endpoint_name_that_is_a_prefix_of_another(serve: Serve) -> None:
     async def named(name: str) -> str:
         return name
 
@@ -481,7 +481,7 @@ async def test_no_instances(make: Make, namespace: str) -> None:
         await client.wait_for_instances(2, timeout_s=0.01)
 
 
-async def test_a_call_waits_for_an_instance_that_is_coming(make: Make, namespace: str) -> None:
+async def test_a_call_waits_for_an_instance_that_is_starting(make: Make, namespace: str) -> None:
     server, caller = await make(), await make()
     client = await caller.client(namespace, "Worker", "run")
     waiting = asyncio.create_task(collect(call(client, 2)))

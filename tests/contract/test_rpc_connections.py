@@ -128,7 +128,7 @@ async def test_unsendable_item_fails_only_its_own_stream(ends: Ends, bad: Any) -
     assert errors[0] is not None
 
 
-async def test_unsendable_last_item_is_no_clean_end(ends: Ends) -> None:
+async def test_an_unsendable_last_item_is_an_error(ends: Ends) -> None:
     stream, _, server_stream = ends.open()
     server_stream.send(object())
     server_stream.end()
@@ -250,7 +250,7 @@ async def test_body_before_and_after_its_request(ends: Ends) -> None:
     assert not ends.server._bodies
 
 
-async def test_bodies_whose_request_is_given_up_are_freed(ends: Ends) -> None:
+async def test_bodies_of_cancelled_requests_are_freed(ends: Ends) -> None:
     client_stream = ends.client.open_stream(decode_any, Channel())
     ends.client.control(frames.BODY, (client_stream.sid, b"x"))
     await soon(lambda: ends.server.has_body(client_stream.sid))
@@ -273,7 +273,7 @@ async def test_lost_connection_fails_accepted_streams_and_cancels_them_on_the_se
     assert ends.server.open_stream(77).closed
 
 
-async def test_lost_before_acceptance_goes_to_the_opener(ends: Ends) -> None:
+async def test_a_connection_lost_before_acceptance_fails_the_reply(ends: Ends) -> None:
     channel: Channel[Any] = Channel()
     client_stream = ends.client.open_stream(decode_any, channel)
     ends.server.abort()
@@ -290,7 +290,7 @@ async def test_deadline_at_the_client(ends: Ends) -> None:
     assert client_stream.deadline_timer is not None
 
 
-async def test_deadline_timer_goes_with_the_stream(ends: Ends) -> None:
+async def test_the_deadline_timer_is_cancelled_with_the_stream(ends: Ends) -> None:
     stream, client_stream, server_stream = ends.open(left_s=60)
     server_stream.end()
     assert await collect(stream) == []
@@ -445,7 +445,7 @@ def send_request(
     return client_stream, asyncio.create_task(ends.client.request(client_stream, "a.b", request, wait_s))
 
 
-async def test_a_request_waits_as_long_as_something_moves(ends: Ends) -> None:
+async def test_a_request_waits_while_bytes_move(ends: Ends) -> None:
     """Its acceptance may be queued behind the items of other streams."""
     stream, _, server_stream = ends.open()
     client_stream, request = send_request(ends, wait_s=0.05)

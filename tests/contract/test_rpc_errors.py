@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from dynamo import context
+from dynamo import codec, context
 from dynamo.errors import BadCallError, RequestError
 from dynamo.http.errors import status_of
 from dynamo.rpc.client import Client
@@ -107,6 +107,18 @@ async def test_a_type_that_fails_unexpectedly_is_logged_with_its_traceback(words
     ((record, _),) = errors.lines
     assert record.exc_info is not None
     assert isinstance(record.exc_info[1], LookupError)
+
+
+async def test_a_wrong_type_in_a_response_is_a_500_and_logged_once_by_the_client(
+    words: Client, errors: ErrorLog
+) -> None:
+    with pytest.raises(BadCallError) as caught:
+        await words.call({"words": 7}, "round_robin", codec.decoder(str), streaming=False)
+    fact = f"invalid response of instance {words.instance_ids()[0]:x}: invalid str: Expected `str`, got `int`"
+    assert caught.value.message == fact
+    assert status_of(caught.value) == 500
+    ((record, _),) = errors.lines
+    assert record.getMessage() == fact
 
 
 @pytest.mark.parametrize("number", [0, -1])
