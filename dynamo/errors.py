@@ -8,12 +8,13 @@
     ├── RequestError             the request is at fault                               HTTP 400
     │   ├── ContextLengthError   prompt and output do not fit the model                HTTP 400
     │   └── ModelNotFoundError   no such model here                                    HTTP 404
+    ├── BadCallError             a service sent another data of a wrong type           HTTP 500
     ├── OverloadedError          more work than the graph accepts: try again           HTTP 429
     ├── UnavailableError         temporarily unavailable: try again                    HTTP 503
     │   ├── NoInstancesError     no instance of the endpoint is registered
     │   └── WorkerLostError      the instance that was answering died
     ├── DeadlineError            the request's deadline has passed                     HTTP 504
-    ├── TransportError           etcd, NATS or a stream connection failed              HTTP 503
+    ├── TransportError           etcd, NATS or an RPC connection failed                HTTP 503
     ├── EngineError              the inference engine failed                           HTTP 500
     │   └── EngineDeadError      the engine has stopped for good                       HTTP 500
     └── RemoteError              a remote endpoint raised a class unknown here         HTTP 500
@@ -79,6 +80,10 @@ class ModelNotFoundError(RequestError):
     code = "model_not_found"
 
 
+class BadCallError(DynamoError):
+    """A service sent another one data that does not fit the endpoint's declared type: a bug of the sender, not the client."""
+
+
 class OverloadedError(DynamoError):
     """More work than the graph accepts; the client may try again."""
 
@@ -111,7 +116,7 @@ class DeadlineError(DynamoError):
 
 
 class TransportError(DynamoError):
-    """etcd, NATS or a stream connection failed."""
+    """etcd, NATS or an RPC connection failed."""
 
     status = 503
     code = "transport"
