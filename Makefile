@@ -3,7 +3,6 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-PYTEST = $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -22,10 +21,10 @@ serve: install ## run graphs.agg with the tiny model on the CPU, ready for curl 
 	@$(BIN)/dynamo serve graphs.agg:Frontend -f configs/agg_tiny.yaml $(ARGS)
 
 test: install ## run all tests, 4 files at a time; on two cores 10 minutes
-	@$(PYTEST) -n 4 $(ARGS)
+	@$(BIN)/python -m pytest -n 4 $(ARGS)
 
 test-fast: install ## run the tests that start no server: unit tests and typing, in a minute
-	@$(PYTEST) -n 2 tests/unit tests/typing $(ARGS)
+	@$(BIN)/python -m pytest -n 2 tests/unit tests/typing $(ARGS)
 
 lint: install ## ruff, mypy --strict, pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pyright && $(BIN)/python .ci/words.py

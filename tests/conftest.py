@@ -35,36 +35,20 @@ if WORKER:  # commands such as `dynamo status` look for graphs in the temporary 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they start
 
 
-LONGEST_FIRST = (
-    "tests/vllm/test_nodes.py",
-    "tests/graph/test_two_hosts.py",
-    "vllm",
-    "busy graph",
-    "tiny",
-)
-"""Groups of tests that begin a parallel run, so that none of them is left alone at its end; then the other folders."""
-FOLDERS = ("vllm", "graph", "deploy", "cli", "compat", "contract", "container", "benchmarks", "typing", "unit")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.parallel import Groups
+
+    config.option.loadscopereorder = False  # the order of `pytest_collection_modifyitems`
+    return Groups(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On an xdist worker: keep a file together, as its tests share graphs, and put the longest groups first."""
-    if not WORKER:
-        return
-    order: dict[str, tuple[int, int]] = {}
-    groups = []
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        marker = item.get_closest_marker("xdist_group")
-        if marker is None:
-            item.add_marker(pytest.mark.xdist_group(file))
-        group = str(marker.args[0]) if marker else file
-        folder = file.split("/")[1]
-        rank = LONGEST_FIRST.index(group) if group in LONGEST_FIRST else len(LONGEST_FIRST) + FOLDERS.index(folder)
-        order.setdefault(group, (rank, len(order)))
-        groups.append(group)
-    ranked = sorted(zip((order[group] for group in groups), range(len(items)), strict=True))
-    items[:] = [items[number] for _, number in ranked]
+    if WORKER:
+        from tests.parallel import group_of, rank
+
+        items.sort(key=lambda item: rank(group_of(item.nodeid)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -53,7 +53,7 @@ class BusyGraph:
 
 @pytest.fixture(scope="session")
 def busy_graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BusyGraph]:
-    """Tests that use it are in the xdist group "busy graph"."""
+    """Tests that use it are a group in tests/parallel.py."""
     graph = BusyGraph(tmp_path_factory.mktemp("busy") / "output")
     try:
         graph.served.ready()

@@ -18,7 +18,6 @@ from tests.deploy.dashboard import FILES, NOW, Query, panels, queries, variables
 OTHERS = ("DCGM_", "gnatsd_", "etcd_", "up")
 # Empty if a graph has no such part, or if there was no fault.
 OPTIONAL = re.compile("dynamo_(router|disagg|prefill)_|dynamo_migrations|DCGM|gnatsd|restarts")
-pytestmark = pytest.mark.xdist_group("busy graph")
 BOARD = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 

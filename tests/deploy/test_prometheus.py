@@ -32,7 +32,6 @@ WITHOUT_DATA = ("DCGM_", "gnatsd_")
 # A legend may name it for engines of several data-parallel ranks, which the mock engine is not.
 RARE_LABELS = {"dp_rank"}
 WITHIN_S = 100
-pytestmark = pytest.mark.xdist_group("busy graph")
 
 
 class Prometheus:

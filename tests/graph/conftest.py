@@ -17,7 +17,7 @@ def mock_graph(serve_graph: Start) -> Served:
 
 @pytest.fixture(scope="session")
 def tiny_graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """What `make serve` runs: real vLLM on the CPU. Tests that use it are in the xdist group "tiny"."""
+    """What `make serve` runs: real vLLM on the CPU. Tests that use it are a group in tests/parallel.py."""
     served = Served(tmp_path_factory.mktemp("tiny") / "output", "-f", "configs/agg_tiny.yaml")
     yield served.ready(120)
     served.end()

@@ -40,7 +40,6 @@ def run(command: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.vllm
-@pytest.mark.xdist_group("tiny")
 @pytest.mark.timeout(240)
 def test_the_first_request(tiny_graph: Served) -> None:
     command = block("bash", "/v1/chat/completions").replace("localhost:8000", f"127.0.0.1:{tiny_graph.port}")
@@ -49,7 +48,6 @@ def test_the_first_request(tiny_graph: Served) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.xdist_group("tiny")
 @pytest.mark.timeout(240)
 def test_the_openai_client(tiny_graph: Served) -> None:
     program = block("python", "from openai import OpenAI").replace("localhost:8000", f"127.0.0.1:{tiny_graph.port}")

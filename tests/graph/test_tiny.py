@@ -15,7 +15,7 @@ import pytest
 from dynamo.llm import tiny
 from tests.served import Served
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("tiny"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
 
 FAQ = tiny.faq()
 QUESTION = "What is an inference graph?"
