@@ -20,10 +20,10 @@ $(VENV)/.installed: pyproject.toml container/install-cpu.sh container/constraint
 serve: install ## run graphs.agg with the tiny model on the CPU, ready for curl on port 8000
 	@$(BIN)/dynamo serve graphs.agg:Frontend -f configs/agg_tiny.yaml $(ARGS)
 
-test: install ## run all tests, 4 files at a time; on two cores 10 minutes
-	@$(BIN)/python -m pytest -n 4 $(ARGS)
+test: install ## run all tests, 3 files at a time; 10 minutes on two cores
+	@$(BIN)/python -m pytest -n 3 $(ARGS)
 
-test-fast: install ## run the tests that start no server: unit tests and typing, in a minute
+test-fast: install ## run the tests that start no server: unit tests and typing; under a minute
 	@$(BIN)/python -m pytest -n 2 tests/unit tests/typing $(ARGS)
 
 lint: install ## ruff, mypy --strict, pyright

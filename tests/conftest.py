@@ -46,9 +46,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if WORKER:
-        from tests.parallel import group_of, rank
+        from tests.parallel import arrange
 
-        items.sort(key=lambda item: rank(group_of(item.nodeid)))
+        arrange(items)
 
 
 @pytest.hookimpl(wrapper=True)

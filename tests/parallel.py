@@ -8,35 +8,38 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+VLLM = "real vLLM"
+"""all tests that start it: two starts at a time would take both cores of a small machine from all other tests"""
 GROUPS = {
+    "tests/cli/test_run.py::test_the_tiny_model_answers_and_can_be_stopped": VLLM,
+    "tests/cli/test_run.py::test_ctrl_c_while_loading_leaves_nothing": VLLM,
+    "tests/graph/test_agg_router_tiny.py": VLLM,
+    "tests/graph/test_disagg_tiny.py": VLLM,
+    "tests/graph/test_readme.py::test_the_first_request": VLLM,
+    "tests/graph/test_readme.py::test_the_openai_client": VLLM,
+    "tests/graph/test_tiny.py": VLLM,
+    "tests/vllm/test_kv_events.py": VLLM,
+    "tests/vllm/test_kv_path.py": VLLM,
+    "tests/vllm/test_kv_transfer.py": VLLM,
+    "tests/vllm/test_mock_parity.py": VLLM,
+    "tests/vllm/test_nodes.py": VLLM,
+    "tests/vllm/test_tiny_model.py": VLLM,
     "tests/deploy/test_dashboards.py": "busy graph",
     "tests/deploy/test_prometheus.py": "busy graph",
-    "tests/graph/test_readme.py::test_the_first_request": "tiny graph",
-    "tests/graph/test_readme.py::test_the_openai_client": "tiny graph",
-    "tests/graph/test_tiny.py": "tiny graph",
-    "tests/vllm/test_kv_events.py": "fork server",
-    "tests/vllm/test_kv_transfer.py": "fork server",
-    "tests/vllm/test_mock_parity.py": "fork server",
-    "tests/vllm/test_tiny_model.py": "fork server",
 }
 """the group of a file or test; others are groups by file"""
-LONGEST_FIRST = (
-    "tests/vllm/test_nodes.py",
-    "tests/graph/test_two_hosts.py",
-    "fork server",
-    "busy graph",
-    "tiny graph",
-)
+LONGEST_FIRST = (VLLM, "tests/graph/test_two_hosts.py", "busy graph")
 """then folder by folder, so that the short tests of the last ones fill the end"""
-FOLDERS = ("vllm", "graph", "deploy", "cli", "compat", "benchmarks", "container", "contract", "typing", "unit")
+FOLDERS = ("graph", "contract", "compat", "cli", "benchmarks", "container", "deploy", "typing", "unit")
 
 
 @functools.cache
 def group_of(test: str) -> str:
     file = test.partition("::")[0]
-    return GROUPS.get(test) or GROUPS.get(file) or file
+    return GROUPS.get(test.partition("[")[0]) or GROUPS.get(file) or file
 
 
 @functools.cache
@@ -45,6 +48,14 @@ def rank(group: str) -> int:
     if group in LONGEST_FIRST:
         return LONGEST_FIRST.index(group)
     return len(LONGEST_FIRST) + FOLDERS.index(group.split("/")[1])
+
+
+def arrange(items: list[pytest.Item]) -> None:
+    """Put tests in the order in which their groups start. Raises UsageError for a test of vLLM outside its group."""
+    for item in items:
+        if item.get_closest_marker("vllm") and group_of(item.nodeid) != VLLM:
+            raise pytest.UsageError(f"{item.nodeid} has the marker vllm: add it to GROUPS of tests/parallel.py")
+    items.sort(key=lambda item: rank(group_of(item.nodeid)))
 
 
 class Groups(LoadScopeScheduling):
