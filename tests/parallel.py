@@ -15,7 +15,7 @@ VLLM = "real vLLM"
 """all tests that start it: two starts at a time would take both cores of a small machine from all other tests"""
 GROUPS = {
     "tests/cli/test_run.py::test_the_tiny_model_answers_and_can_be_stopped": VLLM,
-    "tests/cli/test_run.py::test_ctrl_c_while_loading_leaves_nothing": VLLM,
+    "tests/cli/test_run.py::test_ctrl_c_while_loading_leaves_no_process": VLLM,
     "tests/graph/test_agg_router_tiny.py": VLLM,
     "tests/graph/test_disagg_tiny.py": VLLM,
     "tests/graph/test_readme.py::test_the_first_request": VLLM,

@@ -20,7 +20,7 @@ from tests.ports import free_port
 from tests.served import Served, Start
 
 START_S = 240
-pytestmark = pytest.mark.timeout(600)  # five starts of vLLM
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]  # five starts of vLLM
 TINY = ("-f", "configs/agg_tiny.yaml")
 
 
