@@ -29,10 +29,10 @@ REFUSED = re.compile(
 REFUSED_IN_NAMES = {"tell", "tells", "told", "hear", "hears", "heard", "gone", "nobody", "whoever", "anew"}
 VERBS = frozenset(
     """
-    abort accept acknowledge acquire activate adapt add adjust admit advance advertise align allocate allow announce
+    abort accept acknowledge acquire activate adapt add adjust adopt admit advance advertise align allocate allow announce
     answer append apply approximate arm arrange ask assemble assert assign assume attach await back balance begin
     bench benchmark bind block book bootstrap bound break bridge bring broadcast build bundle cache calculate call
-    cancel capture cast catch change charge check choose claim clamp clean clear clip close coalesce collect combine
+    cancel capture cast catch change charge chat check choose claim clamp clean clear clip close coalesce collect combine
     compare compile complete compress compute concatenate configure confirm connect construct consume contain
     continue control convert copy correct count cover create cut deactivate deal decide declare decline decode
     decorate decrease decrement deduplicate defer define delay delete deliver deregister derive describe deserialize
@@ -42,14 +42,14 @@ VERBS = frozenset(
     expire explain export expose extend extract fail fall fetch fill filter find finish fire fit flag flatten flush
     fold follow force forget fork format forward free freeze gate gather generate get give go grant greet group grow
     guard guess hand handle hash hide hold identify ignore implement import include increase increment index
-    indicate infer inherit initialize inject insert inspect install instantiate intercept interpret interrupt
+    indent indicate infer inherit initialize inject insert inspect install instantiate intercept interpret interrupt
     introduce invalidate invert invoke isolate issue iterate join judge jump keep kill label launch lay lead leave
     lend let limit link list listen load locate lock log look loop lower make manage map mark match measure merge
     migrate minimize mirror mix model modify monitor mount move multiplex name narrow negotiate no-op normalize note
     notice notify number observe obtain offer omit open order override own pack pad parse partition pass patch pause
     peek pick pin ping pipe place plan play plot point poll pop populate post prefer prefill prefix prepare prepend
     preserve prevent print probe proceed process produce profile promise propagate prove provide prune publish pull
-    purge push put queue quote raise randomize range rank reach read readmit rebuild receive recompute reconnect
+    purge push put queue quote raise randomize range rank reach read readmit reap rebuild receive recompute reconnect
     record recover redeliver redirect reduce refer refresh refuse register reject relay release reload remember
     remove rename render renew repeat replace replay reply report represent reproduce request requeue require
     reserve reset resolve respond restart restore restrict resume retain retire retry return reuse revoke rewrite

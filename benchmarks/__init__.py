@@ -1,1 +1,1 @@
-"""What serving costs: `python -m benchmarks`."""
+"""Benchmarks: `python -m benchmarks` measures CPU and latency of serving; the other modules have their own commands."""

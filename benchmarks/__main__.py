@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, print the table."""
+"""`python -m benchmarks`: measure graphs.agg and its peers under load and print the table."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from benchmarks.processes import StartError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="where benchmarks/peers/install.sh put the peers")
-    parser.add_argument("--vllm", action="store_true", help="measure the start of the tiny model on vLLM, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure CPU and latency.")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="folder of benchmarks/peers/install.sh")
+    parser.add_argument("--vllm", action="store_true", help="also measure the start of the tiny model on vLLM")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="runs of each point; 3 by default")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the points whose name contains this")
     options = parser.parse_args()
     say = Console(stderr=True).print
     points = [point for point in serving.POINTS if options.only in point.name]
     if not points:
-        parser.error(f"no point has {options.only!r} in its name: {', '.join(p.name for p in serving.POINTS)}")
+        parser.error(f"no point has {options.only!r} in its name; points: {', '.join(p.name for p in serving.POINTS)}")
     try:
         results = serving.measure(serving.systems(options.peers), points, options.repetitions, say)
         if options.vllm:

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.disagg`: what long prompts do to the tokens of others, with and without disaggregation.
+"""`python -m benchmarks.disagg`: effect of long prompts on the ITL of other streams, with and without disaggregation.
 
-Streams decode all the time, and long prompts that nobody has seen arrive at a steady rate. Measured are the times between
-two tokens of the streams, all of them and not their means, and the TTFT of the long prompts; for each graph in turn, with
-the same number of engines: prefill and decode workers against as many workers that do both.
+Streams decode all the time, and long prompts without a cached prefix arrive at a steady rate. Measured are all times
+between two tokens of the streams (not their means) and the TTFT of the long prompts; for each graph in turn, with the
+same number of engines: prefill and decode workers against as many workers that do both.
 
     python -m benchmarks.disagg                                     # mock engines, 1 + 1 against 2
     python -m benchmarks.disagg --config-agg A.yaml --config-disagg D.yaml --set Common.model=DIR    # real ones
@@ -14,11 +14,10 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -30,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.load import percentile
-from benchmarks.processes import CpuMeter, Process, StartError, free_port
-from benchmarks.replay.systems import REPOSITORY, START_LIMIT_S, end, models
-from benchmarks.system import Running
+from benchmarks.processes import CpuMeter, StartError
+from benchmarks.replay.systems import START_LIMIT_S, models
+from benchmarks.system import serve_graph
 
 
 @dataclass(frozen=True)
@@ -61,16 +60,19 @@ class Seen:
 
 class Measurement:
     def __init__(self, url: str, model: str, shape: Shape, vocabulary: range) -> None:
-        self._url, self._model, self._shape, self._vocabulary = url, model, shape, vocabulary
+        self._url = url
+        self._model = model
+        self._shape = shape
+        self._vocabulary = vocabulary
         self._draw = random.Random(1)
         self._seen = Seen()
         self._measuring = False
 
     async def run(self) -> Seen:
-        """A second to settle, then `seconds`. Raises StartError when nothing could be measured."""
+        """Measure for `seconds` after a warm-up of 2 s. Raises StartError if no tokens arrived."""
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=120) as self._client:
-            tasks = [asyncio.create_task(self._decode_for_ever()) for _ in range(self._shape.streams)]
+            tasks = [asyncio.create_task(self._decode_stream()) for _ in range(self._shape.streams)]
             await asyncio.sleep(2.0)
             self._measuring = True
             arrivals = asyncio.create_task(self._long_prompts())
@@ -80,31 +82,33 @@ class Measurement:
                 task.cancel()
             await asyncio.gather(arrivals, *tasks, return_exceptions=True)
         if not self._seen.gaps_s:
-            raise StartError(f"no tokens came: {self._seen.errors[:1]}")
+            raise StartError(f"no tokens arrived: {self._seen.errors[:1]}")
         return self._seen
 
-    async def _decode_for_ever(self) -> None:
+    async def _decode_stream(self) -> None:
         while True:
             tokens = self._shape.stream_tokens
-            await self._answer(16, self._draw.randrange(tokens // 2, tokens), self._gap)
+            await self._answer(16, self._draw.randrange(tokens // 2, tokens), self._record_gap)
 
     async def _long_prompts(self) -> None:
         running: set[asyncio.Task[None]] = set()
         while True:
-            task = asyncio.create_task(self._answer(self._shape.long_tokens, self._shape.long_output, self._first))
+            task = asyncio.create_task(
+                self._answer(self._shape.long_tokens, self._shape.long_output, self._record_first)
+            )
             running.add(task)
             task.add_done_callback(running.discard)
             await asyncio.sleep(self._draw.expovariate(self._shape.rate))
 
-    def _gap(self, seconds: float, first: bool) -> None:
+    def _record_gap(self, seconds: float, first: bool) -> None:
         if not first:
             self._seen.gaps_s.append(seconds)
 
-    def _first(self, seconds: float, first: bool) -> None:
+    def _record_first(self, seconds: float, first: bool) -> None:
         if first:
             self._seen.ttft_s.append(seconds)
 
-    async def _answer(self, prompt: int, output: int, told: Any) -> None:
+    async def _answer(self, prompt: int, output: int, record: Callable[[float, bool], None]) -> None:
         body = {
             "model": self._model,
             "prompt": self._draw.choices(self._vocabulary, k=prompt),
@@ -124,42 +128,32 @@ class Measurement:
                     now = time.perf_counter()
                     if b'"text"' in chunk:
                         if self._measuring:
-                            told(now - last, first)
+                            record(now - last, first)
                             self._seen.tokens += chunk.count(b'"text"')
                         last, first = now, False
         except (httpx.HTTPError, StartError) as error:
-            if self._measuring:  # not of the streams that are cut at the end
+            if self._measuring:  # not for the streams that are cancelled at the end
                 self._seen.errors.append(str(error) or type(error).__name__)
                 await asyncio.sleep(0.5)
 
 
 def measure(name: str, graph: str, config: str, settings: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="disagg-") as folder:
-        port = free_port()
-        process = Process(
-            [sys.executable, "-m", "dynamo", "serve", graph, "-f", config, "--infra", "embedded", "--host", "127.0.0.1",
-             "--port", str(port), *(f"--{setting}" for setting in settings)],
-            Path(folder) / "serve.log", {"DYN_LOG": "warn"}, REPOSITORY,
-        )  # fmt: skip
-        running = Running(name, port, "", [process], lambda argv: "servers")
+        running = serve_graph(name, "", graph, config, settings, Path(folder), START_LIMIT_S)
+        running.role = lambda argv: "servers"
         try:
-            process.wait_for(
-                lambda: re.search(rb"(?m)^ready in ", process.log.read_bytes()) is not None,
-                START_LIMIT_S,
-                "dynamo serve",
-            )
-            (model, *_) = models(port)
+            (model, *_) = models(running.port)
             shape = Shape(
                 options.streams, options.stream_tokens, options.tokens, options.output, options.rate, options.seconds
             )
             first, last = map(int, options.vocab.split(":"))
-            meter = CpuMeter([process.pid], running.role)
+            meter = CpuMeter([process.pid for process in running.processes], running.role)
             meter.start()
-            seen = asyncio.run(Measurement(f"http://127.0.0.1:{port}", model, shape, range(first, last)).run())
+            seen = asyncio.run(Measurement(f"http://127.0.0.1:{running.port}", model, shape, range(first, last)).run())
             cpu = sum(meter.seconds().values())
-            metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+            metrics = httpx.get(f"http://127.0.0.1:{running.port}/metrics", timeout=10).text
         finally:
-            end(running)
+            running.stop()
     gaps, ttft = sorted(seen.gaps_s), sorted(seen.ttft_s)
     return {
         "name": name,
@@ -175,24 +169,29 @@ def measure(name: str, graph: str, config: str, settings: Sequence[str], options
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.disagg", description="ITL beside long prompts.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.disagg", description="Measure ITL beside long prompts.")
     add = parser.add_argument
-    add("--streams", type=int, default=16, help="that decode all the time; 16 by default")
-    add("--stream-tokens", type=int, default=400, help="of each of their requests, at most; 400 by default")
-    add("--tokens", type=int, default=4000, help="of a long prompt; 4000 by default")
+    add("--streams", type=int, default=16, help="streams that decode all the time; 16 by default")
+    add("--stream-tokens", type=int, default=400, help="most tokens of each of their requests; 400 by default")
+    add("--tokens", type=int, default=4000, help="length of a long prompt; 4000 by default")
     add("--output", type=int, default=16, help="tokens of its answer; 16 by default")
     add("--rate", type=float, default=3.0, help="long prompts a second; 3 by default")
-    add("--seconds", type=float, default=20.0, help="measured; 20 by default")
+    add("--seconds", type=float, default=20.0, help="duration of the measurement; 20 by default")
     add("--vocab", default="300:900", metavar="FIRST:END", help="token ids of the prompts")
     add("--graph-agg", default="graphs.agg:Frontend")
     add("--graph-disagg", default="graphs.disagg:Frontend")
     add("--config-agg", default="configs/agg_mock.yaml")
     add("--config-disagg", default="configs/disagg_mock.yaml")
-    add("--engines", type=int, default=2, help="in all; of the disaggregated ones half compute prompts; 2 by default")
+    add(
+        "--engines",
+        type=int,
+        default=2,
+        help="total number; with disaggregation half of them compute prompts; 2 by default",
+    )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of both graphs; repeatable")
     add("--set-agg", action="append", default=[], metavar="KEY=VALUE")
     add("--set-disagg", action="append", default=[], metavar="KEY=VALUE")
-    add("--only", choices=("agg", "disagg"), help="one of them")
+    add("--only", choices=("agg", "disagg"), help="measure one of the two")
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     half = options.engines // 2

@@ -1,9 +1,9 @@
-"""On a machine with a GPU: graphs.agg beside vLLM's own API server, the same 8B Llama of random weights, the same load.
+"""Benchmark for a machine with a GPU: graphs.agg and vLLM's own API server, the same 8B Llama with random weights.
 
     python -m benchmarks.gpu [--out DIR]
 
 No weights are needed (`load-format: dummy`): a configuration and a made-up tokenizer are written to a folder. Prints
-what each server gives at several numbers of streams, and the CPU time of everything but the engine's own processes.
+the figures of each server at several numbers of streams, and the CPU time of everything but the engine's own processes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.load import Client, Load, percentile
 from benchmarks.processes import CpuMeter, Process, command_line, descendants, free_port
+from benchmarks.system import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -49,7 +49,7 @@ READY_S = 260.0
 
 
 def write_model(folder: Path) -> None:
-    """A model directory without weights: every token is a word, so that any token that comes out has text."""
+    """Write a model directory without weights: every token is a word, so that any generated token has text."""
     words = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(LLAMA_8B["vocab_size"] - 3))]  # type: ignore[operator]
     tokenizer = {
         "version": "1.0",
@@ -77,7 +77,7 @@ def write_model(folder: Path) -> None:
 
 
 def graph_command(model: Path, port: int) -> list[str]:
-    """The shipped configuration of the 8B model, with the weights made up."""
+    """Return the command that serves the shipped configuration of the 8B model with random weights."""
     return [
         sys.executable, "-m", "dynamo", "serve", "graphs.agg:Frontend", "-f", "configs/agg.yaml",
         "--port", str(port), "--infra", "embedded", "--Frontend.served_model_name=m",
@@ -156,7 +156,7 @@ def main() -> None:
             continue
         port = free_port()
         print(f"== {name}", flush=True)
-        server = Process(command(model, port), out / f"{name}.log", {}, ROOT)
+        server = Process(command(model, port), out / f"{name}.log", {}, REPOSITORY)
         try:
             ready_s = server.wait_for(lambda port=port: answers(port), READY_S, name)  # type: ignore[misc]
             print(f"ready in {ready_s:.0f} s", flush=True)

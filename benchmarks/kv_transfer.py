@@ -1,5 +1,7 @@
-"""`python -m benchmarks.kv_transfer`: KV from one process to another through the connector's data path, beside a copy
-of the same bytes; with `--model DIR`, from one vLLM engine to another, compared with an engine that computes it itself.
+"""`python -m benchmarks.kv_transfer`: KV transfer between processes through the connector's data path.
+
+Compared with a copy of the same bytes; with `--model DIR`, also between two vLLM engines, compared with an engine that
+computes the KV itself.
 
 Runs without pytest, on the CPU and on a GPU (whose two processes then share it).
 """
@@ -54,7 +56,7 @@ def hold(pipe: Connection, blocks: int, device: str) -> None:
 
 
 def transfers(blocks: int, device: str, repetitions: int) -> Iterator[tuple[str, list[float]]]:
-    """(way, seconds of each repetition) of a pull of all blocks; the first of each way is not counted."""
+    """Yield (way, seconds of each repetition) of pulling all blocks; the first of each way is not counted."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     holder = context.Process(target=hold, args=(theirs, blocks, device), daemon=True)
@@ -114,7 +116,7 @@ def measure_path(sizes_gb: list[float], device: str, repetitions: int) -> None:
 
 
 async def measure_engines(model: str, arguments: Mapping[str, Any], lengths: list[int]) -> bool:
-    """A prompt of each length: computed, and computed elsewhere and pulled. Whether all answers were equal."""
+    """Compare a prompt of each length computed by the engine itself and by another one; return True if answers are equal."""
     from tests.vllm.engine_process import Engines
 
     secret = {SECRET: os.urandom(16).hex()}
@@ -152,13 +154,15 @@ def _prompt(dice: random.Random, length: int) -> list[int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_transfer", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_transfer", description="Measure KV transfer.")
     parser.add_argument("--gb", type=float, nargs="*", default=[0.1, 1.0, 2.0], help="sizes; --gb alone: none")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", help="a model's directory, or dynamo-tiny: measure two engines, too")
+    parser.add_argument("--model", help="a model's directory, or dynamo-tiny: also measure two engines")
     parser.add_argument("--arguments", type=json.loads, default={}, metavar="JSON", help="vLLM's flags by name")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[100, 1000, 3000], help="prompts, in tokens")
+    parser.add_argument(
+        "--lengths", type=int, nargs="*", default=[100, 1000, 3000], help="lengths of prompts, in tokens"
+    )
     options = parser.parse_args()
     measure_path(options.gb, options.device, options.repetitions)
     if options.model:

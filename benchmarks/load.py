@@ -1,7 +1,7 @@
 """A cheap closed-loop load on an OpenAI chat endpoint: N connections, each with one request after another.
 
-It shares the machine with the servers it measures, so while the clock runs it only collects bytes and notes two times a
-request. Afterwards every answer is taken apart and checked: status, chunks, JSON, end, and the number of tokens.
+It shares the machine with the servers it measures, so while the clock runs it only collects bytes and records two times
+a request. Afterwards every answer is parsed and checked: status, chunks, JSON, end, and the number of tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _WORDS = [f"w{i}" for i in range(500)]
 
 
 class LoadError(Exception):
-    """A request failed or an answer is not what was asked for: its figures would be worthless."""
+    """A request failed or an answer is not as requested, so its figures would be worthless."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """`requests` in all over `streams` connections, each for exactly `output_tokens`."""
+    """`requests` in total over `streams` connections, each for exactly `output_tokens`."""
 
     streams: int
     requests: int
@@ -43,7 +43,7 @@ class Load:
         return self.requests * self.output_tokens
 
     def bodies(self, model: str, seed: int) -> Iterator[bytes]:
-        """Prompts that begin differently, so that no prefix cache helps."""
+        """Yield requests whose prompts begin differently, so that no prefix cache helps."""
         words = random.Random(seed)
         for number in range(self.requests):
             text = f"{seed}.{number} " + " ".join(words.choices(_WORDS, k=self.input_words))
@@ -85,12 +85,13 @@ class _Connection(asyncio.Protocol):
     """Sends the next request as soon as an answer is complete, until there are no more."""
 
     def __init__(self, requests: Iterator[bytes], answers: list[Answer]) -> None:
-        self._requests, self._answers = requests, answers
+        self._requests = requests
+        self._answers = answers
         self._loop = asyncio.get_running_loop()
         self.finished: asyncio.Future[None] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._parts: list[bytes] = []
-        self._length: int | None = None  # of the whole answer, if its head told
+        self._length: int | None = None  # of the whole answer, if its head has a content-length
         self._size = 0
         self._first_s = 0.0
         self._began = 0.0
@@ -108,7 +109,10 @@ class _Connection(asyncio.Protocol):
             if not self.finished.done():
                 self.finished.set_result(None)
             return
-        self._parts, self._length, self._size, self._first_s = [], None, 0, 0.0
+        self._parts = []
+        self._length = None
+        self._size = 0
+        self._first_s = 0.0
         self._began = time.perf_counter()
         self._transport.write(request)
 
@@ -140,14 +144,16 @@ class _Connection(asyncio.Protocol):
 
 
 class Client:
-    """`streams` connections to one server, kept from one load to the next. Close it."""
+    """Applies loads to one server, each over new connections."""
 
     def __init__(self, host: str, port: int, model: str) -> None:
-        self._host, self._port, self._model = host, port, model
+        self._host = host
+        self._port = port
+        self._model = model
         self._seed = 0
 
     async def run(self, load: Load) -> Outcome:
-        """Apply `load`. Raises LoadError when any answer is not complete and exact."""
+        """Apply `load`. Raises LoadError if any answer is incomplete or not exact."""
         self._seed += 1
         head = (
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\n"
@@ -184,7 +190,10 @@ class Client:
 
 
 def check(raw: bytes, load: Load) -> int:
-    """The chunks with text in one answer. Raises LoadError unless it is complete and has the tokens asked for."""
+    """Return the number of chunks with text in an answer.
+
+    Raises LoadError unless the answer is complete and has the requested tokens.
+    """
     head, _, body = raw.partition(_HEAD_END)
     status = head.split(b" ", 2)[1]
     if b"transfer-encoding: chunked" in head.lower():
@@ -229,10 +238,10 @@ def unchunk(body: bytes) -> bytes:
             return b"".join(parts)
         parts.append(body[at : at + size])
         if body[at + size : at + size + 2] != b"\r\n":
-            raise LoadError("an answer is not chunked as its chunk sizes say")
+            raise LoadError("an answer does not match its chunk sizes")
         at += size + 2
 
 
 def percentile(ordered: list[float], share: float) -> float:
-    """The value below which `share` of the values lie."""
+    """Return the value below which `share` of the sorted values lie."""
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]

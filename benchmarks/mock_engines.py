@@ -1,4 +1,4 @@
-"""What the mock engine itself costs: CPU for each token of one engine, and hundreds of engines in one process.
+"""Cost of the mock engine itself: CPU for each token of one engine, and hundreds of engines in one process.
 
 python -m benchmarks.mock_engines [--engines 200] [--streams 8] [--seconds 10]
 """
@@ -29,7 +29,7 @@ async def start(**arguments: Any) -> MockEngine:
 
 
 async def measure_one(streams: int, prompt_tokens: int, output_tokens: int, block_size: int) -> float:
-    """us of CPU for each token, streams piped, without any waiting; the least of many rounds."""
+    """Return the CPU time of a token in µs, with piped streams and no pauses: the lowest of many rounds."""
     engine = await start(**{"speedup-ratio": 0, "block-size": block_size})
     best = float("inf")
     for number in range(ROUNDS):
@@ -53,9 +53,9 @@ async def measure_one(streams: int, prompt_tokens: int, output_tokens: int, bloc
 
 
 async def measure_many(count: int, streams: int, seconds: float, speedup: float) -> str:
-    """All engines busy: each stream begins the next request when one ends."""
+    """Measure many busy engines and return a line of figures. Each stream begins a request when the one before ends."""
     process = psutil.Process()
-    await start()  # what they share is there
+    await start()  # loads what they share
     gc.collect()
     before = process.memory_info().rss
     engines = [await start(**{"speedup-ratio": speedup}) for _ in range(count)]
@@ -86,7 +86,7 @@ async def measure_many(count: int, streams: int, seconds: float, speedup: float)
     busy = process.memory_info().rss - before
     return (
         f"{count} engines, {streams} streams each, speedup-ratio {speedup:g}: {tokens / wall_s:,.0f} tokens/s, "
-        f"{requests / wall_s:,.0f} requests/s, {cpu_s / tokens * 1e6:.2f} us of CPU a token, {cpu_s / wall_s:.0%} of a core; "
+        f"{requests / wall_s:,.0f} requests/s, {cpu_s / tokens * 1e6:.2f} µs of CPU a token, {cpu_s / wall_s:.0%} of a core; "
         f"memory of an engine: {idle / count / 1024:.0f} KiB idle, {busy / count / 1024:.0f} KiB busy"
     )
 
@@ -94,12 +94,12 @@ async def measure_many(count: int, streams: int, seconds: float, speedup: float)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", type=int, default=200)
-    parser.add_argument("--streams", type=int, default=8, help="of each engine")
+    parser.add_argument("--streams", type=int, default=8, help="streams of each engine")
     parser.add_argument("--seconds", type=float, default=10)
     options = parser.parse_args()
     for prompt, output, block in ((256, 500, 64), (256, 500, 16), (4000, 100, 64)):
         found = uvloop.run(measure_one(64, prompt, output, block))
-        print(f"one engine, 64 streams, {prompt} + {output} tokens, block-size {block}: {found:.2f} us of CPU a token")
+        print(f"one engine, 64 streams, {prompt} + {output} tokens, block-size {block}: {found:.2f} µs of CPU a token")
     for speedup in (1.0, 0.0):
         print(uvloop.run(measure_many(options.engines, options.streams, options.seconds, speedup)))
 

@@ -1,4 +1,4 @@
-"""Processes that are measured: started with their output kept, their CPU time read, ended by pid. Linux."""
+"""Processes under measurement: start them with a log file, read their CPU time, stop them. Linux only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ STOP_S = 15.0
 
 
 class StartError(Exception):
-    """A server did not come up; the end of its output is in the message."""
+    """A server did not start; the end of its output is in the message."""
 
 
 def free_port(count: int = 1) -> int:
-    """The first of `count` free ports, below those that the kernel gives to outgoing connections."""
+    """Return the first of `count` consecutive free ports, below the kernel's range for outgoing connections."""
     while True:
         first = random.randrange(18000, 32000)
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
@@ -30,8 +30,11 @@ def free_port(count: int = 1) -> int:
 
 
 def cpu_ns(pid: int) -> int:
-    """User and system time of a process and its threads, ended ones included: its CPU clock, exact where /proc has ticks."""
-    return time.clock_gettime_ns((~pid << 3) | 2)  # how Linux numbers the clock of another process
+    """Return the user and system time of a process and its threads, ended ones included.
+
+    Read from its CPU clock, which is exact where /proc counts ticks.
+    """
+    return time.clock_gettime_ns((~pid << 3) | 2)  # Linux's number of another process's CPU clock
 
 
 def descendants(root: int) -> list[int]:
@@ -57,7 +60,7 @@ def command_line(pid: int) -> list[str]:
 
 
 class Process:
-    """A started program; its output goes to a file."""
+    """A running program whose output goes to a file."""
 
     def __init__(self, argv: Sequence[str | Path], log: Path, env: Mapping[str, str], cwd: Path) -> None:
         self.log = log
@@ -70,7 +73,10 @@ class Process:
         self.pid = self._process.pid
 
     def wait_for(self, ready: Callable[[], bool], limit_s: float, what: str) -> float:
-        """Seconds from the start until `ready()`. Raises StartError when the process ends or the limit is over."""
+        """Wait until `ready()` and return the seconds since the start.
+
+        Raises StartError if the process ends or the limit is over.
+        """
         while not ready():
             if self._process.poll() is not None or time.perf_counter() - self.started > limit_s:
                 raise StartError(f"{what} did not start:\n{self.log.read_text(errors='replace')[-2000:]}")
@@ -78,7 +84,7 @@ class Process:
         return time.perf_counter() - self.started
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL to it and its descendants if it does not go."""
+        """Send SIGTERM; if the process does not end, send SIGKILL to it and its descendants."""
         if self._process.poll() is not None:
             return
         pids = descendants(self.pid)
@@ -103,7 +109,7 @@ class CpuMeter:
         self._before = {pid: cpu_ns(pid) for pid in self.pids}
 
     def seconds(self) -> dict[str, float]:
-        """Since `start`, by role. Raises ProcessLookupError or OSError when one of them has ended meanwhile."""
+        """Return the CPU time since `start` by role. Raises OSError if one of the processes has ended."""
         used = dict.fromkeys(self.pids.values(), 0.0)
         for pid, role in self.pids.items():
             used[role] += (cpu_ns(pid) - self._before[pid]) / 1e9

@@ -1,4 +1,4 @@
-"""The result as a table."""
+"""The table of `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNARY = {point.name for point in POINTS if not point.load.streaming}
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
-    """`summary` is serving.summary()'s."""
+    """Print a summary from `serving.summary`."""
     table = Table(title="CPU per token (unary: per request) and what clients see; medians", title_justify="left")
     for heading in ("load", "system"):
         table.add_column(heading, no_wrap=True)

@@ -1,10 +1,10 @@
 """`python -m benchmarks.routing [--peers DIR]`: CPU of a routing decision, of KV events, and memory of the index.
 
-A decision is what the Router's `route` does between decoding the question and encoding the answer; hashing the prompt,
-which the Processor does, is shown apart and in the sum. A quarter of each prompt is common to all, as a system prompt
-is. Loads are drawn at random, and once more equal for all, where each holder of a prefix must be looked into. Beside it,
-in the same run: a floor, the same index asked block by block for each worker as one writes it first, and ai-dynamo's
-index through its own Python binding.
+A decision is what the Router's `route` does between decoding the request and encoding the answer; hashing the prompt,
+which the Processor does, has a column of its own and is part of the sum. A quarter of each prompt is common to all, like
+a system prompt. Loads are random in the first run and equal in the second. For comparison, in the same run: a floor, the
+same index queried block by block for each worker as in a first version, and ai-dynamo's index through its own Python
+binding.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ DECISIONS = 3000
 
 
 def timed(work: Callable[[Any], Any], value: Any) -> tuple[Any, float]:
-    """What it gives, and the CPU of this thread, in µs, less what asking the clock takes."""
+    """Return the result of `work(value)` and the CPU time of this thread in µs, without the time to read the clock."""
     started = time.thread_time_ns()
     result = work(value)
     return result, (time.thread_time_ns() - started - CLOCK_NS) / 1e3
 
 
 def cpu_us(work: Callable[[Any], Any], values: Iterable[Any]) -> list[float]:
-    """One by one."""
+    """Return the CPU time of `work` for each value, in µs."""
     return [timed(work, value)[1] for value in values]
 
 
 def clock_ns() -> int:
-    """What is measured when nothing is done between two looks at the clock: two system calls."""
+    """Return the CPU time between two readings of the clock with nothing between: two system calls."""
     return round(median(-time.thread_time_ns() + time.thread_time_ns() for _ in range(1000)))
 
 
@@ -62,7 +62,10 @@ def load_of(worker: int, draw: random.Random | None) -> WorkerLoad:
 
 
 def build(prompts: list[list[BlockHash]], workers: int, block_size: int) -> tuple[KvRouter, dict[str, float]]:
-    """A router whose index holds these prompts, spread over the workers, all by encoded events as they come."""
+    """Return a router whose index holds these prompts, spread over the workers, and figures of its events.
+
+    The events arrive encoded, as over the network.
+    """
     draw = random.Random(2)
     encoded = []
     sequences = [0] * workers
@@ -72,16 +75,16 @@ def build(prompts: list[list[BlockHash]], workers: int, block_size: int) -> tupl
         encoded.append(codec.encode(KvEvents(worker + 1, 0, sequences[worker], [Change(True, pack(prompt))])))
     router = KvRouter()
     for worker in range(1, workers + 1):
-        router.caches.join(worker)
-        router.caches.take_snapshot(worker, [KvSnapshot(worker, 0, 0, block_size, b"")])
-        router.caches.take_load(load_of(worker, draw))
+        router.state.join(worker)
+        router.state.apply_snapshot(worker, [KvSnapshot(worker, 0, 0, block_size, b"")])
+        router.state.apply_load(load_of(worker, draw))
     gc.collect()
     decode = codec.decoder(KvEvents)
     memory, started = psutil.Process().memory_info().rss, time.thread_time_ns()
     for payload in encoded:
-        router.caches.take_events(decode(payload))
+        router.state.apply_events(decode(payload))
     spent = time.thread_time_ns() - started
-    blocks = len(router.caches.index)
+    blocks = len(router.state.index)
     return router, {
         "blocks": blocks,
         "events_us_per_block": spent / 1e3 / blocks,
@@ -90,21 +93,21 @@ def build(prompts: list[list[BlockHash]], workers: int, block_size: int) -> tupl
 
 
 def report(router: KvRouter, placed: list[tuple[Route, bytes]]) -> None:
-    """The workers have computed these prompts, and told so; and then that they evicted as much, since they are full."""
-    caches = router.caches
-    for cache in caches.all():
-        cache.pending.clear()
+    """Report that the workers have computed these prompts, and then that they evicted as much, since they are full."""
+    state = router.state
+    for cache in state.caches:
+        cache.unreported.clear()
     for stored in (True, False):
         for route, hashes in placed:
-            (cache,) = caches.of(route.worker)
+            (cache,) = state.caches_of(route.worker)
             assert cache.sequence is not None
             new = Change(stored, hashes[8 * route.overlap_blocks :])
-            caches.take_events(KvEvents(route.worker, 0, cache.sequence + 1, [new]))
+            state.apply_events(KvEvents(route.worker, 0, cache.sequence + 1, [new]))
         router.tick()
 
 
 def decide(router: KvRouter, questions: list[bytes], workers: int, draw: random.Random | None) -> list[float]:
-    """As in the Router: the questions come over the wire, and workers report between. In µs."""
+    """Return the CPU time of each decision in µs. Questions arrive encoded, and workers report between them."""
     decode, spent = codec.decoder(RouteRequest), []
     placed: list[tuple[Route, bytes]] = []
     for number, encoded in enumerate(questions):
@@ -112,7 +115,7 @@ def decide(router: KvRouter, questions: list[bytes], workers: int, draw: random.
         route, spent_us = timed(router.route, question)
         spent.append(spent_us)
         placed.append((route, question.hashes))
-        router.caches.take_load(load_of(1 + number % workers, draw))
+        router.state.apply_load(load_of(1 + number % workers, draw))
         if number % 100 == 99:
             report(router, placed)
             placed.clear()
@@ -120,15 +123,15 @@ def decide(router: KvRouter, questions: list[bytes], workers: int, draw: random.
 
 
 def walk(router: KvRouter, prompt: list[BlockHash]) -> int:
-    """The floor: each worker's prefix followed block by block, then the cheapest."""
-    caches, best, lowest = router.caches, 0, float("inf")
-    for cache in caches.all():
-        held, overlap = caches.index.blocks(cache.slot), 0
+    """Follow each worker's prefix block by block and return the cheapest worker: the floor."""
+    state, best, lowest = router.state, 0, float("inf")
+    for cache in state.caches:
+        held, overlap = state.index.blocks(cache.slot), 0
         for hash in prompt:
             if hash not in held:
                 break
             overlap += 1
-        cost = caches.loads.prefill[cache.slot] + 2 * len(prompt) - overlap + caches.loads.decode[cache.slot]
+        cost = cache.prefill_blocks + 2 * len(prompt) - overlap + cache.decode_blocks
         if cost < lowest:
             best, lowest = cache.worker, cost
     return best
@@ -136,7 +139,7 @@ def walk(router: KvRouter, prompt: list[BlockHash]) -> int:
 
 def measure(tokens: int, block_size: int, workers: int, blocks: int) -> dict[str, Any]:
     draw = random.Random(1)
-    system = [draw.randrange(100_000) for _ in range(tokens // 4)]  # a prompt that all have in front
+    system = [draw.randrange(100_000) for _ in range(tokens // 4)]  # what all prompts begin with
     rest = tokens - len(system)
     texts = [system + [draw.randrange(100_000) for _ in range(rest)] for _ in range(blocks * block_size // rest)]
     prompts = [block_hashes(text, block_size) for text in texts]
@@ -148,9 +151,8 @@ def measure(tokens: int, block_size: int, workers: int, blocks: int) -> dict[str
     del texts
     gc.collect()
     gc.freeze()
-    # as they come from the tokenizer, new
     some = list(asked[:300])
-    # as in the Processor: the tokens are new, they come from the tokenizer
+    # lists of new ints, as the tokenizer gives them to the Processor
     hashes = cpu_us(lambda text: pack(block_hashes(text, block_size)), map(list, asked))
     questions = [
         codec.encode(RouteRequest(str(number), tokens, block_size, pack(block_hashes(text, block_size))))
@@ -159,7 +161,7 @@ def measure(tokens: int, block_size: int, workers: int, blocks: int) -> dict[str
     del asked
     decisions = decide(router, questions, workers, draw)
     for worker in range(1, workers + 1):
-        router.caches.take_load(load_of(worker, None))
+        router.state.apply_load(load_of(worker, None))
     equal = decide(router, questions, workers, None)
     floor = cpu_us(lambda text: walk(router, block_hashes(text, block_size)), some)
     both = [one + two for one, two in zip(hashes, decisions, strict=True)]
@@ -173,7 +175,7 @@ def measure(tokens: int, block_size: int, workers: int, blocks: int) -> dict[str
     }
 
 
-def of_peer(directory: Path, version: str, shape: list[str]) -> dict[str, float] | None:
+def measure_peer(directory: Path, version: str, shape: list[str]) -> dict[str, float] | None:
     python = directory / f"dynamo-{version}" / "bin" / "python"
     if not python.exists():
         return None
@@ -187,8 +189,8 @@ def of_peer(directory: Path, version: str, shape: list[str]) -> dict[str, float]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=main.__doc__)
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="where benchmarks/peers/install.sh put the peers")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description="Measure CPU of routing.")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="folder of benchmarks/peers/install.sh")
     parser.add_argument("--tokens", type=int, default=4096, help="length of a prompt; 4096 by default")
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block; 16 by default")
     parser.add_argument("--workers", type=int, default=64, help="64 by default")
@@ -238,7 +240,7 @@ def main() -> int:
     )
     shape = [options.tokens, options.block_size, options.workers, options.blocks * options.block_size // options.tokens]
     for version in ("1.6", "0.3") if options.peers else ():
-        found = of_peer(options.peers, version, list(map(str, shape)))
+        found = measure_peer(options.peers, version, list(map(str, shape)))
         if found is not None:
             row(
                 f"ai-dynamo {version}, index only",

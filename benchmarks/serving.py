@@ -1,11 +1,9 @@
-"""Our graph and its peers under the same loads in turns, and what they cost."""
+"""Our graph and its peers under the same loads, in turns: CPU and latency."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -19,20 +17,19 @@ import uvloop
 
 from benchmarks.load import Client, Load, LoadError, percentile
 from benchmarks.peers import rust, sdk
-from benchmarks.processes import CpuMeter, Process, free_port
-from benchmarks.system import Running, System
+from benchmarks.processes import CpuMeter
+from benchmarks.system import Running, System, serve_graph
 from dynamo.engines.mock import MockEngine
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
 
 T = TypeVar("T")
 
 OURS = "ours"
-REPOSITORY = Path(__file__).parents[2]
 START_LIMIT_S = 60.0
 VLLM_START_LIMIT_S = 240.0
-WARM_UP = 2  # requests a connection before a point is measured
+WARM_UP = 2  # requests for each connection before a point is measured
 DIRECT_CALLS = 100
-PEER_TRIES = 3  # Dynamo 0.3 puts an instance aside for seconds after an error, which may come under load
+PEER_TRIES = 3  # Dynamo 0.3 skips an instance for seconds after an error, which may happen under load
 PEER_PAUSE_S = 5.0
 
 
@@ -78,50 +75,23 @@ class Results:
     """point -> system -> its runs"""
     start_s: dict[str, float] = field(default_factory=dict)
     direct_ttft_ms: dict[str, float] = field(default_factory=dict)
-    """of our mock engine called in this process: `unpaced`, `paced`"""
+    """TTFT of our mock engine called in this process: `unpaced`, `paced`"""
     failures: list[str] = field(default_factory=list)
-    """what peers failed at; a failure of ours ends everything"""
+    """failures of peers; a failure of ours ends the benchmark"""
 
     def add(self, point: str, system: str, measured: Measured) -> None:
         self.runs.setdefault(point, {}).setdefault(system, []).append(measured)
 
 
-def start_graph(
-    run_dir: Path,
-    paced: bool,
-    *,
-    config: str = "agg_mock",
-    repository: Path = REPOSITORY,
-    env: dict[str, str] | None = None,
-) -> Running:
-    """`dynamo serve` of graphs.agg with its own NATS and etcd, when it says that it is ready."""
-    port = free_port()
-    settings = [f"--VllmWorker.speedup-ratio={int(paced)}"] if config == "agg_mock" else []
-    process = Process(
-        [sys.executable, "-m", "dynamo", "serve", "graphs.agg:Frontend", "-f", f"configs/{config}.yaml", "--infra",
-         "embedded", "--host", "127.0.0.1", "--port", str(port), *settings],
-        run_dir / "serve.log", {"DYN_LOG": "warn", **(env or {})}, repository,
-    )  # fmt: skip
-    try:
-        seconds = process.wait_for(
-            lambda: re.search(rb"(?m)^ready in ", process.log.read_bytes()) is not None,
-            START_LIMIT_S if config == "agg_mock" else VLLM_START_LIMIT_S,
-            "dynamo serve",
-        )
-    except BaseException:
-        process.stop()
-        raise
-    return Running(OURS, port, "dynamo-tiny", [process], _role, seconds)
-
-
-def _role(argv: list[str]) -> str:
-    if "--service-name" in argv:
-        return argv[argv.index("--service-name") + 1]
-    return "NATS" if argv and Path(argv[0]).name == "nats-server" else "other"
+def start_graph(run_dir: Path, paced: bool) -> Running:
+    """Serve graphs.agg with mock workers."""
+    settings = [f"VllmWorker.speedup-ratio={int(paced)}"]
+    config = "configs/agg_mock.yaml"
+    return serve_graph(OURS, "dynamo-tiny", "graphs.agg:Frontend", config, settings, run_dir, START_LIMIT_S)
 
 
 def systems(peers: Path | None) -> list[System]:
-    """Ours, and those of the peers that are installed under `peers`."""
+    """Return our system and the peers installed in the folder `peers`."""
     found = [System(OURS, start_graph)]
     known: list[tuple[str, str, Callable[[Path, Path, bool], Running]]] = [
         (rust.NAME, "dynamo-1.6", rust.start),
@@ -176,8 +146,8 @@ async def _warm_up(server: Running, load: Load) -> bool:
     return True
 
 
-def measure(wanted: Sequence[System], points: Sequence[Point], repetitions: int, say: Callable[[str], None]) -> Results:
-    """Every system at every point, in turns, so that what else the machine does hits all alike."""
+def measure(wanted: Sequence[System], points: Sequence[Point], repetitions: int, log: Callable[[str], None]) -> Results:
+    """Measure every system at every point, in turns, so that other work on the machine affects all alike."""
     results = Results()
     for paced in (False, True):
         chosen = [point for point in points if point.paced == paced]
@@ -193,7 +163,7 @@ def measure(wanted: Sequence[System], points: Sequence[Point], repetitions: int,
                         measured = _try(server, partial(_measure, server, point.load), point, results)
                         if measured is not None:
                             results.add(point.name, server.name, measured)
-                            say(
+                            log(
                                 f"{point.name}: {server.name} {repetition + 1}/{repetitions}: "
                                 f"{measured.total_cpu_us:.1f} µs, {measured.tokens_per_s:,.0f} tokens/s"
                             )
@@ -203,7 +173,7 @@ def measure(wanted: Sequence[System], points: Sequence[Point], repetitions: int,
 
 
 def _try(server: Running, work: Callable[[], Coroutine[Any, Any, T]], point: Point, results: Results) -> T | None:
-    """The work's result. A peer that fails gets more tries and is then left out: None."""
+    """Run `work` and return its result; None if a peer failed PEER_TRIES times. Raises LoadError if ours fails."""
     for tried in range(PEER_TRIES):
         try:
             done: T = uvloop.run(work())
@@ -218,7 +188,7 @@ def _try(server: Running, work: Callable[[], Coroutine[Any, Any, T]], point: Poi
 
 
 async def _direct_ttft_ms(speedup: float, calls: int) -> float:
-    """Median time to the first token of the mock engine itself, called in this process."""
+    """Return the median time to the first token of the mock engine itself, called in this process."""
     engine = MockEngine("dynamo-tiny", {"speedup-ratio": speedup}, lambda _: None)
     await engine.start()
     loop = asyncio.get_running_loop()
@@ -239,19 +209,22 @@ async def _direct_ttft_ms(speedup: float, calls: int) -> float:
 
 
 def measure_vllm_start(results: Results) -> None:
-    """The tiny model on the real vLLM: with empty caches, then with what the first start left there."""
+    """Measure the start of the tiny model on vLLM: with empty caches, then with those of the first start."""
     with tempfile.TemporaryDirectory(prefix="bench-") as base:
         caches = {
             name: f"{base}/{name.lower()}" for name in ("VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR")
         }
         for name in ("first", "second"):
-            running = start_graph(Path(base), False, config="agg_tiny", env=caches)
+            config = "configs/agg_tiny.yaml"
+            running = serve_graph(
+                OURS, "dynamo-tiny", "graphs.agg:Frontend", config, [], Path(base), VLLM_START_LIMIT_S, caches
+            )
             running.stop()
             results.start_s[f"ours, vLLM, {name} start"] = running.start_s
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """Medians with the spread of total CPU, and the ratio of ours to each peer; plain data, for JSON and the table."""
+    """Return medians, the range of total CPU, and the ratio of ours to each peer, as plain data for JSON and the table."""
     points: dict[str, Any] = {}
     for point, by_system in results.runs.items():
         rows: dict[str, Any] = {}

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.processes import Process
+from benchmarks.processes import Process, command_line, descendants, free_port
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @dataclass
@@ -19,17 +26,67 @@ class Running:
     model: str
     processes: list[Process]
     role: Callable[[list[str]], str]
-    """what a command line is in the table"""
+    """name of a command line's process in the table"""
     start_s: float = field(default=0.0)
     host: str = "127.0.0.1"
 
     def stop(self) -> None:
+        """Stop the processes, then kill those of their descendants that still run."""
+        children = {pid: command_line(pid) for process in self.processes for pid in descendants(process.pid)}
         for process in self.processes:
             process.stop()
+        for pid, argv in children.items():
+            if argv and command_line(pid) == argv:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 class System(NamedTuple):
-    """`start(run_dir, paced)` gives a server that is ready: its mock engine at a modelled pace, or as fast as it can."""
+    """`start(run_dir, paced)` returns a ready server: its mock engine at a modelled pace, or as fast as it can."""
 
     name: str
     start: Callable[[Path, bool], Running]
+
+
+@contextlib.contextmanager
+def stopped_on_error(running: Running) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        running.stop()
+        raise
+
+
+def serve_graph(
+    name: str,
+    model: str,
+    graph: str,
+    config: str,
+    settings: Sequence[str],
+    run_dir: Path,
+    limit_s: float,
+    env: Mapping[str, str] | None = None,
+) -> Running:
+    """Start `dynamo serve` with its own NATS and etcd and wait until it is ready.
+
+    `settings` are KEY=VALUE. Raises StartError if it is not ready within `limit_s`.
+    """
+    port = free_port()
+    process = Process(
+        [sys.executable, "-m", "dynamo", "serve", graph, "-f", config, "--infra", "embedded", "--host", "127.0.0.1",
+         "--port", str(port), *(f"--{setting}" for setting in settings)],
+        run_dir / "serve.log", {"DYN_LOG": "warn", **(env or {})}, REPOSITORY,
+    )  # fmt: skip
+    running = Running(name, port, model, [process], role_of)
+    with stopped_on_error(running):
+        running.start_s = process.wait_for(
+            lambda: re.search(rb"(?m)^ready in ", process.log.read_bytes()) is not None, limit_s, "dynamo serve"
+        )
+    return running
+
+
+def role_of(argv: list[str]) -> str:
+    """Return the role of a process of ours by its command line: the service's name, NATS or other."""
+    if "--service-name" in argv:
+        return argv[argv.index("--service-name") + 1]
+    return "NATS" if argv and Path(argv[0]).name == "nats-server" else "other"

@@ -1,4 +1,4 @@
-"""Processor: turns messages into tokens, chooses a worker, and hands its deltas on."""
+"""Processor: tokenizes requests, sends them to workers and returns the stream of deltas."""
 
 from __future__ import annotations
 
@@ -43,17 +43,18 @@ from dynamo.sdk import (
 log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT_TOKENS = 4096
-ROUTE_S = 0.5
-"""How long the Router may take. It needs a tenth of a millisecond; without its answer the least loaded worker is taken."""
-PLACES = 3
-"""Workers that the Router may name before the least loaded one is taken: those that died a moment ago refuse."""
-COMPLAIN_S = 30.0
-CHOOSE = {
+ROUTE_TIMEOUT_S = 0.5
+"""How long the Router may take. It needs a tenth of a millisecond; without its answer the least loaded worker is used."""
+ROUTE_ATTEMPTS = 3
+"""Workers that the Router may name before the least loaded one is used: those that have just died refuse."""
+LOG_INTERVAL_S = 30.0
+LOCAL_MODES = {
     "round-robin": round_robin,
     "random": random,
     "power-of-two": power_of_two,
     "least-loaded": least_loaded,
 }
+"""Modes in which this process itself chooses the worker, without the Router."""
 
 
 @service(dynamo={"namespace": "dynamo"}, resources={"cpu": "10", "memory": "20Gi"}, workers=1)
@@ -73,18 +74,20 @@ class Processor(Service):
     ) -> None:
         """
         Args:
-            model: whose tokenizer and chat template are used; the workers' model.
-            block_size: tokens in a KV block, as the workers have it.
-            max_model_len: context length in tokens; None: what the model's config.json says.
+            model: the workers' model, for its tokenizer and chat template.
+            block_size: tokens in a KV block of the workers.
+            max_model_len: context length in tokens; None: as in the model's config.json.
             router: how a worker is chosen: round-robin, random, power-of-two and least-loaded by this process itself,
                 kv, kv-load and approx-kv by the Router.
-            migration_limit: how many times a request goes on at another worker when the one that computes it is lost;
-                0: the loss ends it with an error. It also limits how many workers a request can take down.
+            migration_limit: how many times a request is continued by another worker when its worker is lost; 0: the
+                loss ends the request with an error. It also limits how many workers a request can crash.
         """
-        self.model, self.block_size, self.max_model_len = model, block_size, max_model_len
+        self.model = model
+        self.block_size = block_size
+        self.max_model_len = max_model_len
         self.router = router
         self.migration_limit = migration_limit
-        self._complained_s = 0.0
+        self._logged_s = 0.0
 
     @property
     def router(self) -> RouterMode:
@@ -92,15 +95,16 @@ class Processor(Service):
 
     @router.setter
     def router(self, mode: RouterMode) -> None:
-        self._router: RouterMode = self._possible(mode)
+        self._check_mode(mode)
+        self._router: RouterMode = mode
 
-    def _possible(self, mode: RouterMode) -> RouterMode:
-        if mode not in CHOOSE and not is_linked(self, "kv_router"):
+    def _check_mode(self, mode: RouterMode) -> None:
+        """Raise ConfigError if a mode needs a Router and the graph has none."""
+        if mode not in LOCAL_MODES and not is_linked(self, "kv_router"):
             raise ConfigError(
                 f"router: {mode} needs a Router, which is not in this graph",
-                hint=f"serve graphs.agg_router:Frontend, or use {', '.join(CHOOSE)}",
+                hint=f"serve graphs.agg_router:Frontend, or use {', '.join(LOCAL_MODES)}",
             )
-        return mode
 
     @async_on_start
     async def load(self) -> None:
@@ -110,18 +114,17 @@ class Processor(Service):
             config = json.loads((directory / "config.json").read_text("utf-8"))
             length = int(config.get("max_position_embeddings", DEFAULT_CONTEXT_TOKENS))
         self.preprocessor = Preprocessor(Tokenizer(directory), length)
-        self._count()
+        self._add_metrics()
 
-    def _count(self) -> None:
-        from prometheus_client import Counter  # here, so that a dry run does not import it
+    def _add_metrics(self) -> None:
+        from prometheus_client import Counter  # imported here to keep a dry run fast
 
-        registry = metrics_registry()
-        told = "Requests that went on at another worker, by the code of the error that ended them at the first."
-        self._migrations = Counter("dynamo_migrations", told, ["reason"], registry=registry)
-        for reason in REASONS:  # from 0 on: rate() misses the step of a series that begins with its first event
+        text = "Requests continued by another worker, by the code of the error that ended them at the first."
+        self._migrations = Counter("dynamo_migrations", text, ["reason"], registry=metrics_registry())
+        for reason in REASONS:  # start all series at 0: rate() misses the step of one that begins with its first event
             self._migrations.labels(reason)
 
-    def _migrated(self, reason: str) -> None:
+    def _count_migration(self, reason: str) -> None:
         self._migrations.labels(reason).inc()
 
     @endpoint(name="chat/completions")
@@ -131,86 +134,90 @@ class Processor(Service):
     @endpoint(name="completions")
     def completion(self, request: CompletionRequest) -> Stream[Delta]:
         stream = self._answer(partial(self.preprocessor.completion, request), request.routing)
-        return _echoed(partial(self.preprocessor.prompt_text, request), stream) if request.echo else stream
+        return _echo(partial(self.preprocessor.prompt_text, request), stream) if request.echo else stream
 
     def _answer(self, prepare: Prepare, routing: Routing | None) -> Stream[Delta]:
         routing = routing or Routing()
+        decode = self.preprocessor.tokenizer.decode
         limit = self.migration_limit if routing.worker is None else 0  # a worker that was named cannot be replaced
-        return migrating(
-            prepare, partial(self._generate, routing), self.preprocessor.tokenizer.decode, limit, self._migrated
-        )
+        return migrating(prepare, partial(self._generate, routing), decode, limit, self._count_migration)
 
     async def _generate(self, routing: Routing, request: GenerateRequest, lost: Set[int]) -> Stream[Delta]:
-        """Send a request to a worker that is not among those that it has lost."""
+        """Send a request to a worker, to none of those it has lost before."""
         if routing.worker is not None:
             return direct(self.worker, routing.worker).generate(request)
-        mode = self._possible(routing.mode) if routing.mode is not None else self.router
-        if mode in CHOOSE:
-            return avoiding(CHOOSE[mode](self.worker), lost).generate(request)
-        return await self._where_routed(request, mode, routing, lost)
+        mode = routing.mode if routing.mode is not None else self.router
+        self._check_mode(mode)
+        if mode in LOCAL_MODES:
+            return avoiding(LOCAL_MODES[mode](self.worker), lost).generate(request)
+        return await self._generate_routed(request, cast(KvMode, mode), routing, lost)
 
-    async def _where_routed(
-        self, request: GenerateRequest, mode: RouterMode, routing: Routing, lost: Set[int]
+    async def _generate_routed(
+        self, request: GenerateRequest, mode: KvMode, routing: Routing, lost: Set[int]
     ) -> Stream[Delta]:
-        """Ask the Router; where it does not answer, or names workers that refuse, take the least loaded one."""
-        size = self.block_size
+        """Send a request to the worker that the Router chooses.
+
+        If the Router does not answer, or its workers refuse, send it to the least loaded one.
+        """
+        block_size = self.block_size
         question = RouteRequest(
             request_id=request.request_id,
             prompt_tokens=len(request.token_ids),
-            block_size=size,
-            hashes=pack(block_hashes(request.token_ids, size)),
-            mode=cast(KvMode, mode),
+            block_size=block_size,
+            hashes=pack(block_hashes(request.token_ids, block_size)),
+            mode=mode,
             temperature=routing.temperature,
             overlap_credit=routing.overlap_credit,
             exclude=list(lost),
         )
-        for _ in range(PLACES):
-            route = await self._ask(question)
+        for _ in range(ROUTE_ATTEMPTS):
+            route = await self._ask_router(question)
             if route is None:
                 break
-            request.expected_hit = route.overlap_blocks * size
+            request.expected_hit = route.overlap_blocks * block_size
             request.rank = route.rank if route.ranks > 1 else None
-            stream = direct(self.worker, route.worker).generate(request)
             try:
-                return await stream
+                return await direct(self.worker, route.worker).generate(request)
             except (UnavailableError, TransportError):
                 question.exclude.append(route.worker)
-        request.expected_hit, request.rank = 0, None
+        request.expected_hit = 0
+        request.rank = None
         return avoiding(least_loaded(self.worker), question.exclude).generate(request)
 
-    async def _ask(self, question: RouteRequest) -> Route | None:
+    async def _ask_router(self, question: RouteRequest) -> Route | None:
+        """Return the Router's choice; None, with a log line now and then, if it has none or does not answer."""
         try:
             if not instance_ids(self.kv_router):
-                raise UnavailableError("no Router is there")
-            async with asyncio.timeout(ROUTE_S):
+                raise UnavailableError("no Router is running")
+            async with asyncio.timeout(ROUTE_TIMEOUT_S):
                 route = await self.kv_router.route(question)
         except (DynamoError, TimeoutError) as error:
-            if time.monotonic() - self._complained_s > COMPLAIN_S:
-                self._complained_s = time.monotonic()
-                log.warning("requests go to the least loaded worker: %s", str(error) or f"no answer in {ROUTE_S} s")
+            if time.monotonic() - self._logged_s > LOG_INTERVAL_S:
+                self._logged_s = time.monotonic()
+                reason = str(error) or f"no answer in {ROUTE_TIMEOUT_S} s"
+                log.warning("falling back to the least loaded worker: %s", reason)
             return None
         if route.block_size not in (0, self.block_size):
-            log.info("the workers' KV blocks have %d tokens, not %d as configured", route.block_size, self.block_size)
+            log.info("block size: %d as the workers report it, not %d as configured", route.block_size, self.block_size)
             self.block_size = route.block_size
         return route
 
 
-def _echoed(prompt: Callable[[], str], stream: Stream[Delta]) -> Stream[Delta]:
+def _echo(prompt: Callable[[], str], stream: Stream[Delta]) -> Stream[Delta]:
     """Put the prompt's text in front of each choice's first delta."""
-    seen: set[int] = set()
+    started: set[int] = set()
 
-    def add(delta: Delta) -> Delta:
-        if delta.index in seen:
+    def add_prompt(delta: Delta) -> Delta:
+        if delta.index in started:
             return delta
-        seen.add(delta.index)
+        started.add(delta.index)
         return msgspec.structs.replace(delta, text=prompt() + delta.text)
 
-    return stream.map(add)
+    return stream.map(add_prompt)
 
 
-if (
-    __name__ == "__main__"
-):  # python -m components.processor -f configs/agg.yaml: this service alone, under a debugger too
+# this service alone, under a debugger too: python -m components.processor -f configs/agg.yaml
+if __name__ == "__main__":
     from dynamo.launcher.foreground import alone
 
     alone(Processor)

@@ -1,4 +1,4 @@
-"""Router: knows what each worker's KV cache holds and what it has to do, and says where a request should go."""
+"""Router: follows the KV cache and the load of every worker and chooses the worker for a request."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ from dynamo.sdk import (
     service_context,
 )
 from dynamo.sdk.graph import load_function
+from dynamo.tasks import TaskSet
 
 log = logging.getLogger(__name__)
 
-FOLLOW_S = 0.05
-"""How often the list of workers is looked at. Whoever calls a worker that has died hears of it at once."""
+POLL_S = 0.05
+"""How often the list of workers is read. Calls to a worker that has died fail immediately, so nothing waits for this."""
 TICK_S = 1.0
-SNAPSHOT_S = 10.0
+SNAPSHOT_TIMEOUT_S = 10.0
 RETRY_S = 1.0
 
 
@@ -51,7 +52,10 @@ class Tokens(msgspec.Struct):
 
 @service(dynamo={"namespace": "dynamo"}, resources={"cpu": "10", "memory": "20Gi"}, workers=1)
 class Router(Service):
-    """Several can run: each hears all workers, and what it has placed itself until the workers report it."""
+    """Several can run, each with the messages of all workers.
+
+    Until a worker reports a request, only the Router that placed it counts it.
+    """
 
     worker = depends(VllmWorker)
 
@@ -68,112 +72,123 @@ class Router(Service):
     ) -> None:
         """
         Args:
-            model: the workers' model, for the record.
-            min_workers: workers that must be there before the graph is ready.
-            block_size: tokens in a KV block, until the workers have said theirs.
-            router: where a request does not say: kv, by prefix and load; approx-kv, the same without KV events, by what
-                was sent where; kv-load, the emptiest KV cache.
-            overlap_score_credit: what a cached block of the prompt is worth, in blocks of load.
+            model: the workers' model; not used, the workers have it.
+            min_workers: number of workers needed before the graph is ready.
+            block_size: tokens in a KV block, until the workers have reported theirs.
+            router: mode of requests that name none: kv, prefix hits against load; approx-kv, the same with prefix hits
+                estimated from earlier requests, without KV events; kv-load, the emptiest KV cache.
+            overlap_score_credit: value of a cached block of the prompt, in blocks of load.
             prefill_load_scale: weight of blocks to be computed against blocks held.
-            router_temperature: 0: the cheapest worker; more spreads requests over others.
+            router_temperature: 0: the cheapest worker; higher values spread requests over others.
             custom_router: a function `module:function` or `file.py:function` that scores a worker in place of the cost
                 function; it gets the request and a `dynamo.kv_router.messages.Candidate`, the lowest score wins.
         """
         if custom_router is True:
             raise ConfigError("Router.custom-router: true", hint="name a function: custom-router: my_router.py:score")
-        self.model, self.min_workers, self.block_size = model, min_workers, block_size
+        self.model = model
+        self.min_workers = min_workers
+        self.block_size = block_size
         score: Score | None = load_function(custom_router) if custom_router else None
         weights = Weights(prefill_load_scale, overlap_score_credit, router_temperature)
-        self.kv = KvRouter(router, weights, score)
-        self.metrics = RouterMetrics(self.kv, metrics_registry())
-        self._fetching: dict[int, asyncio.Task[None]] = {}
-        self._following: asyncio.Task[None] | None = None
+        self.kv_router = KvRouter(router, weights, score)
+        self.state = self.kv_router.state
+        self.metrics = RouterMetrics(self.kv_router, metrics_registry())
+        self._tasks = TaskSet("router")
+        self._fetching: set[int] = set()  # workers whose snapshot is under way
 
     @async_on_start
     async def start(self) -> None:
-        await self.worker.kv_events.subscribe(self._take_events)
-        await self.worker.load.subscribe(self._take_load)
-        self._following = asyncio.get_running_loop().create_task(self._follow())
+        await self.worker.kv_events.subscribe(self._apply_events)
+        await self.worker.load.subscribe(self._apply_load)
+        self._tasks.keep_running(self._follow_workers, name="follow workers")
 
-    def _take_events(self, message: KvEvents) -> None:
-        if self.kv.caches.take_events(message):
-            self._fetch(message.worker)
+    def _apply_events(self, message: KvEvents) -> None:
+        if self.state.apply_events(message):
+            self._start_snapshot(message.worker)
 
-    def _take_load(self, message: WorkerLoad) -> None:
-        if self.kv.caches.take_load(message):
-            self._fetch(message.worker)
+    def _apply_load(self, message: WorkerLoad) -> None:
+        if self.state.apply_load(message):
+            self._start_snapshot(message.worker)
 
-    async def _follow(self) -> None:
-        ticked = time.monotonic()
+    async def _follow_workers(self) -> None:
+        ticked_s = time.monotonic()
         while True:
-            known, live = set(self.kv.caches.workers), set(instance_ids(self.worker))
+            known = set(self.state.workers)
+            live = set(instance_ids(self.worker))
             for worker in known - live:
-                self.kv.caches.leave(worker)
+                self.state.leave(worker)
             for worker in live - known:
-                self.kv.caches.join(worker)
-                self._fetch(worker)
-            if time.monotonic() - ticked > TICK_S:
-                ticked = time.monotonic()
-                self.kv.tick()
-            await asyncio.sleep(FOLLOW_S)
+                self.state.join(worker)
+                self._start_snapshot(worker)
+            if time.monotonic() - ticked_s > TICK_S:
+                ticked_s = time.monotonic()
+                self.kv_router.tick()
+            await asyncio.sleep(POLL_S)
 
-    def _fetch(self, worker: int) -> None:
-        """Get a snapshot, unless one is under way: it ends with another one where it came too early."""
+    def _start_snapshot(self, worker: int) -> None:
+        """Fetch a snapshot of a worker, unless one is under way: that one is repeated if it is too old."""
         if worker not in self._fetching:
-            task = asyncio.get_running_loop().create_task(self._snapshot(worker))
-            self._fetching[worker] = task
-            task.add_done_callback(lambda _: self._fetching.pop(worker, None))
+            self._fetching.add(worker)
+            self._tasks.spawn(self._fetch_snapshot(worker), name=f"snapshot of worker {worker:x}")
 
-    async def _snapshot(self, worker: int) -> None:
-        again = True
-        while again and worker in self.kv.caches.workers:
-            try:
-                async with asyncio.timeout(SNAPSHOT_S):
-                    parts = [part async for part in direct(self.worker, worker).kv_snapshot(SnapshotRequest())]
-                again = self.kv.caches.take_snapshot(worker, parts)
-            except RequestError as error:
-                self.kv.caches.is_blind(worker, error.message)
-                return
-            except (DynamoError, TimeoutError) as error:
-                log.debug("no snapshot of worker %x, trying again: %r", worker, error)
-                await asyncio.sleep(RETRY_S)
-        gc.freeze()  # sets of a million hashes, which the collector would look through again and again
+    async def _fetch_snapshot(self, worker: int) -> None:
+        try:
+            needed = True
+            while needed and worker in self.state.workers:
+                needed = await self._try_snapshot(worker)
+        finally:
+            self._fetching.discard(worker)
+
+    async def _try_snapshot(self, worker: int) -> bool:
+        """Fetch a snapshot and apply it; return True if another one is needed."""
+        try:
+            async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
+                parts = [part async for part in direct(self.worker, worker).kv_snapshot(SnapshotRequest())]
+            needed = self.state.apply_snapshot(worker, parts)
+            gc.freeze()  # sets of a million hashes, which the collector would scan again and again
+            return needed
+        except RequestError as error:
+            self.state.mark_without_events(worker, error.message)
+            return False
+        except (DynamoError, TimeoutError) as error:
+            log.debug("no snapshot of worker %x, retrying: %r", worker, error)
+            await asyncio.sleep(RETRY_S)
+            return True
 
     @readiness
     def ready(self) -> bool:
-        there = len(self.kv.caches.workers)
-        if there < self.min_workers and (context := service_context()) is not None:
-            context.progress(f"waiting for workers: {there} of {self.min_workers}")
-        return there >= self.min_workers
+        count = len(self.state.workers)
+        if count < self.min_workers and (context := service_context()) is not None:
+            context.progress(f"waiting for workers: {count} of {self.min_workers}")
+        return count >= self.min_workers
 
     @endpoint
     async def route(self, request: RouteRequest) -> Route:
-        """Raises NoInstancesError when there is no worker."""
-        started = time.perf_counter()
-        route = self.kv.route(request)
-        self.metrics.decided(request, route, time.perf_counter() - started)
+        """Choose a worker for a request. Raises NoInstancesError when there is none."""
+        started_s = time.perf_counter()
+        route = self.kv_router.route(request)
+        self.metrics.count_decision(request, route, time.perf_counter() - started_s)
         return route
 
     @endpoint
     async def generate(self, request: Tokens) -> AsyncIterator[tuple[str, float]]:
-        """As in ai-dynamo 0.3: yields the worker's id and the part of the prompt that it has cached, 0 to 1."""
-        size = self.kv.caches.block_size or self.block_size
+        """Yield the worker's id and the part of the prompt that it has cached, 0 to 1; as in ai-dynamo 0.3."""
+        size = self.state.block_size or self.block_size
         hashes = pack(block_hashes(request.tokens, size))
         route = await self.route(RouteRequest("", len(request.tokens), size, hashes))
         yield str(route.worker), route.overlap_blocks * size / max(len(request.tokens), 1)
 
     def stats_data(self) -> dict[str, Any]:
-        caches = self.kv.caches
-        return {"workers": len(caches.workers), "kv_blocks": len(caches.index), "kv_resyncs": caches.resyncs}
+        state = self.state
+        return {"workers": len(state.workers), "kv_blocks": len(state.index), "kv_resyncs": state.resyncs}
 
     @on_shutdown
     def stop(self) -> None:
-        for task in (self._following, *self._fetching.values()):
-            if task is not None:
-                task.cancel()
+        self._tasks.cancel()
 
 
-if __name__ == "__main__":  # python -m components.router -f configs/agg_router.yaml: this service alone
+# this service alone: python -m components.router -f configs/agg_router.yaml
+if __name__ == "__main__":
     from dynamo.launcher.foreground import alone
 
     alone(Router)

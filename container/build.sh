@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# build.sh: builds a container image of this project with Docker. `build.sh --help` lists the flags.
+# build.sh: build a container image of this project with Docker. `build.sh --help` lists the flags.
 set -euo pipefail
 root=$(dirname "$(dirname "$(readlink -f "$0")")")
 
@@ -7,19 +7,19 @@ usage() {
   cat <<'HELP'
 usage: container/build.sh [FLAG ...]
 
-  --framework NAME         VLLM (default; NVIDIA GPUs), VLLM_NIXL (the same and NIXL) or CPU; in any case of letters
-  --target STAGE           build this stage of the Dockerfile (builder, runtime); it is added to the tag
-  --tag NAME:TAG           name of the image; default dynamo:latest-<framework>[-<target>]; can be repeated
+  --framework NAME         VLLM (default; NVIDIA GPUs), VLLM_NIXL (the same with NIXL) or CPU; case-insensitive
+  --target STAGE           build this stage of the Dockerfile (builder, runtime) and append it to the tag
+  --tag NAME:TAG           image name, default dynamo:latest-<framework>[-<target>]; can be repeated
   --release-build          also tag it dynamo:<version>-<framework>[-<target>]
   --base-image NAME        base image, default python
   --base-image-tag TAG     its tag, default 3.12-slim-bookworm (CPU: 3.11-slim-bookworm)
-  --platform PLATFORM      as linux/amd64; default: this machine's
-  --build-arg NAME=VALUE   passed to docker build, as are the next four; can be repeated
+  --platform PLATFORM      such as linux/amd64; default: this machine's
+  --build-arg NAME=VALUE   passed to docker build, like the next four; can be repeated
   --build-context NAME=DIR
   --cache-from SOURCE
   --cache-to TARGET
   --no-cache
-  --dry-run                print the docker command and start nothing
+  --dry-run                print the docker command and exit
   -h, --help               show this
 
   ./container/build.sh                                  # dynamo:latest-vllm
@@ -46,7 +46,7 @@ while [ $# -gt 0 ]; do
     --release-build) release=yes ;;
     --dry-run) dry_run=yes ;;
     -h | --help) usage; exit 0 ;;
-    *) misuse "no such flag: $1" ;;
+    *) misuse "unknown flag: $1" ;;
   esac
   shift
 done
@@ -56,7 +56,7 @@ case $framework in
   VLLM_NIXL) framework=VLLM; args+=(--build-arg ENABLE_NIXL=true) ;;
   TENSORRTLLM | TRTLLM | SGLANG) misuse "--framework $framework: the engine here is vLLM; use VLLM or CPU" ;;
   STANDARD | NONE) misuse "--framework $framework: there is no image without an engine; CPU runs on any machine" ;;
-  *) misuse "no such framework: $framework; use VLLM, VLLM_NIXL or CPU" ;;
+  *) misuse "unknown framework: $framework; use VLLM, VLLM_NIXL or CPU" ;;
 esac
 
 name=${framework,,}${target:+-$target}
@@ -72,5 +72,5 @@ if [ -n "$dry_run" ]; then
   exit 0
 fi
 type -P docker >/dev/null || fail "docker was not found; install it: https://docs.docker.com/engine/install" 127
-export DOCKER_BUILDKIT=1 # the Dockerfiles keep downloads in cache mounts
+export DOCKER_BUILDKIT=1 # the Dockerfiles use cache mounts for downloads
 exec "${command[@]}"

@@ -1,10 +1,10 @@
-"""HEALTHCHECK of the images: `python healthcheck.py [PID]`; exit code 0 is healthy, 1 is not, with one line that says why.
+"""HEALTHCHECK of the images: `python healthcheck.py [PID]`. Exit code 0: healthy; 1: unhealthy, with the reason in one line.
 
-Every graph that `dynamo serve` runs in this container must answer GET /health with less than 500, at the address that it
-announced: 503 tells that no model can answer, 404 that its entry service is not ours and lives. Where the entry service runs
-elsewhere, the metrics port tells of each service here whether one of its processes is ready. Where nothing is announced, PID,
-the container's first process, decides: a whole graph should have been announced; a service alone is asked for /healthz where
-DYNAMO_SYSTEM_APP_PORT says where; a shell, or anything else, is healthy while it runs.
+Every graph that `dynamo serve` runs in this container must answer GET /health with a status below 500 at its announced
+address: 503 means that no model is available, 404 that the entry service is a custom one and alive. If the entry service
+runs elsewhere, the metrics port must report at least one ready process of each service here. If no graph is announced, the
+check depends on PID, the container's first process: a whole graph must be announced; a service alone is asked for /healthz
+if DYNAMO_SYSTEM_APP_PORT is set; a shell, or anything else, is healthy while it runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UP = re.compile(r'^dynamo_supervisor_process_up\{(?:[^}]*,)?service="([^"]*)"[^
 
 
 def fault(pid: int) -> str | None:
-    """What is wrong; None: healthy."""
+    """Return the reason why the container is unhealthy; None if it is healthy."""
     graphs = running()
     if graphs:
         faults = (_fault_at(f"{g.url}/health") if g.url else _fault_of_services(g.metrics) for g in graphs)
@@ -37,19 +37,19 @@ def fault(pid: int) -> str | None:
         return None
     alone = os.environ.get("DYNAMO_SERVICE_NAME") or any(word.startswith("--service-name") for word in command)
     if not alone:
-        return "no graph is announced: it has not begun, or has ended"
+        return "no graph is announced: it has not started yet, or has ended"
     port = os.environ.get("DYNAMO_SYSTEM_APP_PORT")
     return _fault_at(f"http://127.0.0.1:{port}/healthz") if port else None
 
 
 def _fault_of_services(url: str) -> str | None:
-    """`url` is that of the metrics port, empty where there is none: then nobody knows more than that it runs."""
+    """Return a service without a ready process, by the metrics port at `url`; None if there is none, or no `url`."""
     if not url:
         return None
     try:
         try:
             text = _get(url)
-        except OSError:  # others reach this host there, by address translation
+        except OSError:  # the address is for other hosts, by address translation
             text = _get(f"http://127.0.0.1:{urlsplit(url).port}/metrics")
     except OSError as error:
         return f"{url}: {error}"
@@ -60,7 +60,7 @@ def _fault_of_services(url: str) -> str | None:
 
 
 def _get(url: str) -> str:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY is for models, not for this
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY is for downloads of models
     with opener.open(url, timeout=ANSWER_S) as answer:
         return str(answer.read().decode(errors="replace"))
 

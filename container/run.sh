@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# run.sh: starts a container of an image that build.sh made. `run.sh --help` lists the flags.
+# run.sh: start a container from an image built by build.sh. `run.sh --help` lists the flags.
 set -euo pipefail
 root=$(dirname "$(dirname "$(readlink -f "$0")")")
 
@@ -7,32 +7,32 @@ usage() {
   cat <<'HELP'
 usage: container/run.sh [FLAG ...] [-- COMMAND [ARGUMENT ...]]
 
-Without COMMAND: a shell with -it, else what the image does by itself (dynamo serve graphs.agg:Frontend ...).
+Without COMMAND: a shell with -it, else the image's default command (dynamo serve graphs.agg:Frontend ...).
 
-  --framework NAME       VLLM (default), VLLM_NIXL or CPU; in any case of letters
-  --target STAGE         the image of this stage: build.sh --target
-  --image NAME           image, default dynamo:latest-<framework>[-<target>]
-  --name NAME            name of the container
-  --gpus all|none|...    GPUs, as docker run takes them; default all, with --framework cpu none
-  -it                    interactive, with this terminal
+  --framework NAME       VLLM (default), VLLM_NIXL or CPU; case-insensitive
+  --target STAGE         use the image of this stage (build.sh --target)
+  --image NAME           image name, default dynamo:latest-<framework>[-<target>]
+  --name NAME            container name
+  --gpus all|none|...    GPUs, as for docker run; default all, none with --framework cpu
+  -it                    interactive, attached to this terminal
   -v SOURCE:DIR          mount SOURCE at DIR; can be repeated
-  -e NAME[=VALUE]        set a variable, or pass this shell's on; can be repeated. These are passed on where they are set:
+  -e NAME[=VALUE]        set a variable, or pass on this shell's; can be repeated. Passed on if they are set:
                          NATS_SERVER, ETCD_ENDPOINTS, HF_TOKEN, HF_HUB_OFFLINE, all DYN_..., and DYNAMO_KV_SECRET, _PORT,
                          _SERVICE_NAME, _SERVE_DEPENDS, _SYSTEM_APP_...
-  --host ADDRESS         where the graph listens for clients: default $DYNAMO_HOST, else 127.0.0.1, for this host alone.
-                         0.0.0.0: for all who reach this host, so set DYN_API_KEYS too
-  --hf-cache DIR|NONE    models are kept here; default $HF_HOME, else ~/.cache/huggingface. NONE: in a volume of its own
-  --mount-workspace      mount this checkout at /workspace, and use its sources in place of the image's
+  --host ADDRESS         address on which the graph listens: default $DYNAMO_HOST, else 127.0.0.1, this host only.
+                         0.0.0.0: reachable from the network; set DYN_API_KEYS then
+  --hf-cache DIR|NONE    directory for models; default $HF_HOME, else ~/.cache/huggingface. NONE: an anonymous volume
+  --mount-workspace      mount this checkout at /workspace and use its sources instead of the image's
   --workspace DIR        mount DIR at /workspace instead
-  --user UID[:GID]       who runs in it; default: you, so that what it writes is yours
-  --entrypoint PROGRAM   in place of the image's
+  --user UID[:GID]       user in the container; default: yours, so that files it writes belong to you
+  --entrypoint PROGRAM   replace the image's entrypoint
   --privileged [TRUE|FALSE]
   --rm [TRUE|FALSE]      remove the container when it ends, default TRUE
-  --dry-run              print the docker command and start nothing
+  --dry-run              print the docker command and exit
   -h, --help             show this
 
-The container has the host's network: the graph is at http://localhost:8000, and -p or --port is dynamo serve's own.
---host, as dynamo serve's own, wins over `host` in the configuration file.
+The container uses the host's network: the graph is at http://localhost:8000; change the port with dynamo serve's -p or --port.
+--host takes precedence over `host` in the configuration file, as dynamo serve's --host does.
 
   ./container/run.sh --framework cpu
   ./container/run.sh --gpus all -it --framework vllm -v "$(pwd)/../config:/workspace/configs"
@@ -73,8 +73,8 @@ while [ $# -gt 0 ]; do
     --dry-run) dry_run=yes ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
-    -*) misuse "no such flag: $1" ;;
-    *) misuse "$1 is not a flag; a command comes after --" ;;
+    -*) misuse "unknown flag: $1" ;;
+    *) misuse "$1 is not a flag; put the command after --" ;;
   esac
   shift
 done
@@ -82,7 +82,7 @@ done
 case $framework in
   VLLM | VLLM_NIXL) framework=VLLM; : "${gpus:=all}" ;;
   CPU) : "${gpus:=none}" ;;
-  *) misuse "no such framework: $framework; use VLLM, VLLM_NIXL or CPU" ;;
+  *) misuse "unknown framework: $framework; use VLLM, VLLM_NIXL or CPU" ;;
 esac
 
 args=(--network host --ipc host --shm-size=10G --ulimit memlock=-1 --ulimit stack=67108864 --cap-add CAP_SYS_PTRACE)
@@ -96,17 +96,17 @@ args+=(--stop-timeout 40 --user "$user" -w /workspace)
 [ -z "$entrypoint" ] || args+=(--entrypoint "$entrypoint")
 if [ -n "$workspace" ]; then
   workspace=$(realpath -m -- "$workspace")
-  # Python's path: the sources there win over those in the image
+  # PYTHONPATH: the sources there take precedence over those in the image
   args+=(-v "$workspace:/workspace" -e PYTHONPATH=/workspace)
 fi
 if [ "${hf_cache^^}" != NONE ]; then
-  HOME=${HOME:-~} # cron and systemd may leave it out; then this is what /etc/passwd says
+  HOME=${HOME:-~} # not set by cron and systemd: then the one in /etc/passwd
   hf_cache=$(realpath -m -- "${hf_cache:-${HF_HOME:-$HOME/.cache/huggingface}}")
   args+=(-v "$hf_cache:/home/dynamo/.cache/huggingface")
 fi
-# the image listens on 0.0.0.0, for a network of its own; here that would be all of the host's addresses
+# the image's default 0.0.0.0 is meant for a container network; here it would be all addresses of the host
 [ -n "$own_host" ] || args+=(-e "DYNAMO_HOST=${host:-${DYNAMO_HOST:-127.0.0.1}}")
-# by their names alone: secrets are neither printed nor in the list of processes
+# by name only: secrets must appear neither in the output nor in the process list
 for variable in NATS_SERVER ETCD_ENDPOINTS HF_TOKEN HF_HUB_OFFLINE "${!DYN_@}" DYNAMO_KV_SECRET DYNAMO_PORT \
   DYNAMO_SERVICE_NAME DYNAMO_SERVE_DEPENDS "${!DYNAMO_SYSTEM_APP_@}"; do
   [ -z "${!variable:-}" ] || args+=(-e "$variable")
@@ -123,6 +123,6 @@ if [ -n "$dry_run" ]; then
 fi
 type -P docker >/dev/null || fail "docker was not found; install it: https://docs.docker.com/engine/install" 127
 [ -z "$workspace" ] || [ -d "$workspace" ] || fail "--workspace $workspace is not a directory"
-# docker would make a missing directory, and root would own it
-[ "${hf_cache^^}" = NONE ] || mkdir -p -- "$hf_cache" || fail "cannot make $hf_cache; name a directory with --hf-cache"
+# docker would create a missing directory as root
+[ "${hf_cache^^}" = NONE ] || mkdir -p -- "$hf_cache" || fail "cannot create $hf_cache; choose a directory with --hf-cache"
 exec "${command[@]}"

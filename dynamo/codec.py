@@ -13,6 +13,12 @@ from dynamo.errors import RequestError
 from dynamo.streams import Reply, Stream
 
 Data = bytes | bytearray | msgspec.Raw
+
+
+class DecodeError(RequestError):
+    """Data that does not fit its declared type."""
+
+
 _OF_ITEMS = (AsyncIterator, AsyncGenerator, AsyncIterable, Awaitable, Coroutine, Stream, Reply)
 
 
@@ -59,7 +65,7 @@ def _is_checked(kind: Any) -> bool:
 class Decode:
     """A decoder of one type: bytes -> object.
 
-    Raises RequestError when the data does not fit the type. `columns` decodes a whole DATA frame of such items; it
+    Raises DecodeError when the data does not fit the type. `columns` decodes a whole DATA frame of such items; it
     raises what msgspec raises.
     """
 
@@ -78,7 +84,7 @@ class Decode:
         try:
             return self._decode(data)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise RequestError(f"invalid {self._name}: {error}") from None
+            raise DecodeError(f"invalid {self._name}: {error}") from None
 
 
 _decoders: dict[Any, Decode] = {}

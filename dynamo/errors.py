@@ -8,18 +8,19 @@
     ├── RequestError             the request is at fault                               HTTP 400
     │   ├── ContextLengthError   prompt and output do not fit the model                HTTP 400
     │   └── ModelNotFoundError   no such model here                                    HTTP 404
+    ├── BadCallError             a service sent another data of a wrong type           HTTP 500
     ├── OverloadedError          more work than the graph accepts: try again           HTTP 429
-    ├── UnavailableError         nobody can answer now: try again                      HTTP 503
+    ├── UnavailableError         temporarily unavailable: try again                    HTTP 503
     │   ├── NoInstancesError     no instance of the endpoint is registered
     │   └── WorkerLostError      the instance that was answering died
-    ├── DeadlineError            the request's time is over                            HTTP 504
-    ├── TransportError           etcd, NATS or a stream connection failed              HTTP 503
+    ├── DeadlineError            the request's deadline has passed                     HTTP 504
+    ├── TransportError           etcd, NATS or an RPC connection failed                HTTP 503
     ├── EngineError              the inference engine failed                           HTTP 500
-    │   └── EngineDeadError      it will answer nothing more                           HTTP 500
+    │   └── EngineDeadError      the engine has stopped for good                       HTTP 500
     └── RemoteError              a remote endpoint raised a class unknown here         HTTP 500
 
-An error says what failed, to what, and the fact; `hint` says in one imperative what to do. Errors cross process
-boundaries as data (`dynamo.rpc.remote_errors`) and come back as the same class.
+A message says what failed, for what, and the fact; `hint` says what to do, in the imperative. Errors cross process
+boundaries as data (`dynamo.rpc.remote_errors`) and are raised there as the same class.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import ClassVar
 
 
 class DynamoError(Exception):
-    """Base of all. `status` is the HTTP status and `code` the OpenAI error code that a client gets."""
+    """Base of all errors. `status` is the HTTP status and `code` the OpenAI error code that a client gets."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str | None] = None
@@ -79,6 +80,10 @@ class ModelNotFoundError(RequestError):
     code = "model_not_found"
 
 
+class BadCallError(DynamoError):
+    """A service sent another one data that does not fit the endpoint's declared type: a bug of the sender, not the client."""
+
+
 class OverloadedError(DynamoError):
     """More work than the graph accepts; the client may try again."""
 
@@ -87,7 +92,7 @@ class OverloadedError(DynamoError):
 
 
 class UnavailableError(DynamoError):
-    """Nobody can answer now; the client may try again."""
+    """Temporarily unavailable; the client may try again."""
 
     status = 503
     code = "unavailable"
@@ -104,14 +109,14 @@ class WorkerLostError(UnavailableError):
 
 
 class DeadlineError(DynamoError):
-    """The request's time is over."""
+    """The request's deadline has passed."""
 
     status = 504
     code = "deadline_exceeded"
 
 
 class TransportError(DynamoError):
-    """etcd, NATS or a stream connection failed."""
+    """etcd, NATS or an RPC connection failed."""
 
     status = 503
     code = "transport"
@@ -124,7 +129,7 @@ class EngineError(DynamoError):
 
 
 class EngineDeadError(EngineError):
-    """The engine has ended or will answer nothing more; another worker's can take over what it was computing."""
+    """The engine has stopped for good; another worker can take over its requests."""
 
     code = "engine_dead"
 

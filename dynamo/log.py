@@ -2,14 +2,14 @@
 
     2026-01-31T12:00:00.123Z  INFO dynamo.http.access_log: [Frontend req-4f1c] dynamo-tiny chat_completions: 200 in 0.21 s
 
-`DYN_LOG` sets levels (`debug`, or `info,dynamo.http.access_log=warning`). `DYN_LOGGING_JSONL=true` writes JSON lines, with
-ai-dynamo's names: time, level, target, message, file, line; and service, request_id, exception, and what the call gave as
-`extra`. `DYN_LOG_USE_LOCAL_TZ=true` shows times with the host's offset instead of UTC.
+`DYN_LOG` sets levels (`debug`, or `info,dynamo.http.access_log=warning`). `DYN_LOGGING_JSONL=true` writes JSON lines with
+ai-dynamo's field names: time, level, target, message, file, line. Added to these are service, request_id, exception, and
+the fields that a call passes as `extra`. `DYN_LOG_USE_LOCAL_TZ=true` shows times in the host's time zone instead of UTC.
 
 The request id comes from `request_id`, a context variable that the runtime sets around every endpoint call.
 
-A record is one line of JSON, or in text one line with its further ones indented. Clients choose parts of messages (names
-of models, request ids): in text, control characters are escaped, so that no message looks like another line.
+A record is one line of JSON. In text it is one line, with further lines indented. Clients choose parts of messages (model
+names, request ids), so control characters are escaped in text: no message can pass itself off as another record.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any
 import msgspec
 
 from dynamo.context import request_id
+from dynamo.environment import parse_bool
+from dynamo.text import shorten_middle
 
 LEVELS = {
     "trace": logging.DEBUG,
@@ -45,18 +47,21 @@ _QUIET = {
     "uvicorn": logging.WARNING,
 }
 LINE_CHARS = 60_000
-"""A longer line of JSON has its texts cut: the supervisor reads lines of 64 KiB."""
+"""In a longer line of JSON every text is shortened to CUT_CHARS: the supervisor reads lines of 64 KiB."""
 CUT_CHARS = 2_000
 _SOURCE = "DYNAMO_LOG_SOURCE"
 _NOT_FIELDS = {*logging.makeLogRecord({}).__dict__, "asctime", "color_message", "message", "taskName"}
-"""attributes that logging itself and uvicorn give to a record; others are the caller's `extra`"""
+"""attributes that logging and uvicorn set on a record; all others come from the caller's `extra`"""
 
 _encode_fast = msgspec.json.Encoder(enc_hook=repr).encode
 _encode = json.JSONEncoder(default=repr, allow_nan=False).encode
 
 
 def parse_levels(text: str) -> tuple[int, dict[str, int]]:
-    """`"info,nats=debug"` -> the root level and the level of each named logger; an unknown level is a ValueError."""
+    """Parse `info,nats=debug` into the root level and the level of each named logger.
+
+    Raises ValueError for an unknown level.
+    """
     root, named = logging.INFO, dict(_QUIET)
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, eq, level = part.rpartition("=")
@@ -69,43 +74,47 @@ def parse_levels(text: str) -> tuple[int, dict[str, int]]:
     return root, named
 
 
-def _true(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+def _is_on(variable: str) -> bool:
+    """Return whether a variable is set to true; anything unclear is off, since logging must not stop a process."""
+    return parse_bool(os.environ.get(variable, "")) is True
 
 
 def jsonl() -> bool:
-    """Whether standard error is to have JSON lines."""
-    return _true("DYN_LOGGING_JSONL")
+    """Return whether standard error takes JSON lines (DYN_LOGGING_JSONL)."""
+    return _is_on("DYN_LOGGING_JSONL")
 
 
 class _Clock:
-    """Times as text; that of a second is made once."""
+    """Times as ISO 8601 text; the text of a second is cached."""
 
     def __init__(self) -> None:
-        self._local = _true("DYN_LOG_USE_LOCAL_TZ")
-        self._second, self._head, self._zone = 0, "", ""
+        self._local = _is_on("DYN_LOG_USE_LOCAL_TZ")
+        self._second = 0
+        self._head = ""
+        self._zone = ""
 
     def show(self, at_s: float) -> str:
-        """`at_s`: Unix time in seconds."""
+        """Format a Unix time in seconds, with milliseconds."""
         second = int(at_s)
         if second != self._second:
             parts = time.localtime(second) if self._local else time.gmtime(second)
             offset = time.strftime("%z", parts)
             self._zone = f"{offset[:3]}:{offset[3:]}" if self._local else "Z"
-            self._head, self._second = time.strftime("%Y-%m-%dT%H:%M:%S", parts), second
+            self._head = time.strftime("%Y-%m-%dT%H:%M:%S", parts)
+            self._second = second
         return f"{self._head}.{int((at_s - second) * 1000):03d}{self._zone}"
 
 
 def dump(fields: dict[str, Any]) -> str:
-    """One line of JSON in ASCII, whatever the values are."""
+    """Encode fields as one line of ASCII JSON. Never raises, whatever the values are."""
     try:
         line = _encode_fast(fields).decode()
-        if not line.isascii():  # which a terminal might take for control sequences, and a reader for ends of lines
+        if not line.isascii():  # may hold control sequences for a terminal, or line separators for a reader
             line = _encode(fields)
-    except Exception:  # a key or a number that JSON has not, a loop, a __repr__ that fails
+    except Exception:  # a key or number that JSON lacks, a reference cycle, a __repr__ that raises
         line = _encode({str(name): _simple(value) for name, value in fields.items()})
     if len(line) > LINE_CHARS:
-        line = _encode({str(name): _cut(_simple(value)) for name, value in fields.items()})
+        line = _encode({str(name): _shortened(_simple(value)) for name, value in fields.items()})
     return line
 
 
@@ -118,16 +127,12 @@ def _simple(value: Any) -> str | int:
         return f"<{type(value).__name__}: {type(error).__name__} in its repr>"
 
 
-def _cut(value: str | int) -> str | int:
-    """Begin and end of a long text: a traceback tells most at its end."""
-    if isinstance(value, int) or len(value) <= CUT_CHARS:
-        return value
-    half = CUT_CHARS // 2
-    return f"{value[:half]} ... {value[-half:]}"
+def _shortened(value: str | int) -> str | int:
+    return value if isinstance(value, int) else shorten_middle(value, CUT_CHARS)
 
 
 def _plain(text: str) -> str:
-    """Further lines indented, control characters escaped."""
+    """Indent all lines but the first, and escape control characters."""
     if text.isprintable():
         return text
     return "\n    ".join(line if line.isprintable() else _escaped(line) for line in text.split("\n"))
@@ -138,23 +143,29 @@ def _escaped(line: str) -> str:
 
 
 class Formatter(logging.Formatter):
+    """A record as a line of text or of JSON.
+
+    `source` is `Service:worker`, put on every line. `as_json` None: as the environment says.
+    """
+
     def __init__(self, source: str = "", *, as_json: bool | None = None) -> None:
-        """`source`: `Service:worker`. `as_json` None: as the environment says."""
         super().__init__()
-        self.source, self.as_json = source, jsonl() if as_json is None else as_json
+        self.source = source
+        self.as_json = jsonl() if as_json is None else as_json
         self._clock = _Clock()
 
     def format(self, record: logging.LogRecord) -> str:
-        rid, trace = request_id.get(), ""
-        if record.exc_info:
-            trace = self.formatException(record.exc_info)
+        """Return the record as JSON or text, with its traceback and stack."""
+        rid = request_id.get()
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
         if record.stack_info:
             trace += ("\n" if trace else "") + record.stack_info
         if self.as_json:
             return self._json(record, rid, trace)
-        where = " ".join(filter(None, (self.source, rid)))
-        head = f"{self._clock.show(record.created)} {record.levelname:>5} {record.name}: "
-        return _plain(f"{head}{f'[{where}] ' if where else ''}{_message(record)}{trace and f'{chr(10)}{trace}'}")
+        head = f"{self._clock.show(record.created)} {record.levelname:>5} {record.name}:"
+        origin = " ".join(filter(None, (self.source, rid)))
+        text = f"{head} [{origin}] {_message(record)}" if origin else f"{head} {_message(record)}"
+        return _plain(f"{text}\n{trace}" if trace else text)
 
     def _json(self, record: logging.LogRecord, rid: str, trace: str) -> str:
         fields = self.begin(record.levelname, record.name, self.source, _message(record), record.created)
@@ -163,13 +174,14 @@ class Formatter(logging.Formatter):
         for name, value in record.__dict__.items():
             if name not in _NOT_FIELDS:
                 fields.setdefault(name, value)
-        fields["file"], fields["line"] = record.filename, record.lineno
+        fields["file"] = record.filename
+        fields["line"] = record.lineno
         if trace:
             fields["exception"] = trace
         return dump(fields)
 
     def begin(self, level: str, target: str, source: str, message: str, at_s: float | None = None) -> dict[str, Any]:
-        """What every line of JSON has. `at_s`: Unix time; None: now."""
+        """Return the fields that every line of JSON begins with. `at_s` is Unix time; None: now."""
         when = self._clock.show(time.time() if at_s is None else at_s)
         return {"time": when, "level": level, "target": target, "service": source, "message": message}
 
@@ -177,26 +189,33 @@ class Formatter(logging.Formatter):
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except Exception as error:  # arguments that do not fit: say what there is
+    except Exception as error:  # the arguments do not fit the format: log both as they are
         return f"{record.msg!s} (arguments {_simple(record.args)}: {error})"
 
 
 class _StandardError(logging.Handler):
-    """Writes to the descriptor: a line at a time, so that those of processes that share it do not mix, and past
-    `sys.stderr`, before whose lines vLLM puts a prefix."""
+    """Writes records to file descriptor 2.
+
+    One write per record keeps the lines of processes that share the descriptor apart. `sys.stderr` is bypassed because
+    vLLM prefixes the lines written to it.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; no-op if standard error is closed."""
         data = f"{self.format(record)}\n".encode(errors="backslashreplace")
         try:
             while data:
                 data = data[os.write(2, data) :]
-        except OSError:  # the terminal was closed, or the reader of the pipe has left
+        except OSError:  # the terminal is closed, or the reader of the pipe has exited
             pass
 
 
 def handler() -> logging.Handler:
-    """A handler as `configure` gave to the root logger of this process or, in one that an engine spawned, of the
-    process above it; levels are set too. `engines/vllm/logging.json` names it for the processes of vLLM."""
+    """Return a handler like the one that `configure` installed, and set the levels of loggers.
+
+    Processes that an engine spawns call it and inherit the source of the process above them:
+    `engines/vllm/logging.json` names it for those of vLLM.
+    """
     root, named = parse_levels(os.environ.get("DYN_LOG", "info"))
     engine_level = LEVELS.get(os.environ.get("VLLM_LOGGING_LEVEL", "").lower())
     if engine_level is not None:
@@ -204,15 +223,16 @@ def handler() -> logging.Handler:
     logging.root.setLevel(root)
     for name, level in named.items():
         logging.getLogger(name).setLevel(level)
-    made = _StandardError()
-    made.setFormatter(Formatter(os.environ.get(_SOURCE, "")))
-    return made
+    to_stderr = _StandardError()
+    to_stderr.setFormatter(Formatter(os.environ.get(_SOURCE, "")))
+    return to_stderr
 
 
 def configure(source: str = "") -> None:
     """Send all logging of this process to standard error; `source` is `Service:worker`, put on every line.
 
-    With JSON lines also warnings, and exceptions that nobody handles. SystemExit where DYN_LOG is wrong.
+    With JSON lines, warnings and unhandled exceptions are logged too. Raises SystemExit, with an error and a hint on
+    standard error, if DYN_LOG is wrong.
     """
     os.environ[_SOURCE] = source
     try:

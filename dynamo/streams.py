@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
 from dynamo.errors import RemoteError, UnavailableError
@@ -270,6 +270,27 @@ class Stream(Generic[T]):
         push = out.push
         self.pipe(lambda item: push(function(item)), out.end, counted=False)
         return Stream(out, self._opened)
+
+    @classmethod
+    def from_iterator(cls, items: AsyncIterator[T]) -> Stream[T]:
+        """Return a stream of the items of an async iterator, such as an async generator.
+
+        A task reads the items, without waiting for the consumer; it is cancelled with the stream. An exception of the
+        iterator ends the stream.
+        """
+        out: Channel[T] = Channel()
+
+        async def fill() -> None:
+            try:
+                async for item in items:
+                    out.push(item)
+            except Exception as error:
+                out.end(error)
+            else:
+                out.end()
+
+        out.on_cancel = asyncio.get_running_loop().create_task(fill()).cancel
+        return cls(out)
 
     @classmethod
     def opening(cls, source: Coroutine[Any, Any, Stream[T]]) -> Stream[T]:

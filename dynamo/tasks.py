@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -29,11 +30,14 @@ class TaskSet:
     def __iter__(self) -> Iterator[asyncio.Task[Any]]:
         return iter(tuple(self._tasks))
 
-    def spawn(self, work: Work, *, name: str, log_errors: bool = True) -> asyncio.Task[Any]:
-        """Run `work` in the background. An exception that leaves it is logged, unless the caller awaits the task itself
-        and passes `log_errors=False`.
+    def spawn(
+        self, work: Work, *, name: str, context: contextvars.Context | None = None, log_errors: bool = True
+    ) -> asyncio.Task[Any]:
+        """Run `work` in the background, in `context` if given.
+
+        An exception that leaves it is logged, unless the caller handles the task's outcome and passes `log_errors=False`.
         """
-        task = asyncio.get_running_loop().create_task(work, name=f"{self._name}: {name}")
+        task = asyncio.get_running_loop().create_task(work, name=f"{self._name}: {name}", context=context)
         self._tasks.add(task)
         task.add_done_callback(self._finished if log_errors else self._tasks.discard)
         return task

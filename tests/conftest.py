@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import pytest_asyncio
 
-from dynamo.launcher.embedded_servers import Infra, ensure
+from dynamo.launcher.embedded_servers import Infra, find_or_start
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine makes nothing wrong
 hypothesis.settings.load_profile("untimed")
@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def infra(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Infra]:
     """NATS and etcd of the whole session: use keys and subjects of your own, and never stop or restart them."""
-    infra = await ensure(tmp_path_factory.mktemp("infra"), "embedded")
+    infra = await find_or_start(tmp_path_factory.mktemp("infra"), "embedded")
     yield infra
     await infra.stop()
 
@@ -41,6 +41,6 @@ def etcd_server(infra: Infra) -> str:
 @pytest.fixture
 async def private_infra(tmp_path: Path) -> AsyncIterator[Infra]:
     """NATS and etcd of one test, to kill, restart and wipe; 0.1 s."""
-    infra = await ensure(tmp_path / "infra", "embedded")
+    infra = await find_or_start(tmp_path / "infra", "embedded")
     yield infra
     await infra.stop()

@@ -1,1 +1,1 @@
-"""Other servers to compare with, if `--peers DIR` names where `install.sh DIR` put them."""
+"""Other servers to compare with, installed by `install.sh DIR` and used with `--peers DIR`."""

@@ -1,4 +1,4 @@
-"""Runs in ai-dynamo's own environment: CPU of its router's index. Prints one line of JSON.
+"""CPU of ai-dynamo's router index; runs in ai-dynamo's own environment and prints one line of JSON.
 
 python radix_tree.py TOKENS BLOCK_SIZE WORKERS PROMPTS
 """
@@ -35,8 +35,8 @@ tree = RadixTree()
 stored = [[draw.getrandbits(63) for _ in range(blocks)] for _ in range(prompts)]
 events = []
 for number, hashes in enumerate(stored):
-    told = [{"block_hash": draw.getrandbits(63), "tokens_hash": hash} for hash in hashes]
-    data = {"stored": {"parent_hash": None, "blocks": told}}
+    blocks_stored = [{"block_hash": draw.getrandbits(63), "tokens_hash": hash} for hash in hashes]
+    data = {"stored": {"parent_hash": None, "blocks": blocks_stored}}
     events.append(json.dumps({"event_id": number, "data": data, "dp_rank": 0}).encode())
 started = time.process_time_ns()
 for number, event in enumerate(events):

@@ -1,4 +1,4 @@
-"""Dynamo 1.6: its Rust frontend and its Rust mock engine, which find each other through files."""
+"""Dynamo 1.6: its Rust frontend and its Rust mock engine, with discovery through files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dynamo.llm.model_files import tokenizer_dir
 NAME = "Dynamo 1.6.1"
 MODEL = "mock"
 START_LIMIT_S = 60.0
-UNPACED = 1_000_000  # its own pace, divided by this
+UNPACED = 1_000_000  # speedup over its own pace
 
 
 def start(environment: Path, run_dir: Path, paced: bool) -> Running:
@@ -23,12 +23,12 @@ def start(environment: Path, run_dir: Path, paced: bool) -> Running:
     engine = ["--speedup-ratio", "1" if paced else str(UNPACED), "--num-workers", "1", "--block-size", "16",
               "--max-num-seqs", "100000", "--max-num-batched-tokens", "10000000"]  # fmt: skip
     running = launch(environment, run_dir, engine, [])
-    running.start_s = answers(running, began, START_LIMIT_S)
+    running.start_s = wait_for_answer(running, began, START_LIMIT_S)
     return running
 
 
 def launch(environment: Path, run_dir: Path, engine: Sequence[str], frontend: Sequence[str]) -> Running:
-    """Both programs with these arguments; they are not ready yet."""
+    """Start both programs with these arguments, without waiting until they are ready."""
     port = free_port()
     python = environment / "bin" / "python"
     env = {
@@ -52,7 +52,7 @@ def launch(environment: Path, run_dir: Path, engine: Sequence[str], frontend: Se
 
 
 def registered(run_dir: Path) -> int:
-    """Mock workers that can be found."""
+    """Return the number of mock workers in discovery."""
     return sum("generate" in path.name for path in (run_dir / "kv" / "v1" / "instances").glob("*"))
 
 
@@ -60,8 +60,11 @@ def _role(argv: list[str]) -> str:
     return "Frontend" if "dynamo.frontend" in argv else "Mocker"
 
 
-def answers(running: Running, began: float, limit_s: float) -> float:
-    """Seconds from `began` until the first answer. Raises StartError and stops everything if it does not come."""
+def wait_for_answer(running: Running, began: float, limit_s: float) -> float:
+    """Wait for the first answer and return the seconds since `began`.
+
+    Raises StartError, with everything stopped, if there is none within `limit_s`.
+    """
     failed = ""
     while time.perf_counter() - began < limit_s:
         try:

@@ -1,4 +1,4 @@
-"""Dynamo 0.3: a Rust HTTP server before a Processor and a Worker in Python, over NATS, etcd and TCP."""
+"""Dynamo 0.3: a Rust HTTP server in front of a Processor and a Worker in Python, over NATS, etcd and TCP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.peers.rust import answers
+from benchmarks.peers.rust import wait_for_answer
 from benchmarks.processes import Process, StartError, free_port
 from benchmarks.system import Running
 
@@ -48,7 +48,7 @@ def start(environment: Path, run_dir: Path, paced: bool) -> Running:
         if done.returncode:
             raise StartError(f"llmctl failed: {done.stdout}{done.stderr}")
         run("http", bin_dir / "http", "--host", "127.0.0.1", "-p", str(port), "--namespace", "dynamo")
-        running.start_s = answers(running, began, START_LIMIT_S)
+        running.start_s = wait_for_answer(running, began, START_LIMIT_S)
     except BaseException:
         running.stop()
         raise

@@ -1,4 +1,4 @@
-"""The graph that Dynamo 0.3 serves here: the Worker invents text, the Processor makes OpenAI chunks of it.
+"""The graph for Dynamo 0.3: the Worker makes up text, the Processor turns it into OpenAI chunks.
 
 It runs in that release's environment; `dynamo` below is Dynamo 0.3, not ours.
 """

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     except (TraceError, StartError) as error:
         print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` ends early
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
     return 1
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 def _generate(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.replay generate",
-        description="Write a trace; lengths are in tokens, and means where they vary.",
+        description="Write a trace. Lengths are in tokens; lengths that vary are means.",
     )
     parser.add_argument("kind", choices=DEFAULTS)
     parser.add_argument("--duration", type=float, metavar="S", help="as many requests as --rate gives in this time")
@@ -88,11 +88,12 @@ def _generate(arguments: Sequence[str]) -> int:
 
 def _describe(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.replay describe", description="What a trace is, and what a cache could give for it."
+        prog="python -m benchmarks.replay describe",
+        description="Print statistics of a trace, best hit rates among them.",
     )
     _add_trace(parser)
     parser.add_argument("--cache-tokens", type=int, nargs="*", default=[], metavar="N", help="sizes of LRU caches")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write them to this file")
     options = parser.parse_args(arguments)
     requests = _read(options)
     found = describe(requests, options.trace_block, options.cache_tokens)
@@ -141,11 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--modes", default="round-robin,random,least-loaded,kv", help="router modes of ours; '' for none")
     add("--graph", default="graphs.agg_router:Frontend")
     add("--config", default="configs/agg_router_mock.yaml", metavar="FILE")
-    add("--router-key", default="Processor.router", metavar="KEY", help="the setting that takes the mode")
+    add("--router-key", default="Processor.router", metavar="KEY", help="the setting for the mode")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a further setting of the graph; repeatable")
-    add("--url", help="a server that runs already, http://HOST:PORT, instead of starting graphs")
+    add("--url", help="a running server, http://HOST:PORT, instead of starting graphs")
     add("--model", help="its model; by default the first it lists")
-    add("--peers", type=Path, metavar="DIR", help="where benchmarks/peers/install.sh put ai-dynamo 1.6.1")
+    add("--peers", type=Path, metavar="DIR", help="folder of benchmarks/peers/install.sh, for ai-dynamo 1.6.1")
     add("--peer-modes", default=",".join(systems.PEER_MODES), help="its --router-mode")
     for field in dataclasses.fields(Engines):
         flag = "--" + {"workers": "workers", "speedup": "speedup"}.get(field.name, f"engine-{field.name}").replace(
@@ -155,11 +156,11 @@ def _parser() -> argparse.ArgumentParser:
             help=f"mock engines, ours and the peer's; {field.default:g} by default")  # fmt: skip
     add("--tokenizer", default="dynamo-tiny", help="whose token ids prompts are made of; the served model's")
     add("--vocab", metavar="FIRST:END", help="prompts of these token ids instead")
-    add("--seed", type=int, default=0, help="other prompts, with the same sharing")
+    add("--seed", type=int, default=0, help="another seed gives other prompts with the same sharing")
     add("--slo-ttft-ms", type=float, default=500.0)
     add("--slo-itl-ms", type=float, default=50.0)
     add("--picture", default="replay.png", metavar="FILE", help="the distributions; '' for none")
-    add("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    add("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser
 
 
@@ -254,13 +255,16 @@ def _targets(options: argparse.Namespace, engines: Engines, requests: Sequence[R
 def _measure(
     target: systems.Target, requests: Sequence[Request], speed: float, prompts: Prompts, engines: Engines, goal: Goal
 ) -> tuple[Replay, dict[str, Any]]:
-    """A fresh server, warmed up with requests that share nothing with the trace. Raises StartError if these fail."""
+    """Replay to a fresh server, warmed up with requests that share nothing with the trace.
+
+    Raises StartError if the warm-up fails.
+    """
     with tempfile.TemporaryDirectory(prefix="replay-") as run_dir:
         running = target.start(Path(run_dir))
         try:
             replay, cores = uvloop.run(_run(running, requests, speed, prompts, engines))
         finally:
-            systems.end(running)
+            running.stop()
     result = report.summarise(replay, goal)
     result["start_s"] = running.start_s
     if cores is not None:
@@ -272,7 +276,7 @@ def _measure(
 async def _run(
     running: Running, requests: Sequence[Request], speed: float, prompts: Prompts, engines: Engines
 ) -> tuple[Replay, dict[str, float] | None]:
-    """The replay, and the cores that each role of the server's processes kept busy, unless one of them ended."""
+    """Return the replay and the cores that the server's processes kept busy, by role; None if one of them ended."""
     client = Client(running.host, running.port, "/v1/completions", lambda request: prompts.body(request, running.model))
     if failed := await warm_up(client, WARM_UP * engines.workers, min(engines.block, prompts.block)):
         raise StartError(f"{running.name} failed at the first requests: {failed[0]}")
@@ -292,5 +296,5 @@ async def _run(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped
     sys.exit(main(sys.argv[1:]))

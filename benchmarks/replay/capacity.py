@@ -1,4 +1,4 @@
-"""How many requests a second the workers can sustain, so that a load can be given as a share of that.
+"""Requests a second that the workers can sustain, so that a load can be given as a share of that.
 
 Both mock engines, ours and ai-dynamo's, take the time of a step from the same two polynomials (ai-dynamo's docs/mocker),
 in milliseconds divided by the speedup:
@@ -6,7 +6,7 @@ in milliseconds divided by the speedup:
     p(T) = 16.50142 + 1.518344e-2 T + 4.209989e-7 T²      prefill of T uncached tokens in one step
     d(u) = max(1, 5.74 + 54.01 u - 25.74 u²)              one token for every running sequence, u: used share of the KV
 
-A worker that is saturated without prefix hits always has prompts waiting, so its prefill steps carry the whole token
+A saturated worker without prefix hits always has prompts waiting, so its prefill steps carry the whole token
 budget B: a prompt of I tokens costs I p(B) / B. It decodes as many sequences as fit, N = min(max sequences, KV tokens /
 (I + O)), which share each step: O - 1 tokens cost (O - 1) d(u) / N with u = N (I + O / 2) / KV tokens. With the means of
 I and O over the trace:
@@ -14,7 +14,7 @@ I and O over the trace:
     requests a second = workers * speedup * 1000 / (I p(B) / B + (O - 1) d(u) / N)
 
 Round-robin cannot do better than that when there are no hits; it spreads unequal prompts unevenly, so its queues grow
-before. Hits make prefill cheaper: with them the same load is a smaller share of what the workers could do.
+earlier. Hits make prefill cheaper: with them the same load is a smaller share of what the workers could do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dynamo.engines.mock.timing import decode_ms, prefill_ms
 
 @dataclass(frozen=True)
 class Engines:
-    """The mock workers: what is given to ours and to peers alike."""
+    """Settings of the mock workers, the same for ours and for peers."""
 
     workers: int = 8
     block: int = 64
@@ -41,12 +41,12 @@ class Engines:
 
     @property
     def tokens(self) -> int:
-        """that a worker's KV cache holds"""
+        """tokens that a worker's KV cache holds"""
         return self.block * self.blocks
 
 
 def requests_per_s(engines: Engines, requests: Sequence[Request]) -> float:
-    """What all workers together sustain without prefix hits, by the formula above."""
+    """Return the requests a second that all workers together sustain without prefix hits, by the formula above."""
     prompt = sum(request.input_length for request in requests) / len(requests)
     output = sum(request.output_length for request in requests) / len(requests)
     running = max(1.0, min(engines.max_sequences, engines.tokens / (prompt + output)))

@@ -1,11 +1,11 @@
-"""The open-loop client: every request goes out at its time in the trace, whatever became of those before.
+"""The open-loop client: every request is sent at its time in the trace, whatever the state of those before.
 
 It shares the machine with the servers, so it does little while the clock runs: bodies are made ahead, connections are
-kept, and of an answer it notes two times and collects the bytes, which it checks at the answer's end.
+kept, and for an answer it records two times and collects the bytes, which it checks at the end of the answer.
 
 All times of a request count from when it was due, not from when it was sent. So a client or a server that falls behind
-shows in the figures instead of slowing the load down (no coordinated omission). How late requests were sent is kept, too:
-when that is much, the client itself was the limit and the figures say nothing about the server.
+shows in the figures instead of slowing the load down (no coordinated omission). How late requests were sent is recorded
+as well: if that is much, the client itself was the limit and the figures say nothing about the server.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Due(NamedTuple):
 
 @dataclass(slots=True)
 class Answer:
-    """What became of a request. Times in seconds from when it was due; nan when there was none."""
+    """Outcome of a request. Times in seconds from when it was due; nan if it did not happen."""
 
     due_s: float
     request: Request
@@ -56,7 +56,7 @@ class Answer:
     end_s: float = float("nan")
     cached_tokens: int | None = None
     error: str = ""
-    """what went wrong, in words that are the same for the same fault"""
+    """the failure, in the same words for the same failure; empty for none"""
 
     @property
     def itl_s(self) -> float:
@@ -73,11 +73,11 @@ class Replay:
     """from the first request due to the last answer"""
     client_cpu_s: float
     cached: float | None = field(default=None)
-    """share of prompt tokens, from the server's counters, where its answers do not tell"""
+    """share of prompt tokens that were cached, by the server's counters if its answers do not have it"""
 
 
 def schedule(requests: Iterable[Request], speed: float) -> Iterator[Due]:
-    """The trace's times, from its first request on, divided by `speed`."""
+    """Yield the requests with the trace's times, counted from its first request and divided by `speed`."""
     first_ms: float | None = None
     for request in requests:
         first_ms = request.timestamp if first_ms is None else first_ms
@@ -106,10 +106,17 @@ class _Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, data: bytes, answer: Answer, due: float, answered: Callable[[], None]) -> None:
-        """`due` by time.perf_counter(); `answered` is called once `answer` is complete, with or without an error."""
+        """Send a request that is due at `due`, by time.perf_counter().
+
+        `answered` is called once when `answer` is complete, with or without an error.
+        """
         assert self._transport is not None
-        self._answer, self._due, self._answered = answer, due, answered
-        self._parts, self._length, self._size = [], None, 0
+        self._answer = answer
+        self._due = due
+        self._answered = answered
+        self._parts = []
+        self._length = None
+        self._size = 0
         self._transport.write(data)
         answer.late_s = time.perf_counter() - due
 
@@ -140,7 +147,9 @@ class _Connection(asyncio.Protocol):
         self._finish("connection closed early")
 
     def _finish(self, error: str) -> None:
-        answer, self._answer, self._parts = self._answer, None, []
+        answer = self._answer
+        self._answer = None
+        self._parts = []
         if answer is None:
             return
         answer.error = error
@@ -155,7 +164,7 @@ class _Connection(asyncio.Protocol):
 
 
 def check(raw: bytes, answer: Answer) -> str:
-    """What is wrong with a whole answer, "" if nothing is; takes the cached tokens from it."""
+    """Return the failure of a whole answer, "" for none; set the answer's cached tokens."""
     head, _, body = raw.partition(_HEAD_END)
     status = head.split(b" ", 2)[1]
     if status != b"200":
@@ -174,7 +183,7 @@ def check(raw: bytes, answer: Answer) -> str:
     except (LoadError, ValueError, KeyError, TypeError, IndexError):
         return "answer that is not a stream with usage"
     if counts != (answer.request.input_length, answer.request.output_length):
-        return "another number of tokens than asked for"
+        return "wrong number of tokens"
     if math.isnan(answer.ttft_s):
         return "no text"
     answer.cached_tokens = details.get("cached_tokens")
@@ -187,22 +196,24 @@ def _message(body: bytes) -> str:
 
 
 class Client:
-    """Replays to one server. `body` makes a request's JSON."""
+    """Client of one server. `body` makes a request's JSON."""
 
     def __init__(self, host: str, port: int, path: str, body: Callable[[Request], bytes]) -> None:
-        self._host, self._port, self._body = host, port, body
+        self._host = host
+        self._port = port
+        self._body = body
         self._head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n".encode()
         self._idle: deque[_Connection] = deque()  # the last used last
         self._all: set[_Connection] = set()
 
     async def run(self, due: Iterable[Due]) -> Replay:
-        """Send everything and wait for the answers, at most LIMIT_S after the last was due."""
+        """Send all requests and wait for the answers, at most LIMIT_S after the last was due."""
         entries = iter(due)
         ready: deque[tuple[Due, bytes]] = deque()
         buffered = 0
 
         def prepare() -> bool:
-            """Make the next body. False when there is none, or enough is made."""
+            """Make the next body. Return False if there is none or enough are ready."""
             nonlocal buffered
             if buffered > AHEAD_BYTES or (entry := next(entries, None)) is None:
                 return False
@@ -244,7 +255,7 @@ class Client:
                         connection.send(data, answer, began + entry.at_s, answered)
                     else:
                         opening.create_task(self._open(data, answer, began + entry.at_s, answered))
-                    await asyncio.sleep(0)  # in a burst, too, answers are read
+                    await asyncio.sleep(0)  # so that answers are read in a burst as well
             all_sent = True
             if waiting:
                 await asyncio.wait([done], timeout=LIMIT_S)
@@ -280,7 +291,7 @@ class Client:
 
 
 async def warm_up(client: Client, count: int, tokens: int) -> list[str]:
-    """`count` short requests, a few at a time, that share nothing with the trace. Their errors."""
+    """Send `count` short requests, a few at a time, that share nothing with the trace; return their errors."""
     ids = itertools.count(1 << 40)
     requests = [Request(number // 4 * 50.0, tokens, 4, [next(ids)]) for number in range(count)]
     replay = await client.run(schedule(requests, 1.0))

@@ -1,4 +1,4 @@
-"""Traces made by a rule and a seed, in four shapes that differ in what requests share."""
+"""Generated traces, reproducible by their seed, in four shapes that differ in what requests share."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SHORT_GAPS, SHORT = 0.8, 0.2  # an agent's steps: 80 % of its gaps have 0.2 of t
 
 @dataclass(frozen=True)
 class Shape:
-    """All lengths are in tokens, and means where the single ones vary.
+    """Parameters of a trace. Lengths are in tokens; lengths that vary are means.
 
-    `sessions` are active at any time, and one that ends is replaced by a new one, so a session's turns are
-    sessions / rate seconds apart: that is the time to answer, read and think.
+    `sessions` are active at any time, and a new one replaces each that ends, so a session's turns are sessions / rate
+    seconds apart: the time to answer, read and think.
     """
 
     requests: int = 1000
@@ -33,14 +33,14 @@ class Shape:
     shared_tokens: int = 512
     """the system prompt of all sessions, in whole blocks; of `documents` a document, each of its own length"""
     task_tokens: int = 0
-    """what a session begins with, besides"""
+    """further text that a session begins with"""
     new_tokens: int = 150
-    """of the user or of a tool, in each turn"""
+    """text of the user or of a tool in each turn"""
     output_tokens: int = 150
     context_tokens: int = 8192
-    """prompt and answer together never exceed it: a session ends before, a document is cut"""
+    """limit of prompt and answer together: a session ends before, a document is cut"""
     zipf: float = 1.0
-    """the n-th most popular document is asked for in proportion to n ** -zipf"""
+    """the n-th most popular document is requested in proportion to n ** -zipf"""
     block: int = MOONCAKE_BLOCK
     seed: int = 0
 
@@ -58,20 +58,20 @@ DEFAULTS: dict[str, Shape] = {
 
 
 class _Ids:
-    """Hash ids in the order in which blocks appear; a block is named by its text and its place there."""
+    """Hash ids in the order in which blocks appear; a block is identified by its text and its place there."""
 
     def __init__(self, block: int) -> None:
         self._block = block
         self._numbers: dict[tuple[int, int], int] = {}
 
     def of(self, text: int, tokens: int, start: int = 0) -> list[int]:
-        """The blocks from `start` on of the first `tokens` tokens of `text`."""
+        """Return the blocks from `start` on of the first `tokens` tokens of `text`."""
         keys = ((text, at) for at in range(start, -(-tokens // self._block)))
         return [self._numbers.setdefault(key, len(self._numbers)) for key in keys]
 
 
 def generate(kind: str, shape: Shape) -> Iterator[Request]:
-    """`shape.requests` requests in time order, the first at 0. `kind` is one of DEFAULTS; the same again for a seed."""
+    """Yield `shape.requests` requests in time order, the first at 0. `kind` is one of DEFAULTS."""
     made = {"conversation": _sessions, "agent": _sessions, "documents": _documents, "independent": _independent}[kind]
     steady: Callable[[random.Random, float], float] = lambda rng, mean_s: rng.expovariate(1 / mean_s)  # noqa: E731
     arrivals = made(shape, random.Random(f"{kind} {shape.seed}"), _bursts if kind == "agent" else steady)
@@ -87,7 +87,7 @@ def _bursts(rng: random.Random, mean_s: float) -> float:
 
 
 def _length(rng: random.Random, mean: float) -> int:
-    """Log-normal around `mean`, at most 8 times as much, at least 1."""
+    """Draw a length, log-normal around `mean`, from 1 to 8 times the mean."""
     drawn = rng.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD) if mean else 0
     return max(1, round(min(drawn, 8 * mean)))
 
@@ -99,7 +99,10 @@ def _whole_blocks(tokens: float, block: int) -> int:
 def _sessions(
     shape: Shape, rng: random.Random, gap: Callable[[random.Random, float], float]
 ) -> Iterator[tuple[float, Request]]:
-    """Each prompt is the one before with its answer and new text; all begin with the shared text, number 0."""
+    """Yield requests of sessions: each prompt is the one before with its answer and new text.
+
+    All begin with the shared text, number 0.
+    """
     ids = _Ids(shape.block)
     texts = itertools.count(1)
     shared = min(
@@ -107,7 +110,7 @@ def _sessions(
     )
 
     def begin() -> tuple[int, int, int]:
-        """Text, its length so far, turns left."""
+        """Return a new session: text, its length so far, turns left."""
         task = _length(rng, shape.task_tokens) if shape.task_tokens else 0
         return next(texts), shared + task, max(1, round(rng.expovariate(1 / shape.turns)))
 
@@ -130,7 +133,7 @@ def _sessions(
 def _documents(
     shape: Shape, rng: random.Random, gap: Callable[[random.Random, float], float]
 ) -> Iterator[tuple[float, Request]]:
-    """A document of popularity n, which is text n in whole blocks, and a question of its own."""
+    """Yield requests of a document and a new question. The n-th most popular document is text n, in whole blocks."""
     ids = _Ids(shape.block)
     room = (shape.context_tokens // 4 * 3) // shape.block * shape.block or shape.block
     lengths = [min(_whole_blocks(_length(rng, shape.shared_tokens), shape.block), room) for _ in range(shape.sessions)]

@@ -1,4 +1,4 @@
-"""What a prefix cache could give at best for a trace, whatever the router does."""
+"""The best hit rate that a prefix cache can have for a trace, whatever the router does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.replay.trace import Request
 
 
 class Chains:
-    """Numbers for blocks in their context: one for each different chain of hash ids from the beginning of a prompt."""
+    """Numbers of blocks in their context: one for each different chain of hash ids from the beginning of a prompt."""
 
     def __init__(self) -> None:
         self._numbers: dict[tuple[int, int], int] = {}
@@ -26,10 +26,10 @@ class Chains:
 
 
 class Cache:
-    """The tokens of prompts that came by, least recently used blocks out first. `capacity` in blocks; None: no limit.
+    """An LRU cache of prompts. `capacity` in blocks; None: no limit.
 
-    A partial block holds as many tokens as the longest prompt that ended in it. Of one prompt the last blocks go first, as
-    engines free them: a block is of no use without those before it. Requests are taken to be computed at once.
+    A partial block holds as many tokens as the longest prompt that ended in it. Of one prompt the last blocks are evicted
+    first, as in engines: a block is of no use without those before it. Requests count as computed when they arrive.
     """
 
     def __init__(self, block: int, capacity: int | None = None) -> None:
@@ -37,8 +37,8 @@ class Cache:
         self._chains = Chains()
         self._held: OrderedDict[int, int] = OrderedDict()  # block -> its tokens
 
-    def take(self, request: Request) -> int:
-        """How many of the prompt's tokens are there; afterwards all are, as far as they fit."""
+    def add(self, request: Request) -> int:
+        """Return how many of the prompt's tokens are cached, then add all of them, as far as they fit."""
         chain, hit = self._chains.of(request.hash_ids), 0
         sizes = [min(self._block, request.input_length - self._block * at) for at in range(len(chain))]
         for node, size in zip(chain, sizes, strict=True):
@@ -63,11 +63,11 @@ class Cache:
 
 
 def hit_rate(requests: Iterable[Request], block: int, capacity: int | None = None) -> float:
-    """Of all prompt tokens those that one cache for the whole trace has when they are asked for."""
+    """Return the share of all prompt tokens that one cache for the whole trace has when they are requested."""
     cache = Cache(block, capacity)
     hit = asked = 0
     for request in requests:
-        hit += cache.take(request)
+        hit += cache.add(request)
         asked += request.input_length
     return hit / asked if asked else 0.0
 
@@ -79,9 +79,9 @@ class Statistics:
     input_tokens: dict[str, float]
     output_tokens: dict[str, float]
     blocks: int
-    """different blocks: the working set"""
+    """number of different blocks: the working set"""
     tokens: int
-    """in these blocks"""
+    """tokens in these blocks"""
     oracle: float
     """hit rate of one cache without a limit"""
     bounded: dict[int, float]
@@ -93,14 +93,17 @@ class Statistics:
 
 
 def arrival_rate(requests: int, seconds: float) -> float:
-    """Per second, between the first and the last; infinite when all come at once."""
+    """Return the requests a second between the first and the last; infinite if all arrive at the same time."""
     return (requests - 1) / seconds if seconds else float("inf")
 
 
 def describe(requests: Sequence[Request], block: int, cache_tokens: Sequence[int]) -> Statistics:
-    """The statistics of a trace. Without `cache_tokens` caches of 1, 5, 10, 25 and 50 % of the working set are tried."""
+    """Return the statistics of a trace.
+
+    Without `cache_tokens` they include caches of 1, 5, 10, 25 and 50 % of the working set.
+    """
     cache = Cache(block)
-    hit = sum(cache.take(request) for request in requests)
+    hit = sum(cache.add(request) for request in requests)
     sizes = list(cache_tokens) or [max(cache.blocks * share // 100, 1) * block for share in (1, 5, 10, 25, 50)]
     return Statistics(
         requests=len(requests),
@@ -115,7 +118,7 @@ def describe(requests: Sequence[Request], block: int, cache_tokens: Sequence[int
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and percentiles; nothing of nothing."""
+    """Return mean and percentiles; an empty dict for no values."""
     if not values:
         return {}
     ordered = sorted(values)

@@ -12,19 +12,19 @@ from benchmarks.replay.report import Goal
 
 
 def require() -> None:
-    """Raises StartError if pictures cannot be drawn; before anything is measured for nothing."""
+    """Raise StartError if pictures cannot be drawn. To be called before a long measurement."""
     if importlib.util.find_spec("matplotlib") is None:
         raise StartError("--picture needs matplotlib: pip install -e '.[bench]', or give --picture ''")
 
 
 def cdf(values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Points of the cumulative distribution: values, and the share that is at most that."""
+    """Return the points of the cumulative distribution: values, and the shares of values up to each."""
     ordered = sorted(values)
     return ordered, [(at + 1) / len(ordered) for at in range(len(ordered))]
 
 
 def draw(replays: Mapping[str, Replay], hits: Mapping[str, float | None], oracle: float, goal: Goal, to: Path) -> None:
-    """CDFs of TTFT, ITL and end to end, and the prefix hit rates."""
+    """Draw the CDFs of TTFT, ITL and end-to-end time, and the prefix hit rates."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
@@ -55,5 +55,5 @@ def draw(replays: Mapping[str, Replay], hits: Mapping[str, float | None], oracle
 
 
 def _positive_ms(answer: Answer, name: str) -> float:
-    """The axis is logarithmic: a single token's ITL of 0 goes to its left end."""
+    """Return a time in ms for the logarithmic axis: a single token's ITL of 0 becomes the left end."""
     return float(max(getattr(answer, name) * 1e3, 0.01))

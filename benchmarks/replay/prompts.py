@@ -1,4 +1,4 @@
-"""Prompts from a trace's hash ids: the same ids give the same tokens, everywhere and always."""
+"""Prompts from a trace's hash ids: the same ids always give the same tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEPT_BLOCKS = 8192  # texts of blocks, about 2.5 KB each with 512 tokens
 
 
 def vocabulary(tokenizer_dir: Path) -> list[int]:
-    """All token ids of a model but its special ones."""
+    """Return all token ids of a model except its special ones."""
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     specials = set(tokenizer.get_added_tokens_decoder())
     return [token for token in range(tokenizer.get_vocab_size()) if token not in specials]
@@ -26,11 +26,13 @@ class Prompts:
     """Token ids of blocks of `block` tokens. Another `seed` gives other tokens with the same sharing."""
 
     def __init__(self, tokens: Sequence[int], block: int, seed: int = 0) -> None:
-        self._tokens, self.block, self._seed = tokens, block, seed
+        self.block = block
+        self._tokens = tokens
+        self._seed = seed
         self._text = lru_cache(KEPT_BLOCKS)(self._write)
 
     def block_tokens(self, hash_id: int, length: int) -> list[int]:
-        """The first `length` tokens of a block."""
+        """Return the first `length` tokens of a block."""
         return random.Random(f"{self._seed} {hash_id}").choices(self._tokens, k=length)
 
     def tokens(self, request: Request) -> list[int]:
@@ -40,7 +42,7 @@ class Prompts:
         return found
 
     def body(self, request: Request, model: str) -> bytes:
-        """A completion request for exactly the trace's numbers of tokens; OpenAI's fields and vLLM's `ignore_eos`."""
+        """Return a completion request for exactly the trace's token counts: OpenAI's fields and vLLM's `ignore_eos`."""
         left, texts = request.input_length, []
         for hash_id in request.hash_ids:
             texts.append(self._text(hash_id, min(self.block, left)))

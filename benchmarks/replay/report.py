@@ -1,4 +1,4 @@
-"""The figures of a replay, and the table in which systems stand side by side."""
+"""Figures of a replay, and the table that compares systems."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HIT_COUNTERS = [  # tokens found, tokens asked for; ai-dynamo's frontend, vLLM
 
 @dataclass(frozen=True)
 class Goal:
-    """What a good answer has: TTFT, and mean time between its tokens."""
+    """Service level of a good answer: TTFT, and mean time between its tokens."""
 
     ttft_ms: float
     itl_ms: float
@@ -35,7 +35,7 @@ class Goal:
 
 
 def counted_hits(before: str, after: str) -> float | None:
-    """Share of prompt tokens found in caches between two readings of /metrics; None if it does not tell."""
+    """Return the share of prompt tokens found in caches between two readings of /metrics; None if they lack it."""
     for hits, asked in _HIT_COUNTERS:
         total = _sum(after, asked) - _sum(before, asked)
         if total > 0:
@@ -44,14 +44,15 @@ def counted_hits(before: str, after: str) -> float | None:
 
 
 def _sum(metrics: str, name: str) -> float:
-    """Over all labels."""
+    """Return the sum of a metric over all labels."""
     return sum(float(value) for value in re.findall(rf"(?m)^{re.escape(name)}(?:{{[^}}]*}})? (\S+)", metrics))
 
 
 def summarise(replay: Replay, goal: Goal) -> dict[str, Any]:
-    """Plain data. Latencies in ms over complete answers; rates over the time from the first request due to the last answer.
+    """Return the figures of a replay as plain data.
 
-    `itl_ms` is of each request the mean time between its tokens; the percentiles are over requests, as the goal is.
+    Latencies are in ms over complete answers, rates over the time from the first request due to the last answer. A
+    request's ITL is the mean time between its tokens; percentiles are over requests, as the goal is.
     """
     good = [answer for answer in replay.answers if not answer.error]
     met = sum(goal.met(answer) for answer in good)
@@ -91,7 +92,7 @@ _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def show(results: Mapping[str, Mapping[str, Any]], trace: Statistics, goal: Goal, console: Console) -> None:
-    """`results`: the summaries by system."""
+    """Print the table. `results` are the summaries by system."""
     table = Table(title="replay; latencies count from when a request was due", title_justify="left")
     table.add_column("", no_wrap=True)
     for system in results:
@@ -105,7 +106,7 @@ def show(results: Mapping[str, Mapping[str, Any]], trace: Statistics, goal: Goal
             row(f"{heading} {share}, ms", *(_number(one[name].get(share), 1) for one in results.values()))
         table.add_section()
     row(f"prefix hits (at most {trace.oracle:.1%})", *(_percent(one["hit_rate"]) for one in results.values()))
-    row("  told by", *(one["hit_rate_source"] for one in results.values()))
+    row("  source", *(one["hit_rate_source"] for one in results.values()))
     row("requests/s", *(_number(one["requests_per_s"], 2) for one in results.values()))
     row("output tokens/s", *(_number(one["output_tokens_per_s"], 0) for one in results.values()))
     row(
@@ -123,13 +124,13 @@ def show(results: Mapping[str, Mapping[str, Any]], trace: Statistics, goal: Goal
             console.print(f"{system}: {count} × {error}", markup=False)
         if (late := one["late_ms"].get("p99", 0.0)) > LATE_MS:
             console.print(
-                f"[red]{system}: 1 % of the requests were sent more than {late:.0f} ms late: the client had no "
-                f"processor for so long, and the figures say little about the servers[/]; lower --speed or --load"
+                f"[red]{system}: 1 % of the requests were sent more than {late:.0f} ms late: the client lacked "
+                f"CPU time, and the figures say little about the servers[/]; lower --speed or --load"
             )
 
 
 def show_trace(trace: Statistics, console: Console) -> None:
-    """What `describe` prints."""
+    """Print the statistics of a trace."""
     console.print(f"{trace.requests:,} requests in {trace.seconds:,.1f} s, {trace.requests_per_s:.2f} a second")
     for heading, values in (("input tokens", trace.input_tokens), ("output tokens", trace.output_tokens)):
         console.print(f"{heading}: " + ", ".join(f"{name} {value:,.0f}" for name, value in values.items()))

@@ -1,7 +1,7 @@
-"""The same replay in virtual time, without processes: the mock engine's scheduler and caches, and the real router.
+"""Replay in virtual time, without processes: the mock engine's scheduler and caches, and the real router.
 
 Hundreds of workers on one core, minutes of traffic in seconds, and the same result each time: to try a routing policy
-before it is measured. What the processes themselves cost is left out, and workers' messages arrive at once.
+before it is measured. The cost of the processes themselves is left out, and workers' messages arrive immediately.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import get_args
 
 from benchmarks.processes import StartError
 from benchmarks.replay.capacity import Engines
@@ -21,9 +22,10 @@ from dynamo.engines.mock.timing import step_ms
 from dynamo.kv_router.block_map import BlockMap
 from dynamo.kv_router.events import KvEvents, KvSnapshot, WorkerLoad
 from dynamo.kv_router.hashing import block_hashes, pack
-from dynamo.kv_router.messages import KV_MODES, KvMode, RouteRequest
+from dynamo.kv_router.messages import KvMode, RouteRequest
 from dynamo.kv_router.router import KvRouter
 
+KV_MODES: tuple[str, ...] = get_args(KvMode)
 MODES = ("round-robin", "random", "power-of-two", "least-loaded", *KV_MODES)
 
 
@@ -34,18 +36,23 @@ class _Request(ScheduledSequence):
 
     def __init__(self, prompt: list[int], block: int, answer: Answer, first_token: int) -> None:
         super().__init__(prompt, block_hashes(prompt, block))
-        self.answer, self.first_token, self.expected_hit = answer, first_token, 0
+        self.answer = answer
+        self.first_token = first_token
+        self.expected_hit = 0
 
 
 class _Worker:
     def __init__(self, id: int, engines: Engines, simulation: Simulation) -> None:
-        self.id, self._engines, self._simulation = id, engines, simulation
+        self.id = id
+        self._engines = engines
+        self._simulation = simulation
         self.scheduler: Scheduler[_Request] = Scheduler(
             BlockPool(engines.blocks, engines.block, events=True),
             batched_tokens=engines.batched_tokens,
             sequences=engines.max_sequences,
         )
-        self._ledger, self._sequence = BlockMap(engines.block), 0
+        self._block_map = BlockMap(engines.block)
+        self._sequence = 0
         self._requests: dict[_Request, None] = {}
         self._accepted: list[str] = []
         self._stepping = False
@@ -59,7 +66,7 @@ class _Worker:
         self.scheduler.add(request)
         if not self._stepping:
             self._begin()
-        self._tell()
+        self._report()
 
     def _begin(self) -> None:
         step = self.scheduler.schedule()
@@ -71,7 +78,7 @@ class _Worker:
     def _end(self) -> None:
         self.scheduler.complete(self._emit)
         self._begin()
-        self._tell()
+        self._report()
 
     def _emit(self, request: _Request) -> bool:
         answer, now_s = request.answer, self._simulation.now_s
@@ -84,18 +91,19 @@ class _Worker:
         del self._requests[request]
         return True
 
-    def _tell(self) -> None:
-        caches = self._simulation.router.caches
-        self._ledger.apply(self.scheduler.pool.drain_events())
-        if changes := self._ledger.changes():
+    def _report(self) -> None:
+        state = self._simulation.router.state
+        self._block_map.apply(self.scheduler.pool.drain_events())
+        if changes := self._block_map.changes():
             self._sequence += 1
-            caches.take_events(KvEvents(self.id, 0, self._sequence, changes))
-        caches.take_load(self._load())
+            state.apply_events(KvEvents(self.id, 0, self._sequence, changes))
+        state.apply_load(self._load())
 
     def _load(self) -> WorkerLoad:
         block, scheduler = self._engines.block, self.scheduler
         new = [-(-(len(r.prompt) - r.expected_hit) // block) for r in self._requests if not r.output]
-        accepted, self._accepted = self._accepted, []
+        accepted = self._accepted
+        self._accepted = []
         return WorkerLoad(
             worker=self.id,
             rank=0,
@@ -118,14 +126,15 @@ class Simulation:
     def __init__(self, engines: Engines, mode: str, router: KvRouter | None = None) -> None:
         self.now_s = 0.0
         self.router = router or KvRouter(clock=lambda: self.now_s)
-        self._engines, self._mode = engines, mode
+        self._engines = engines
+        self._mode = mode
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._random = random.Random(1)
         self.workers = [_Worker(id, engines, self) for id in range(engines.workers)]
         for worker in self.workers:
-            self.router.caches.join(worker.id)
-            self.router.caches.take_snapshot(worker.id, [KvSnapshot(worker.id, 0, 0, engines.block, b"")])
+            self.router.state.join(worker.id)
+            self.router.state.apply_snapshot(worker.id, [KvSnapshot(worker.id, 0, 0, engines.block, b"")])
 
     def after(self, seconds: float, work: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (self.now_s + seconds, next(self._order), work))
@@ -166,4 +175,4 @@ class Simulation:
             return min(self._random.sample(self.workers, len(self.workers)), key=len)
         if mode == "power-of-two":
             return min(self._random.sample(self.workers, 2), key=len)
-        raise StartError(f"no mode is named {mode!r}; modes: {', '.join(MODES)}")
+        raise StartError(f"unknown mode {mode!r}; modes: {', '.join(MODES)}")

@@ -1,15 +1,11 @@
-"""What a trace is replayed to: our graph with a router mode, ai-dynamo with one of its own, or a server that runs."""
+"""Targets of a replay: our graph with a router mode, ai-dynamo with one of its own, or a running server."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
-import signal
-import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,18 +16,17 @@ import orjson
 import yaml
 
 from benchmarks.peers import rust
-from benchmarks.processes import Process, StartError, command_line, descendants, free_port
+from benchmarks.processes import StartError
 from benchmarks.replay.capacity import Engines
-from benchmarks.system import Running
+from benchmarks.system import REPOSITORY, Running, role_of, serve_graph, stopped_on_error
 
-REPOSITORY = Path(__file__).parents[3]
 START_LIMIT_S = 240.0  # a real engine compiles
 HTTP_LIMIT_S = 10.0
 PEER_MODES = ("round-robin", "kv")
 
 
 class Target(NamedTuple):
-    """`start(run_dir)` gives a server that is ready; `end` leaves nothing of it."""
+    """`start(run_dir)` returns a ready server."""
 
     name: str
     start: Callable[[Path], Running]
@@ -39,7 +34,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Graph:
-    """Our side. `settings` are KEY=VALUE as `dynamo serve` takes them after `--`."""
+    """Our graph. `settings` are KEY=VALUE as `dynamo serve` takes them after `--`."""
 
     graph: str
     config: str
@@ -47,7 +42,7 @@ class Graph:
     settings: Sequence[str]
 
     def values(self) -> dict[str, Any]:
-        """The configuration file. Raises StartError if it cannot be read."""
+        """Return the contents of the configuration file. Raises StartError if it cannot be read."""
         try:
             found = yaml.safe_load((REPOSITORY / self.config).read_text())
         except (OSError, yaml.YAMLError) as error:
@@ -61,17 +56,16 @@ class Graph:
 
     @property
     def mock(self) -> bool:
-        """whether its workers are mock engines, which take the settings of `Engines`"""
+        """its workers are mock engines, which take the settings of `Engines`"""
         return bool(self.values().get("VllmWorker", {}).get("engine") == "mock")
 
 
 def our_targets(graph: Graph, modes: Sequence[str], engines: Engines, longest: int) -> list[Target]:
-    """`longest`: tokens of the longest request with its answer."""
+    """Return a target for each mode. `longest`: tokens of the longest request with its answer."""
     return [Target(f"ours {mode}", partial(_start_graph, graph, mode, engines, longest)) for mode in modes]
 
 
 def _start_graph(graph: Graph, mode: str, engines: Engines, longest: int, run_dir: Path) -> Running:
-    port = free_port()
     settings = [f"VllmWorker.ServiceArgs.workers={engines.workers}", f"{graph.router_key}={mode}"]
     if graph.mock:
         settings += [
@@ -84,27 +78,16 @@ def _start_graph(graph: Graph, mode: str, engines: Engines, longest: int, run_di
         ]
     if "Router" in graph.values():
         settings.append(f"Router.min-workers={engines.workers}")
-    process = Process(
-        [sys.executable, "-m", "dynamo", "serve", graph.graph, "-f", graph.config, "--infra", "embedded", "--host",
-         "127.0.0.1", "--port", str(port), *(f"--{setting}" for setting in [*settings, *graph.settings])],
-        run_dir / "serve.log", {"DYN_LOG": "warn"}, REPOSITORY,
-    )  # fmt: skip
-    running = Running(f"ours {mode}", port, graph.model, [process], _role)
-    with _ended_on_error(running):
-        running.start_s = process.wait_for(
-            lambda: re.search(rb"(?m)^ready in ", process.log.read_bytes()) is not None, START_LIMIT_S, "dynamo serve"
-        )
-    return running
-
-
-def _role(argv: list[str]) -> str:
-    if "--service-name" in argv:
-        return argv[argv.index("--service-name") + 1]
-    return "NATS" if argv and Path(argv[0]).name == "nats-server" else "other"
+    return serve_graph(
+        f"ours {mode}", graph.model, graph.graph, graph.config, [*settings, *graph.settings], run_dir, START_LIMIT_S
+    )
 
 
 def peer_targets(peers: Path, modes: Sequence[str], engines: Engines) -> list[Target]:
-    """ai-dynamo 1.6.1 as benchmarks/peers/install.sh puts it under `peers`. Raises StartError if it is not there."""
+    """Return a target for each mode of ai-dynamo 1.6.1, installed by benchmarks/peers/install.sh.
+
+    Raises StartError if it is not in the folder `peers`.
+    """
     environment = (peers / "dynamo-1.6").resolve()
     if not (environment / "bin").is_dir():
         raise StartError(f"{peers} has no dynamo-1.6: run benchmarks/peers/install.sh {peers}")
@@ -121,8 +104,8 @@ def _start_peer(environment: Path, mode: str, engines: Engines, run_dir: Path) -
         ["--router-mode", mode],
     )  # fmt: skip
     began = time.perf_counter()
-    with _ended_on_error(running):
-        # the model is listed when the first worker is there
+    with stopped_on_error(running):
+        # the model is listed as soon as the first worker is registered
         while (found := rust.registered(run_dir)) < engines.workers or not models(running.port):
             if time.perf_counter() - began > rust.START_LIMIT_S:
                 logs = "\n".join(process.log.read_text(errors="replace")[-1000:] for process in running.processes)
@@ -133,7 +116,7 @@ def _start_peer(environment: Path, mode: str, engines: Engines, run_dir: Path) -
 
 
 def url_target(url: str, model: str | None) -> Target:
-    """A server that runs already and goes on afterwards."""
+    """Return a target for a running server, which keeps running afterwards."""
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname is None:
         raise StartError(f"--url {url}: expected http://HOST:PORT")
@@ -143,7 +126,7 @@ def url_target(url: str, model: str | None) -> Target:
         names = [model] if model else models(port, host)
         if not names:
             raise StartError(f"{url} lists no model at /v1/models")
-        return Running(url, port, names[0], [], _role, host=host)
+        return Running(url, port, names[0], [], role_of, host=host)
 
     return Target(url, found)
 
@@ -154,29 +137,10 @@ def models(port: int, host: str = "127.0.0.1") -> list[str]:
 
 
 def fetch(host: str, port: int, path: str) -> str:
-    """The body of a GET; empty if there is none to get."""
+    """Return the body of a GET; empty if there is no answer."""
     with (
         contextlib.suppress(OSError),
         urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=HTTP_LIMIT_S) as got,
     ):
         return str(got.read().decode(errors="replace"))
     return ""
-
-
-@contextlib.contextmanager
-def _ended_on_error(running: Running) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        end(running)
-        raise
-
-
-def end(running: Running) -> None:
-    """Stop what was started, then whatever of its children is left."""
-    left = {pid: command_line(pid) for process in running.processes for pid in descendants(process.pid)}
-    running.stop()
-    for pid, argv in left.items():
-        if argv and command_line(pid) == argv:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)

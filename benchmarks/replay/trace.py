@@ -1,4 +1,4 @@
-"""Traces of requests in the JSONL format that Mooncake published: when, how long, and which prefixes are shared.
+"""Traces of requests in the JSONL format that Mooncake published: times, lengths, and shared prefixes.
 
     {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47, 48, ...]}
 
@@ -19,11 +19,11 @@ MOONCAKE_BLOCK = 512
 
 
 class TraceError(Exception):
-    """A line is not what the format says; file, line and reason are in the message."""
+    """A line is not in the format; file, line and reason are in the message."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One line. Fields of other tools are ignored."""
+    """One line of a trace. Fields of other tools are ignored."""
 
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     """milliseconds from the trace's own zero"""
@@ -34,7 +34,7 @@ class Request(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Limits:
-    """What of a trace is used. `requests`: the first so many; `input_tokens`: the longest prompt."""
+    """Limits of a trace: number of `requests` from the first on, and most `input_tokens` of a prompt."""
 
     requests: int | None = None
     input_tokens: int | None = None
@@ -44,14 +44,14 @@ class Limits:
 
 @dataclass
 class Cut:
-    """How many requests the limits touched; complete when the reader has ended."""
+    """Number of requests that the limits affected; complete when the reader has ended."""
 
     dropped: int = 0
     clipped: int = 0
 
 
 def read(path: Path, block: int, limits: Limits, cut: Cut) -> Iterator[Request]:
-    """The requests of a trace, one at a time. Raises TraceError for a line that is wrong, OSError for the file."""
+    """Yield the requests of a trace. Raises TraceError for an invalid line, OSError for the file."""
     with path.open("rb") as lines:
         yield from _limited(_parsed(lines, path.name, block), block, limits, cut)
 

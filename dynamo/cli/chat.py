@@ -1,12 +1,11 @@
 """A conversation with a model in the terminal, or one question and its answer in a pipe.
 
-The answer alone goes to standard output; the prompt's companions (status, figures, errors) go to standard error.
+Only the answer goes to standard output; the prompt, status, statistics and errors go to standard error.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Generator
@@ -16,33 +15,32 @@ from typing import NamedTuple, Protocol
 
 import click
 
-from dynamo.cli.errors import report
+from dynamo.cli.errors import in_colour, report
 from dynamo.errors import DynamoError
 
 PROMPT = ">>> "
 HELP = """\
-/help         this list
-/clear        forget the conversation; the system text stays
-/system TEXT  what the model is told first; without TEXT: nothing
-/save FILE    write the conversation to FILE: OpenAI's messages if it ends in .json, else Markdown
-/quit         leave, as Ctrl-D does
-Ctrl-C stops an answer; at the prompt it leaves."""
-_CONTROLS = dict.fromkeys(
-    {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
-)  # a model must not drive the terminal
+/help         show this list
+/clear        start a new conversation; the system message stays
+/system TEXT  set the system message; without TEXT, remove it
+/save FILE    save the conversation: as OpenAI messages if FILE ends in .json, else as Markdown
+/quit         quit, as Ctrl-D does
+Ctrl-C stops an answer; at the prompt it quits."""
+_CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
+"""Removed from answers on a terminal, which a model must not control."""
 
 Message = dict[str, str]
 
 
-class Sampled(NamedTuple):
-    """How answers are made; None: as the model would."""
+class SamplingOptions(NamedTuple):
+    """Sampling parameters; None: the default of the model."""
 
     max_tokens: int | None = None
     temperature: float | None = None
 
 
 class Piece(NamedTuple):
-    """Some more of an answer. `tokens` are output tokens; `prompt_tokens` is 0 where it is not known yet."""
+    """A part of an answer. `tokens` are output tokens; `prompt_tokens` is 0 while it is not known."""
 
     text: str
     tokens: int = 0
@@ -50,22 +48,27 @@ class Piece(NamedTuple):
 
 
 class Model(Protocol):
-    """What answers: an engine in this process, or a server. Closing the iterator stops it."""
+    """A model that answers: an engine in this process, or a server. Closing the generator stops it."""
 
     name: str
 
-    def answer(self, messages: list[Message], sampled: Sampled) -> Generator[Piece]: ...
+    def answer(self, messages: list[Message], sampling: SamplingOptions) -> Generator[Piece]:
+        """Answer the last message. Raises DynamoError."""
+        ...
 
 
-class Figures:
-    """Counts of one answer and its times, in seconds from the question."""
+class Statistics:
+    """Token counts and times of one answer, from the question on."""
 
     def __init__(self) -> None:
         self._asked = time.monotonic()
-        self._first = self._last = 0.0
-        self.tokens = self.prompt_tokens = 0
+        self._first = 0.0
+        self._last = 0.0
+        self.tokens = 0
+        self.prompt_tokens = 0
 
     def add(self, piece: Piece) -> None:
+        """Count a part of the answer."""
         self.tokens += piece.tokens
         self.prompt_tokens += piece.prompt_tokens
         if piece.text:
@@ -73,36 +76,40 @@ class Figures:
             self._first = self._first or self._last
 
     def __str__(self) -> str:
-        """Tokens a second are those after the first one: its time is the TTFT."""
+        """Show the counts, TTFT and tokens/s, which leaves out the first token: its time is the TTFT."""
         ttft_s = self._first - self._asked if self._first else 0.0
-        writing_s = self._last - self._first
-        rate = (self.tokens - 1) / writing_s if self.tokens > 1 and writing_s > 0 else 0.0
+        decode_s = self._last - self._first
+        rate = (self.tokens - 1) / decode_s if self.tokens > 1 and decode_s > 0 else 0.0
         counts = f"{self.prompt_tokens} prompt tokens, {self.tokens} output tokens"
         return f"{counts}, TTFT {ttft_s:.3f} s, {rate:.1f} tokens/s"
 
 
 class Chat:
-    """One conversation: its messages, and what the user sees of it."""
+    """One conversation: its messages, and its display to the user."""
 
-    def __init__(self, model: Model, sampled: Sampled, *, system: str | None = None, stats: bool = False) -> None:
-        self._model, self._sampled, self._stats = model, sampled, stats
+    def __init__(
+        self, model: Model, sampling: SamplingOptions, *, system: str | None = None, stats: bool = False
+    ) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._stats = stats
         self.system = system
         self.messages: list[Message] = []
         self._to_terminal = sys.stdout.isatty()
 
     def ask(self, question: str) -> None:
-        """Print the answer as it comes. What was printed stays in the conversation, also if the user stops it.
+        """Print the answer while it arrives. If the user stops it, the printed part stays in the conversation.
 
-        Raises KeyboardInterrupt then, and DynamoError when the model fails; without an answer, the question is dropped.
+        Raises KeyboardInterrupt if the user stops it, DynamoError if the model fails. A question that got no text is
+        dropped.
         """
-        told = [{"role": "system", "content": self.system}] if self.system else []
         asked = {"role": "user", "content": question}
         parts: list[str] = []
-        figures = Figures()
+        statistics = Statistics()
         try:
-            with closing(self._model.answer([*told, *self.messages, asked], self._sampled)) as pieces:
+            with closing(self._model.answer([*self._all_messages(), asked], self._sampling)) as pieces:
                 for piece in pieces:
-                    figures.add(piece)
+                    statistics.add(piece)
                     parts.append(piece.text)
                     self._write(piece.text)
         finally:
@@ -112,21 +119,25 @@ class Chat:
                 if not answer.endswith("\n"):
                     self._write("\n")
             if self._stats:
-                _note(str(figures))
+                _note(str(statistics))
+
+    def _all_messages(self) -> list[Message]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *self.messages]
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(text.translate(_CONTROLS) if self._to_terminal else text)
+        sys.stdout.write(text.translate(_CONTROL_CHARACTERS) if self._to_terminal else text)
         sys.stdout.flush()
 
     # -- at the prompt
 
     def converse(self) -> None:
-        """Questions from the terminal until the user leaves."""
+        """Answer questions from the terminal until the user quits."""
         try:
             import readline  # noqa: F401  # line editing and history for input()
         except ImportError:
             pass
-        _note(f"{self._model.name}; /help lists the commands, Ctrl-D leaves")
+        _note(f"{self._model.name}; /help lists the commands, Ctrl-D quits")
         while True:
             try:
                 line = self._read().strip()
@@ -141,7 +152,7 @@ class Chat:
                 elif line:
                     self.ask(line)
             except KeyboardInterrupt:
-                _note("stopped; Ctrl-C again leaves")
+                _note("stopped; Ctrl-C again quits")
             except DynamoError as error:
                 report(error)
 
@@ -158,10 +169,10 @@ class Chat:
             _note(HELP)
         elif name == "/clear":
             self.messages.clear()
-            _note("the conversation is forgotten")
+            _note("started a new conversation")
         elif name == "/system":
             self.system = text or None
-            _note("the system text is set" if text else "there is no system text now")
+            _note("system message set" if text else "system message removed")
         elif name == "/save":
             self._save(text)
         else:
@@ -170,8 +181,7 @@ class Chat:
     def _save(self, name: str) -> None:
         if not name:
             raise DynamoError("/save: a file name is missing", hint="type /save FILE")
-        told = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*told, *self.messages]
+        messages = self._all_messages()
         text = "".join(f"**{message['role']}**: {message['content'].strip()}\n\n" for message in messages)
         if name.endswith(".json"):
             text = json.dumps(messages, indent=2, ensure_ascii=False) + "\n"
@@ -186,20 +196,21 @@ class Chat:
 
 
 class Progress:
-    """One line on the terminal that tells what takes so long, and then goes away; nothing in a pipe."""
+    """One line on the terminal that shows the state of a long start; no-op in a pipe."""
 
     def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+        self._is_shown = sys.stderr.isatty()
 
-    def say(self, text: str) -> None:
-        if self._shown:
+    def show(self, text: str) -> None:
+        """Replace the line by `text`."""
+        if self._is_shown:
             sys.stderr.write(f"\r\x1b[K{text}")
             sys.stderr.flush()
 
     def clear(self) -> None:
-        self.say("")
+        """Remove the line."""
+        self.show("")
 
 
 def _note(text: str) -> None:
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    click.echo(click.style(text, dim=True), err=True, color=colour)
+    click.echo(click.style(text, dim=True), err=True, color=in_colour(sys.stderr))

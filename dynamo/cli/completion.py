@@ -1,4 +1,4 @@
-"""`dynamo completion`: the script with which a shell completes our commands, options and file names."""
+"""`dynamo completion`: the script with which a shell completes commands, options and file names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ VARIABLE = "_DYNAMO_COMPLETE"  # click derives it from the command's name when t
 @click.command()
 @click.argument("shell", metavar="SHELL", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print the script that makes SHELL (bash, zsh or fish) complete `dynamo` with the Tab key.
+    """Print the script that lets SHELL (bash, zsh or fish) complete `dynamo` with the Tab key.
 
     \b
     Examples:
-      eval "$(dynamo completion bash)"                              # in this shell; in ~/.bashrc, for all
-      eval "$(dynamo completion zsh)"                               # the same, ~/.zshrc
+      eval "$(dynamo completion bash)"                              # for this shell; for every shell, add it to ~/.bashrc
+      eval "$(dynamo completion zsh)"                               # likewise, with ~/.zshrc
       dynamo completion fish > ~/.config/fish/completions/dynamo.fish
     """
     from dynamo.cli.main import group

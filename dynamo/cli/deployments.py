@@ -1,4 +1,4 @@
-"""What runs now: graphs of this machine, and what etcd and NATS tell of a deployment."""
+"""The deployments that run now: graphs of this machine, and the state of a deployment in etcd and NATS."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from dynamo.worker.live_settings import STATES_PREFIX, States
 
 INSTANCES_PREFIX = "instances/"
 ETCD_S = 1.5
-GUESS_S = 0.5  # where nobody said that there is an etcd
-STATS_S = 1.0  # a process that takes longer is shown without figures
+GUESS_S = 0.5  # for an etcd that is only assumed to be there
+STATS_S = 1.0  # a process that takes longer is shown without statistics
 
 
 @dataclass(frozen=True)
-class Load:
-    """What one endpoint of one process has done; None: it does not say. `since` is Unix time, the time in seconds.
+class EndpointStats:
+    """Statistics of one endpoint of one process since its start. None: not reported.
 
-    `kv_usage` and `prefix_hit_rate` are fractions of 0 to 1.
+    `since` is Unix time; `kv_usage` and `prefix_hit_rate` are fractions from 0 to 1.
     """
 
     requests: int | None = None
@@ -46,7 +46,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Deployment:
-    """One NATS and etcd, and the graphs of this machine that use them, if any."""
+    """An etcd, a NATS, and the graphs of this machine that use them, if any."""
 
     etcd_endpoints: str
     nats_url: str
@@ -54,12 +54,13 @@ class Deployment:
     timeout_s: float = ETCD_S
 
     def etcd(self) -> Etcd:
+        """Connect to its etcd."""
         return Etcd.connect(self.etcd_endpoints, timeout_s=self.timeout_s)
 
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """The live settings of one process; `instance` is its id in hex."""
+    """The live settings of one process. `instance` is its id in hex."""
 
     namespace: str
     service: str
@@ -68,23 +69,25 @@ class ProcessSettings:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One look at a deployment. `error` says why there is nothing, or no load."""
+class Snapshot:
+    """The state of a deployment at one moment."""
 
     deployment: Deployment
-    instances: list[tuple[Instance, Load]] = field(default_factory=list)
+    instances: list[tuple[Instance, EndpointStats]] = field(default_factory=list)
     models: list[tuple[str, ModelCard]] = field(default_factory=list)
     """etcd key and card"""
     error: str = ""
+    """why all of it, or the statistics, are missing"""
     settings: list[ProcessSettings] = field(default_factory=list)
 
     @property
-    def anything(self) -> bool:
+    def is_running(self) -> bool:
+        """True if a graph, an instance, a model or a live setting was found."""
         return bool(self.instances or self.models or self.settings or self.deployment.graphs)
 
 
 def deployments() -> list[Deployment]:
-    """The one that ETCD_ENDPOINTS names; else those of the running graphs; else the one on etcd's usual port."""
+    """Return the deployment of ETCD_ENDPOINTS; else those of the running graphs; else the one at etcd's default port."""
     named = os.environ.get("ETCD_ENDPOINTS")
     nats = os.environ.get("NATS_SERVER") or DEFAULT_URL
     found: dict[str, list[RunningGraph]] = {}
@@ -98,8 +101,8 @@ def deployments() -> list[Deployment]:
     return [Deployment(DEFAULT_ETCD, nats, timeout_s=GUESS_S)]
 
 
-def one_deployment() -> Deployment:
-    """Raises StartError when several graphs run here, each with an etcd of its own."""
+def single_deployment() -> Deployment:
+    """Return the only deployment. Raises StartError if several graphs run here, each with an etcd of its own."""
     found = deployments()
     if len(found) > 1:
         specs = ", ".join(f"{d.graphs[0].graph} ({without_credentials(d.etcd_endpoints)})" for d in found)
@@ -107,28 +110,29 @@ def one_deployment() -> Deployment:
     return found[0]
 
 
-async def look(deployment: Deployment) -> Seen:
-    """Never raises a DynamoError: what cannot be reached is in `error`."""
+async def take_snapshot(deployment: Deployment) -> Snapshot:
+    """Read the state of a deployment. Never raises a DynamoError: its message is the snapshot's `error`."""
     try:
         async with deployment.etcd() as etcd:
-            instances, _ = await etcd.get_prefix(INSTANCES_PREFIX)
-            cards, _ = await etcd.get_prefix(MODELS_PREFIX)
+            instance_items, _ = await etcd.get_prefix(INSTANCES_PREFIX)
+            card_items, _ = await etcd.get_prefix(MODELS_PREFIX)
             settings = await read_settings(etcd)
     except DynamoError as failure:
-        return Seen(deployment, error=failure.message)
-    found = list(filter(None, map(_instance, instances)))
+        return Snapshot(deployment, error=failure.message)
+    instances = list(filter(None, map(_decode_instance, instance_items)))
+    stats: dict[str, EndpointStats] = {}
     error = ""
-    loads: dict[str, Load] = {}
-    if found:
+    if instances:
         try:
-            loads = await _loads(deployment.nats_url, found)
+            stats = await _read_stats(deployment.nats_url, instances)
         except DynamoError as failure:
             error = failure.message
-    return Seen(deployment, [(i, loads.get(i.subject, Load())) for i in found], decode_cards(cards), error, settings)
+    with_stats = [(instance, stats.get(instance.subject, EndpointStats())) for instance in instances]
+    return Snapshot(deployment, with_stats, decode_cards(card_items), error, settings)
 
 
 def decode_cards(items: Sequence[KeyValue]) -> list[tuple[str, ModelCard]]:
-    """Key and card of each model; those of another version are left out."""
+    """Return etcd key and card of each model; cards of other versions, which cannot be decoded, are left out."""
     found = []
     for item in items:
         try:
@@ -139,56 +143,63 @@ def decode_cards(items: Sequence[KeyValue]) -> list[tuple[str, ModelCard]]:
 
 
 async def read_settings(etcd: Etcd) -> list[ProcessSettings]:
-    """Of each process that has live settings. Raises TransportError."""
+    """Return the live settings of each process that has any. Raises TransportError."""
     items, _ = await etcd.get_prefix(STATES_PREFIX)
     found = []
     for item in items:
         try:
             namespace, service, instance = item.key.removeprefix(STATES_PREFIX).split("/")
             settings = msgspec.json.decode(item.value, type=States)
-        except (ValueError, msgspec.MsgspecError):  # another version's
+        except (ValueError, msgspec.MsgspecError):  # written by another version
             continue
         found.append(ProcessSettings(namespace, service, instance, settings))
     return found
 
 
-def _instance(item: KeyValue) -> Instance | None:
+def _decode_instance(item: KeyValue) -> Instance | None:
     try:
         return msgspec.json.decode(item.value, type=Instance)
     except msgspec.MsgspecError:
         return None
 
 
-async def _loads(nats_url: str, instances: Sequence[Instance]) -> dict[str, Load]:
-    """Load by subject, from `$SRV.STATS` of each process and service. Raises TransportError."""
+async def _read_stats(nats_url: str, instances: Sequence[Instance]) -> dict[str, EndpointStats]:
+    """Return the statistics of endpoints by subject, as each process answers `$SRV.STATS`. Raises TransportError."""
     nats = await Nats.connect(nats_url, name="dynamo status")
     try:
-        asked = {(service_name(i.namespace, i.component), f"{i.instance_id:x}") for i in instances}
-        answers = await asyncio.gather(*(_ask(nats, f"$SRV.STATS.{name}.{identity}") for name, identity in asked))
+        services = {(service_name(i.namespace, i.component), f"{i.instance_id:x}") for i in instances}
+        answers = await asyncio.gather(*(_request_stats(nats, f"$SRV.STATS.{name}.{id_}") for name, id_ in services))
     finally:
         await nats.close()
-    return {subject: load for answer in answers for subject, load in answer.items()}
+    return {subject: stats for answer in answers for subject, stats in answer.items()}
 
 
-async def _ask(nats: Nats, subject: str) -> dict[str, Load]:
+async def _request_stats(nats: Nats, subject: str) -> dict[str, EndpointStats]:
+    """Return the statistics of one process; none if it is starting, stopping, busy or of another version."""
     try:
         answer = msgspec.json.decode(await nats.request(subject, b"", STATS_S))
         since = _unix_time(answer.get("started"))
-        return {endpoint["subject"]: _load(endpoint, since) for endpoint in answer["endpoints"]}
+        return {endpoint["subject"]: _endpoint_stats(endpoint, since) for endpoint in answer["endpoints"]}
     except (DynamoError, msgspec.MsgspecError, KeyError, TypeError, AttributeError):
-        return {}  # it is starting, stopping, busy or of another version
+        return {}
 
 
-def _load(stats: dict[str, Any], since: float | None) -> Load:
-    data = stats.get("data") or {}
-    requests = stats.get("num_requests")
-    average_s = stats.get("average_processing_time", 0) / 1e9 if requests else None
-    kv_usage, hit_rate = _number(data.get("gpu_cache_usage_perc")), _number(data.get("gpu_prefix_cache_hit_rate"))
-    return Load(requests, data.get("in_flight"), stats.get("num_errors"), average_s, since, kv_usage, hit_rate)
+def _endpoint_stats(answer: dict[str, Any], since: float | None) -> EndpointStats:
+    data = answer.get("data") or {}
+    requests = answer.get("num_requests")
+    return EndpointStats(
+        requests=requests,
+        in_flight=data.get("in_flight"),
+        errors=answer.get("num_errors"),
+        average_s=answer.get("average_processing_time", 0) / 1e9 if requests else None,
+        since=since,
+        kv_usage=_number(data.get("gpu_cache_usage_perc")),
+        prefix_hit_rate=_number(data.get("gpu_prefix_cache_hit_rate")),
+    )
 
 
 def _number(value: Any) -> float | None:
-    """A service may say anything."""
+    """Return a number as a float; None for anything else, since services are free in what they report."""
     return float(value) if isinstance(value, int | float) else None
 
 

@@ -1,4 +1,4 @@
-"""`dynamo env`: what a bug report needs to know of this machine, gathered without importing anything heavy."""
+"""`dynamo env`: facts on this machine for a bug report, gathered without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ CPU_FLAGS = (
     "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",  # x86
     "asimd", "bf16", "i8mm", "sve",  # Arm
 )  # fmt: skip
-SHOWN_VARIABLES = re.compile(r"DYN_|DYNAMO_|(NATS_SERVER|ETCD_ENDPOINTS|CUDA_VISIBLE_DEVICES|HF_HUB_OFFLINE|HF_TOKEN)$")
+VARIABLES = re.compile(r"DYN_|DYNAMO_|(NATS_SERVER|ETCD_ENDPOINTS|CUDA_VISIBLE_DEVICES|HF_HUB_OFFLINE|HF_TOKEN)$")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|SERVICE_CONFIG|DEPLOYMENT_CONFIG", re.IGNORECASE)
 COMMAND_S = 5.0
-ANSWER_S = 1.0
+CONNECT_S = 1.0
 
 Lines = Iterator[tuple[str, str]]
 
 
 @click.command()
 def env() -> None:
-    """Show versions, hardware and settings as `name: value` lines, for a bug report.
+    """Show versions, hardware and settings as `name: value` lines for a bug report.
 
-    Values of variables that look like secrets are hidden, and so are passwords in addresses.
+    Variables whose names suggest a secret, and passwords in addresses, are hidden.
 
     \b
     Example:
       dynamo env > report.txt
     """
     for probe in (_system, _processor, _gpus, _packages, _servers, _variables):
-        for name, value in _safely(probe):
+        for name, value in _run_probe(probe):
             click.echo(f"{name}: {value}")
 
 
-def _safely(probe: Callable[[], Lines]) -> Lines:
-    """A machine on which a probe fails is the very one to report on."""
+def _run_probe(probe: Callable[[], Lines]) -> Lines:
+    """Run a probe; if it fails, yield the error as its value: a broken machine needs a report too."""
     try:
         yield from probe()
     except Exception as error:
@@ -88,7 +88,7 @@ def _processor() -> Lines:
 
 
 def _memory_limit() -> str:
-    """The container's, where it has one."""
+    """Return the memory limit of the container; empty without one."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text("utf-8").strip()
     except OSError:
@@ -119,11 +119,11 @@ def _packages() -> Lines:
 
 def _servers() -> Lines:
     from dynamo.errors import DynamoError
-    from dynamo.launcher import embedded_servers
+    from dynamo.launcher import server_kinds
 
-    for kind in (embedded_servers.NATS, embedded_servers.ETCD):
+    for kind in (server_kinds.NATS, server_kinds.ETCD):
         try:
-            program = embedded_servers.find_binary(kind)
+            program = server_kinds.find_binary(kind)
         except DynamoError:
             yield kind.binary, MISSING
             continue
@@ -133,14 +133,14 @@ def _servers() -> Lines:
             yield kind.binary, f"{version[0] if version else 'unknown version'} ({program})"
         except (OSError, subprocess.SubprocessError) as error:
             yield kind.binary, f"cannot be run: {error} ({program})"
-    for kind, greet in ((embedded_servers.NATS, _greet_nats), (embedded_servers.ETCD, _greet_etcd)):
+    for kind, greet in ((server_kinds.NATS, _greet_nats), (server_kinds.ETCD, _greet_etcd)):
         url = os.environ.get(kind.variable) or f"{kind.scheme}://localhost:{kind.port}"
         for one in url.split(","):
             parts = urlsplit(one.strip() if "://" in one else f"{kind.scheme}://{one.strip()}")
-            yield f"{kind.name} server", _answer(parts.hostname or "", parts.port or kind.port, greet)
+            yield f"{kind.name} server", _server_state(parts.hostname or "", parts.port or kind.port, greet)
 
 
-def _answer(host: str, port: int, greet: Callable[[str, int], str]) -> str:
+def _server_state(host: str, port: int, greet: Callable[[str, int], str]) -> str:
     try:
         return f"answers at {host}:{port} {greet(host, port)}".rstrip()
     except (OSError, http.client.HTTPException) as error:
@@ -149,19 +149,20 @@ def _answer(host: str, port: int, greet: Callable[[str, int], str]) -> str:
 
 
 def _greet_nats(host: str, port: int) -> str:
-    """A NATS server speaks first, and tells its version."""
-    with socket.create_connection((host, port), ANSWER_S) as connection:
+    """Return the version of a NATS server, which greets each client with it."""
+    with socket.create_connection((host, port), CONNECT_S) as connection:
         greeting = connection.recv(4096).decode(errors="replace")
     version = re.search(r'"version":\s*"([^"]+)"', greeting)
     return f"({version[1]})" if version else "(not as NATS)"
 
 
 def _greet_etcd(host: str, port: int) -> str:
-    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
+    """Return the version of an etcd server; empty if it accepts TLS only."""
+    connection = http.client.HTTPConnection(host, port, timeout=CONNECT_S)
     try:
         connection.request("GET", "/version")
         body = connection.getresponse().read(4096).decode(errors="replace")
-    except http.client.HTTPException:  # it takes TLS only
+    except http.client.HTTPException:
         return ""
     finally:
         connection.close()
@@ -170,15 +171,15 @@ def _greet_etcd(host: str, port: int) -> str:
 
 
 def _variables() -> Lines:
-    for name in sorted(filter(SHOWN_VARIABLES.match, os.environ)):
-        yield name, shown_value(name, os.environ[name])
+    for name in sorted(filter(VARIABLES.match, os.environ)):
+        yield name, printable_value(name, os.environ[name])
     for name in ("NATS_SERVER", "ETCD_ENDPOINTS"):
         if name not in os.environ:
             yield name, "not set"
 
 
-def shown_value(name: str, value: str) -> str:
-    """The value of a variable, unless its name says secret; without the password of an address in it."""
+def printable_value(name: str, value: str) -> str:
+    """Return the value of a variable to show: without passwords in addresses, hidden if the name suggests a secret."""
     if _SECRET.search(name):
         return "(hidden)"
     return re.sub(r"(?<=//)[^/@,\s]+(?=@)", "(hidden)", value)

@@ -1,32 +1,40 @@
-"""How the command line says that something is wrong: one line, a hint, an exit code. Bugs keep their traceback."""
+"""Errors of the command line: one line, a hint, an exit code. Bugs keep their traceback."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import TextIO
 
 import click
 
-from dynamo import log
 from dynamo.errors import DynamoError
+from dynamo.log import Formatter, dump, jsonl
 
-INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
+INTERRUPTED = 130  # 128 + SIGINT, as shells expect
+
+
+def in_colour(stream: TextIO) -> bool:
+    """Return whether to write colours to a stream: on a terminal, unless NO_COLOR is set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def report(error: DynamoError | click.ClickException) -> int:
-    """Print `error: ...` and `hint: ...` on standard error; returns the exit code. Colour on a terminal only.
+    """Print `error: ...` and `hint: ...` on standard error, and return the exit code.
 
-    One JSON line instead where standard error has JSON lines.
+    With DYN_LOGGING_JSONL, print one JSON line instead.
     """
     if isinstance(error, DynamoError):
-        message, hint = error.message, error.hint
+        message = error.message
+        hint = error.hint
     else:
-        message, hint = error.format_message(), _usage_hint(error)
+        message = error.format_message()
+        hint = _usage_hint(error)
     message = " ".join(message.split("\n"))
-    if log.jsonl():
-        _write("ERROR", message, **({"hint": hint} if hint else {}))
+    if jsonl():
+        _write_json("ERROR", message, **({"hint": hint} if hint else {}))
         return error.exit_code
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    colour = in_colour(sys.stderr)
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True, color=colour)
     if hint:
         click.echo(f"{click.style('hint:', fg='cyan')} {hint}", err=True, color=colour)
@@ -35,14 +43,14 @@ def report(error: DynamoError | click.ClickException) -> int:
 
 def warn(message: str) -> None:
     """Print `warning: ...` on standard error, or one JSON line, as `report` does."""
-    if log.jsonl():
-        _write("WARNING", message)
+    if jsonl():
+        _write_json("WARNING", message)
     else:
         click.echo(f"warning: {message}", err=True)
 
 
-def _write(level: str, message: str, **fields: str) -> None:
-    click.echo(log.dump({**log.Formatter("cli").begin(level, "dynamo.cli", "cli", message), **fields}), err=True)
+def _write_json(level: str, message: str, **fields: str) -> None:
+    click.echo(dump({**Formatter("cli").begin(level, "dynamo.cli", "cli", message), **fields}), err=True)
 
 
 def _usage_hint(error: click.ClickException) -> str | None:

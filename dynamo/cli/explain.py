@@ -1,50 +1,66 @@
-"""What `dynamo serve --dry-run` tells on standard error: the processes that would run, and where each value comes from."""
+"""What `dynamo serve --dry-run` prints on standard error: the process plan, and the source of each value."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynamo.cli import tables
 from dynamo.config.merge import Resolved
-from dynamo.config.provenance import alike, shown
-from dynamo.config.settings import Declared
+from dynamo.config.provenance import canonical, preview
+from dynamo.config.settings import DeclaredSettings
 from dynamo.errors import ConfigError
 from dynamo.launcher import gpus
 from dynamo.launcher.plan import describe, plan
 from dynamo.sdk.graph import Graph
 
 DEFAULT = "default"
+INDENT = "  "
 
 
 def explanation(
-    graph: Graph, resolved: Resolved, declared: Mapping[str, Declared | None], working_dir: Path, *, as_json: bool
+    graph: Graph,
+    resolved: Resolved,
+    declared: Mapping[str, DeclaredSettings | None],
+    working_dir: Path,
+    *,
+    as_json: bool,
 ) -> str:
-    """Tables for a person, or one JSON object: `plan` (or `plan_error`) and `values`."""
+    """Return tables, or one JSON object with `plan` (or `plan_error`) and `values`.
+
+    `declared` are the settings of the graph's services by name.
+    """
     values = _values(resolved, declared)
     processes: list[dict[str, Any]] = []
     problem = ""
     try:
-        processes = describe(
-            plan(graph, resolved.services, working_dir=working_dir, visible_gpus=gpus.visible(), environment={})
-        )
-    except ConfigError as error:  # it says what starting would say; the configuration is good all the same
+        processes = describe(plan(graph, resolved.services, working_dir=working_dir, visible_gpus=gpus.visible()))
+    except ConfigError as error:  # a start would fail with it, but the configuration is valid: show both
         problem = str(error)
     if as_json:
-        told = [{"key": key, "value": value, "source": source} for key, value, source in values]
+        rows = [{"key": key, "value": value, "source": source} for key, value, source in values]
         planned = {"plan_error": problem} if problem else {"plan": processes}
-        return json.dumps({**planned, "values": told}, indent=2, default=str)
-    lines = ["Processes:"]
-    if problem:
-        lines += [f"  {line}" for line in problem.splitlines()]
-    else:
-        rows = [(p["name"], f"GPU {','.join(p['gpus'])}" if p["gpus"] else "no GPU", _command(p)) for p in processes]
-        lines += _table(rows)
-    lines += ["Where each value comes from:"]
-    lines += _table([(key, shown(value), source) for key, value, source in values])
-    return "\n".join(lines)
+        return json.dumps({**planned, "values": rows}, indent=2, default=str)
+    return "\n".join(
+        [
+            "Processes:",
+            textwrap.indent(problem, INDENT) if problem else _process_table(processes),
+            "Where each value comes from:",
+            tables.render([(key, preview(value), source) for key, value, source in values], indent=len(INDENT)),
+        ]
+    )
+
+
+def _process_table(processes: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (process["name"], f"GPU {','.join(process['gpus'])}" if process["gpus"] else "no GPU", _command(process))
+        for process in processes
+    ]
+    return tables.render(rows, indent=len(INDENT))
 
 
 def _command(process: Mapping[str, Any]) -> str:
@@ -52,17 +68,12 @@ def _command(process: Mapping[str, Any]) -> str:
     return f"{added} {process['command']}".strip()
 
 
-def _values(resolved: Resolved, declared: Mapping[str, Declared | None]) -> list[tuple[str, Any, str]]:
-    """Every value given, then every default that counts because nothing was given."""
+def _values(resolved: Resolved, declared: Mapping[str, DeclaredSettings | None]) -> list[tuple[str, Any, str]]:
+    """Return key, value and source of every given value, then of every default that applies instead."""
     rows = [(".".join(path), value, origin.source) for path, value, origin in resolved.leaves()]
     for service, settings in declared.items():
-        given = {alike(key) for key in resolved.services.get(service, {})}
+        given = {canonical(key) for key in resolved.services.get(service, {})}
         for name, setting in (settings.settings if settings is not None else {}).items():
             if name not in given and setting.default is not inspect.Parameter.empty and setting.default is not None:
                 rows.append((f"{service}.{setting.name}", setting.default, DEFAULT))
     return rows
-
-
-def _table(rows: list[tuple[str, str, str]]) -> list[str]:
-    first, second = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
-    return [f"  {a:<{first}}  {b:<{second}}  {c}" for a, b, c in rows]

@@ -1,4 +1,4 @@
-"""`dynamo init`: a new graph project, from the files in `templates/`."""
+"""`dynamo init`: creates a graph project from the files in `templates/`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = {
     "README.md": "README.md.txt",
     ".gitignore": "gitignore.txt",
 }
-"""Name in the project -> name in `templates/`, where tools must not take them for files of this package."""
+"""Name in the project -> name in `templates/`; the suffix keeps tools from treating them as files of this package."""
 
 MARK = "@NAME@"
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]{0,49}")
@@ -27,9 +27,9 @@ _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]{0,49}")
 @click.command()
 @click.argument("name")
 def init(name: str) -> None:
-    """Make a graph project in the new directory NAME: a chat service with HTTP in front, and its tests.
+    """Create a graph project in a new directory NAME: a chat service, an HTTP frontend, and their tests.
 
-    NAME also becomes the name of its model and the namespace of its services.
+    NAME is also the name of its model and the namespace of its services.
 
     \b
     Example:
@@ -38,7 +38,8 @@ def init(name: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} cannot be the name of a project", hint="use letters, digits, _ and -, a letter first, at most 50"
+            f"{name!r} cannot be the name of a project",
+            hint="use letters, digits, _ and -, beginning with a letter, at most 50",
         )
     directory = Path(name)
     try:
@@ -50,11 +51,11 @@ def init(name: str) -> None:
                 new.write(text)
     except OSError as error:
         raise DynamoError(f"cannot write {error.filename or name}: {error.strerror}") from None
-    click.echo(f"made {name}: {', '.join(FILES)}")
+    click.echo(f"created {name}: {', '.join(FILES)}")
     click.echo(f"next: cd {name} && dynamo serve graph:Frontend -f config.yaml")
 
 
 def project(name: str) -> dict[str, str]:
-    """File name -> text of a project of that name."""
+    """Return the texts of a project's files by file name."""
     templates = resources.files("dynamo.cli") / "templates"
     return {file: (templates / source).read_text("utf-8").replace(MARK, name) for file, source in FILES.items()}

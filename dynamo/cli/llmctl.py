@@ -1,26 +1,24 @@
-"""`dynamo llmctl`, also the command `llmctl`: names of models in etcd, as ai-dynamo 0.3 had it.
+"""`dynamo llmctl`, also the command `llmctl`: names of models in etcd, as in ai-dynamo 0.3.
 
-A worker writes its model's card itself, under its lease. `add` writes one under id 0, which no lease ends, so that a
-model gets a further name; it is there until `remove`.
+A worker writes the card of its model itself, under its lease. `add` gives a model a further name: it writes a card under
+id 0, which belongs to no lease and stays until `remove`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from dynamo.cli import tables
+from dynamo.cli.etcd import with_etcd
 from dynamo.errors import ConfigError, DynamoError
 
 if TYPE_CHECKING:
     from dynamo.llm.protocol import ModelCard
     from dynamo.transport.etcd import Etcd
-
-T = TypeVar("T")
 
 NAMESPACE = "dynamo"
 NO_LEASE = 0
@@ -35,6 +33,8 @@ WORKERS_ENDPOINT = "generate"
 
 
 class _Address(NamedTuple):
+    """The endpoint that serves a model."""
+
     namespace: str
     component: str
     endpoint: str
@@ -46,7 +46,7 @@ class _Address(NamedTuple):
 def llmctl(ctx: click.Context, public_namespace: str | None) -> None:
     """List, add and remove the names under which models are served.
 
-    It writes to the etcd of ETCD_ENDPOINTS, else to that of the graph which runs on this machine.
+    The names are kept in the etcd of ETCD_ENDPOINTS, or of the graph that runs on this machine.
 
     \b
     Examples:
@@ -59,7 +59,7 @@ def llmctl(ctx: click.Context, public_namespace: str | None) -> None:
 
 @llmctl.group()
 def http() -> None:
-    """Models of the HTTP frontend."""
+    """Manage the models of the HTTP frontend."""
 
 
 @http.command("list")
@@ -67,13 +67,16 @@ def http() -> None:
 @click.pass_obj
 def list_models(public_namespace: str | None, kind: str | None) -> None:
     """List the models; TYPE is chat-models, completion-models or embedding-models."""
-    rows, wanted = set(), KIND_OF.get(kind or "")
-    for _, card, endpoint in _with_etcd(_cards):
-        if public_namespace in (None, card.namespace):
-            kinds = [t for t in card.types if wanted in (None, t)]
-            rows |= {(t, card.name, card.namespace, card.component, endpoint) for t in kinds}
+    wanted = KIND_OF.get(kind or "")
+    rows = {
+        (model_type, card.name, card.namespace, card.component, endpoint)
+        for _, card, endpoint in with_etcd(_cards)
+        if public_namespace in (None, card.namespace)
+        for model_type in card.types
+        if wanted in (None, model_type)
+    }
     if rows:
-        click.echo(_boxed([HEAD, *sorted(rows)]))
+        click.echo(tables.render(sorted(rows), HEAD, boxed=True))
     else:
         click.echo(f"No models found in namespace: {public_namespace or NAMESPACE}")
 
@@ -86,7 +89,7 @@ def list_models(public_namespace: str | None, kind: str | None) -> None:
 def add(public_namespace: str | None, kind: str, name: str, endpoint: str) -> None:
     """Serve model NAME at ENDPOINT, written as component.endpoint or namespace.component.endpoint."""
     address = _parse(endpoint, public_namespace or NAMESPACE)
-    served = _with_etcd(lambda etcd: _add(etcd, KIND_OF[kind], name, address))
+    served = with_etcd(lambda etcd: _add(etcd, KIND_OF[kind], name, address))
     if not served:
         click.echo(f"note: nothing serves {'.'.join(address)} now", err=True)
 
@@ -95,13 +98,13 @@ def add(public_namespace: str | None, kind: str, name: str, endpoint: str) -> No
 @click.argument("kind", metavar="TYPE", type=click.Choice(list(KIND_OF)))
 @click.argument("name")
 def remove(kind: str, name: str) -> None:
-    """Remove what `add` wrote for model NAME; a name that is not there is no error."""
-    if _with_etcd(lambda etcd: _remove(etcd, KIND_OF[kind], name)):
-        click.echo(f"note: running workers serve {name!r} by themselves; it goes when they stop", err=True)
+    """Remove the entry that `add` made for model NAME. A name without an entry is not an error."""
+    if with_etcd(lambda etcd: _remove(etcd, KIND_OF[kind], name)):
+        click.echo(f"note: running workers serve {name!r} by themselves; it is removed when they stop", err=True)
 
 
 def _parse(text: str, namespace: str) -> _Address:
-    """Raises ConfigError in ai-dynamo's words."""
+    """Parse the name of an endpoint. Raises ConfigError with ai-dynamo's messages."""
     form = "Format should be 'component.endpoint' or 'namespace.component.endpoint'"
     parts = text.split(".")
     if len(parts) == 2:
@@ -114,18 +117,8 @@ def _parse(text: str, namespace: str) -> _Address:
     return _Address(*parts)
 
 
-def _with_etcd(work: Callable[[Etcd], Awaitable[T]]) -> T:
-    from dynamo.cli.deployments import one_deployment
-
-    async def run() -> T:
-        async with one_deployment().etcd() as etcd:
-            return await work(etcd)
-
-    return asyncio.run(run())
-
-
 async def _cards(etcd: Etcd) -> list[tuple[str, ModelCard, str]]:
-    """Key, card and endpoint of every model."""
+    """Return etcd key, card and endpoint of every model."""
     import msgspec
 
     from dynamo.cli.deployments import decode_cards
@@ -142,7 +135,10 @@ async def _cards(etcd: Etcd) -> list[tuple[str, ModelCard, str]]:
 
 
 async def _add(etcd: Etcd, kind: str, name: str, address: _Address) -> bool:
-    """Whether anything serves that endpoint now. Raises DynamoError when the name is taken."""
+    """Add a model, or a type to a model that was added. Return whether an instance serves the endpoint now.
+
+    Raises DynamoError if the name is taken.
+    """
     from dynamo.llm.protocol import model_key
     from dynamo.rpc.messages import instances_prefix
 
@@ -154,7 +150,7 @@ async def _add(etcd: Etcd, kind: str, name: str, address: _Address) -> bool:
         like = next((c for _, c, _ in cards if c.namespace == address.namespace), None)
         if not await etcd.create(key, _encode(_card(kind, name, address, like), address.endpoint)):
             raise taken
-    else:  # another type of the same model
+    else:  # a further type of the same model
         card, endpoint = known
         if kind in card.types or (card.namespace, card.component, endpoint) != address:
             raise taken
@@ -165,7 +161,7 @@ async def _add(etcd: Etcd, kind: str, name: str, address: _Address) -> bool:
 
 
 def _card(kind: str, name: str, address: _Address, like: ModelCard | None) -> ModelCard:
-    """Its limits are those of a worker's model in the same namespace, on which it will run."""
+    """Return a card with the limits of `like`, a worker's model in the same namespace that will answer for it."""
     from dynamo.llm.protocol import ModelCard
 
     return ModelCard(
@@ -188,7 +184,7 @@ def _encode(card: ModelCard, endpoint: str) -> bytes:
 
 
 async def _remove(etcd: Etcd, kind: str, name: str) -> bool:
-    """Whether running workers serve the name all the same."""
+    """Remove a type from a model that was added. Return whether running workers serve the name by themselves."""
     from dynamo.llm.protocol import model_key
 
     key = model_key(name, NO_LEASE)
@@ -200,16 +196,8 @@ async def _remove(etcd: Etcd, kind: str, name: str) -> bool:
     return any(card.name == name and found != key for found, card, _ in cards)
 
 
-def _boxed(rows: Sequence[Sequence[str]]) -> str:
-    """A table with lines of ASCII around its cells; the first row is the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = "+" + "+".join("-" * (width + 2) for width in widths) + "+"
-    drawn = ["| " + " | ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([line, drawn[0], line, *drawn[1:], line])
-
-
 def main() -> int:
-    """The console command `llmctl`."""
+    """Run the console command `llmctl`."""
     from dynamo.cli.main import invoke
 
     return invoke(llmctl, "llmctl")

@@ -1,4 +1,4 @@
-"""A model in this very process, without NATS, etcd or HTTP: an engine and what turns messages into tokens."""
+"""A model in this process, without NATS, etcd or HTTP: an engine and a preprocessor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from dynamo import engines
-from dynamo.cli.chat import Message, Piece, Progress, Sampled
+from dynamo import engines, prctl
+from dynamo.cli.chat import Message, Piece, Progress, SamplingOptions
 from dynamo.engines.vllm.install import cpu_build
 from dynamo.launcher import guard
 from dynamo.llm import tiny
@@ -26,24 +26,26 @@ from dynamo.streams import Stream
 from dynamo.worker.environment import RUN_DIR
 
 POLL_S = 0.1
-SETTLE_S = 0.05  # until the engine has heard that its request was given up
+CANCEL_S = 0.05  # for the engine to receive a cancellation
 TINY_KV_BYTES = 64 << 20
 
 
 class LocalModel:
-    """Started by `with`, gone after it: the engine's processes too, also when a signal ends the loading.
+    """A model that runs while its `with` block does. The engine's processes end with it, also on a signal while loading.
 
-    Its event loop runs while a token is awaited, and not while the user thinks.
+    Its event loop runs only while a token is awaited, not while the user types.
     """
 
     def __init__(self, model: str, engine: str, context_tokens: int | None, progress: Progress) -> None:
         self.name = f"{model} ({engine})"
-        self._model, self._engine_name, self._context_tokens = model, engine, context_tokens
+        self._model = model
+        self._engine_name = engine
+        self._context_tokens = context_tokens
         self._progress = progress
 
     def __enter__(self) -> Self:
         tokenizer = Tokenizer(tokenizer_dir(self._model))
-        self._engine = engines.create(self._engine_name, self._model, self._arguments(), self._progress.say)
+        self._engine = engines.create(self._engine_name, self._model, self._arguments(), self._progress.show)
         self._runner = asyncio.Runner()
         self._run_dir = tempfile.TemporaryDirectory(prefix="dynamo-")  # vLLM leaves its sockets behind
         os.environ[RUN_DIR] = self._run_dir.name
@@ -52,7 +54,7 @@ class LocalModel:
                 info = self._runner.run(self._engine.start())
         except BaseException:
             self._stop()
-            guard.kill_tree()  # an engine core that is not known yet to the engine that was starting it
+            guard.kill_tree()  # also an engine core that its engine, still starting, does not know yet
             raise
         finally:
             self._progress.clear()
@@ -73,7 +75,7 @@ class LocalModel:
             self._run_dir.cleanup()
 
     def _arguments(self) -> dict[str, Any]:
-        """For one user who wants to begin soon."""
+        """Return engine arguments for a short start and a single user."""
         arguments: dict[str, Any] = {}
         if self._context_tokens is not None:
             arguments["max-model-len"] = self._context_tokens
@@ -85,19 +87,22 @@ class LocalModel:
             arguments["kv-cache-memory-bytes"] = TINY_KV_BYTES
         return arguments
 
-    def answer(self, messages: list[Message], sampled: Sampled) -> Generator[Piece]:
-        """Raises RequestError and ContextLengthError for the messages, EngineError when the engine fails."""
-        temperature = sampled.temperature
+    def answer(self, messages: list[Message], sampling: SamplingOptions) -> Generator[Piece]:
+        """Answer the last message. Raises RequestError or ContextLengthError for the messages, EngineError of the engine."""
+        temperature = sampling.temperature
         if temperature is None and self._model == tiny.NAME:
-            temperature = 0.0  # it was trained to answer word for word
-        sampling = Sampling(max_tokens=sampled.max_tokens, temperature=temperature)
-        chat = ChatRequest(self._model, [dict(message) for message in messages], sampling)
-        stream = self._runner.run(self._open(chat))
+            temperature = 0.0  # trained to give exact answers
+        request = ChatRequest(
+            self._model,
+            [dict(message) for message in messages],
+            Sampling(max_tokens=sampling.max_tokens, temperature=temperature),
+        )
+        stream = self._runner.run(self._open(request))
         try:
             while (delta := self._runner.run(_next(stream))) is not None:
                 yield Piece(delta.text, len(delta.token_ids), delta.prompt_tokens or 0)
         except BaseException:
-            self._runner.run(_leave(stream))
+            self._runner.run(_cancel(stream))
             raise
 
     async def _open(self, chat: ChatRequest) -> Stream[Delta]:
@@ -109,20 +114,20 @@ async def _next(stream: Stream[Delta]) -> Delta | None:
     return await anext(stream, None)
 
 
-async def _leave(stream: Stream[Delta]) -> None:
+async def _cancel(stream: Stream[Delta]) -> None:
     stream.cancel()
-    await asyncio.sleep(SETTLE_S)
+    await asyncio.sleep(CANCEL_S)
 
 
 @contextmanager
 def _stoppable_loading() -> Iterator[None]:
-    """Ctrl-C ends this process at once, with all below it, though the main thread is deep in an engine's start.
+    """Let Ctrl-C end this process and all below it immediately, while the main thread is busy starting an engine.
 
-    SIGINT is blocked meanwhile, and so for good in what the engine starts: a terminal sends it to the whole process
-    group, and an engine core would take it as its own end when the user only wants to stop an answer.
+    SIGINT is blocked in the block, and the processes that the engine starts inherit this for good: a terminal sends SIGINT
+    to the whole process group, and an engine core would exit when the user only wants to stop an answer.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    guard.set_subreaper()
+    prctl.set_subreaper()
     loaded = threading.Event()
 
     def watch() -> None:

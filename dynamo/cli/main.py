@@ -1,4 +1,4 @@
-"""The command `dynamo`: finds the subcommand, imports it alone, and turns errors into lines and exit codes."""
+"""The command `dynamo`: imports only the subcommand that is run, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SECTIONS = {
     "Graphs": {
         "serve": ("dynamo.cli.serve:serve", "Start an inference graph, or show how it would start."),
         "run": ("dynamo.cli.run:run", "Chat with a model in the terminal."),
-        "init": ("dynamo.cli.init:init", "Make a new graph project that runs at once."),
+        "init": ("dynamo.cli.init:init", "Create a graph project that is ready to run."),
     },
-    "What runs": {
+    "Running graphs": {
         "status": ("dynamo.cli.status:status", "Show running graphs: instances, models, load."),
         "set": ("dynamo.cli.set:change", "Change settings of a running graph."),
         "llmctl": ("dynamo.cli.llmctl:llmctl", "List, add and remove models."),
     },
     "This machine": {
-        "env": ("dynamo.cli.env:env", "Show versions, hardware and settings, for a bug report."),
-        "completion": ("dynamo.cli.completion:completion", "Print the script that completes `dynamo` in a shell."),
+        "env": ("dynamo.cli.env:env", "Show versions, hardware and settings for a bug report."),
+        "completion": ("dynamo.cli.completion:completion", "Print the completion script for a shell."),
     },
 }
-"""Section of `dynamo --help` -> subcommand -> where it is, and its line in the help, which imports none of them."""
+"""Section of `dynamo --help` -> subcommand -> its place, and its line in the help, so that the help imports none of them."""
 
 COMMANDS = {name: where for commands in SECTIONS.values() for name, (where, _) in commands.items()}
 
@@ -62,12 +62,12 @@ def group(ctx: click.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console command; returns the exit code. `arguments` are those of the process unless given."""
+    """Run the console command, and return its exit code. `arguments` None: those of the process."""
     return invoke(group, "dynamo", arguments)
 
 
 def invoke(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run a command as the process's own, under `name`; returns the exit code."""
+    """Run a command under the program name `name`, report its errors, and return the exit code."""
     try:
         code = command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
         sys.stdout.flush()
@@ -76,7 +76,7 @@ def invoke(command: click.Command, name: str, arguments: Sequence[str] | None = 
         return report(error)
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, as in `dynamo serve ... --dry-run | head -1`
+    except BrokenPipeError:  # the reader of the output has exited, as in `dynamo serve ... --dry-run | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI endpoint, over the standard library's HTTP: a Ctrl-C ends a read at once."""
+"""A model behind an OpenAI endpoint, over the standard library's HTTP, so that Ctrl-C interrupts a blocking read."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Generator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from dynamo.cli.chat import Message, Piece, Sampled
+from dynamo.cli.chat import Message, Piece, SamplingOptions
 from dynamo.errors import ConfigError, EngineError, ModelNotFoundError, RequestError, TransportError, UnavailableError
 
 CONNECT_S = 5.0
-ANSWER_S = 600.0  # between two lines of an answer
-SHOWN_CHARS = 300
+READ_S = 600.0  # between two lines of an answer
+ERROR_BODY_CHARS = 300
 
 
 class RemoteModel:
-    """`name` is the model's; None takes the first that the server has. `url` may end in /v1, or be host:port.
+    """A model of a server.
 
-    Raises ConfigError for a URL that is none, TransportError when nobody answers there, ModelNotFoundError.
+    `url` may end in /v1, or be host:port; `name` None: the first model that the server lists. Raises ConfigError for an
+    invalid URL, TransportError if no server answers there, ModelNotFoundError, UnavailableError if it has no model yet.
     """
 
     def __init__(self, url: str, name: str | None = None, api_key: str | None = None) -> None:
@@ -29,13 +30,13 @@ class RemoteModel:
             self._headers["Authorization"] = f"Bearer {api_key}"
         names = self._names()
         if not names:
-            raise UnavailableError(f"{self._origin} has no model yet", hint="wait for it, or look at its /health")
+            raise UnavailableError(f"{self._server} has no model yet", hint="wait for it, or look at its /health")
         if name is not None and name not in names:
-            raise ModelNotFoundError(f"{self._origin} has no model {name!r}", hint=f"models: {', '.join(names)}")
+            raise ModelNotFoundError(f"{self._server} has no model {name!r}", hint=f"models: {', '.join(names)}")
         self.name = name or names[0]
 
     @property
-    def _origin(self) -> str:
+    def _server(self) -> str:
         return f"{self._host}:{self._port}"
 
     def _names(self) -> list[str]:
@@ -45,20 +46,23 @@ class RemoteModel:
             return [str(model["id"]) for model in body["data"]]
         except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
             raise TransportError(
-                f"{self._origin} does not answer as an OpenAI server", hint="give the URL that `dynamo serve` prints"
+                f"{self._server} does not answer as an OpenAI server", hint="give the URL that `dynamo serve` prints"
             ) from None
         finally:
             connection.close()
 
-    def answer(self, messages: list[Message], sampled: Sampled) -> Generator[Piece]:
-        """Raises RequestError, UnavailableError or EngineError as the server says, TransportError if it goes away."""
+    def answer(self, messages: list[Message], sampling: SamplingOptions) -> Generator[Piece]:
+        """Answer the last message.
+
+        Raises RequestError, UnavailableError or EngineError as the server reports, TransportError if the connection is lost.
+        """
         body: dict[str, Any] = {
             "model": self.name,
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        body |= {key: value for key, value in sampled._asdict().items() if value is not None}
+        body |= {key: value for key, value in sampling._asdict().items() if value is not None}
         connection, response = self._request("POST", "/chat/completions", json.dumps(body).encode())
         try:
             for event in self._events(response):
@@ -72,16 +76,16 @@ class RemoteModel:
         connection = self._connection_class(self._host, self._port, timeout=CONNECT_S)
         try:
             connection.connect()
-            connection.sock.settimeout(ANSWER_S)
+            connection.sock.settimeout(READ_S)
             connection.request(method, self._path + path, body, self._headers)
             response = connection.getresponse()
             if response.status != 200:
-                raise _refusal(response.status, response.read(1 << 20))
+                raise _http_error(response.status, response.read(1 << 20))
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise TransportError(
-                f"cannot reach {self._origin}: {reason}", hint="start a graph with `dynamo serve`, or check --url"
+                f"cannot reach {self._server}: {reason}", hint="start a graph with `dynamo serve`, or check --url"
             ) from None
         except BaseException:
             connection.close()
@@ -98,8 +102,9 @@ class RemoteModel:
                     return
                 yield json.loads(data)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise TransportError(f"{self._origin} broke off: {error or type(error).__name__}") from None
-        raise TransportError(f"{self._origin} broke off in the middle of the answer", hint="ask again")
+            reason = error or type(error).__name__
+            raise TransportError(f"failed to read the answer of {self._server}: {reason}", hint="ask again") from None
+        raise TransportError(f"{self._server} closed the connection before the end of the answer", hint="ask again")
 
 
 def _parse(url: str) -> tuple[type[http.client.HTTPConnection], str, int, str]:
@@ -118,7 +123,7 @@ def _parse(url: str) -> tuple[type[http.client.HTTPConnection], str, int, str]:
 
 def _pieces(event: dict[str, Any]) -> Iterator[Piece]:
     if "error" in event:
-        raise EngineError(_message(event) or "the server reports an error without a text")
+        raise EngineError(_message(event) or "the server reported an error without a message")
     for choice in event.get("choices") or ():
         text = (choice.get("delta") or {}).get("content")
         if text:
@@ -128,13 +133,14 @@ def _pieces(event: dict[str, Any]) -> Iterator[Piece]:
         yield Piece("", int(usage.get("completion_tokens") or 0), int(usage.get("prompt_tokens") or 0))
 
 
-def _refusal(status: int, body: bytes) -> RequestError | UnavailableError | EngineError:
+def _http_error(status: int, body: bytes) -> RequestError | UnavailableError | EngineError:
     try:
         text = _message(json.loads(body))
     except ValueError:
         text = ""
     text = (
-        text or f"HTTP {status} {http.client.responses.get(status, '')}: {body[:SHOWN_CHARS].decode(errors='replace')}"
+        text
+        or f"HTTP {status} {http.client.responses.get(status, '')}: {body[:ERROR_BODY_CHARS].decode(errors='replace')}"
     )
     if status == 401:
         return RequestError(text, hint="set DYN_API_KEY to a key of that server")

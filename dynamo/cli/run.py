@@ -34,21 +34,37 @@ TINY = "dynamo-tiny"
     help="YAML file of settings, for GRAPH.",
 )
 @click.option(
-    "--model", metavar="NAME", help="Directory, Hugging Face id or dynamo-tiny; with --url: a name it serves."
+    "--model",
+    metavar="NAME",
+    help="Directory, Hugging Face id or dynamo-tiny; with --url, a name that the server lists.",
 )
-@click.option("--engine", type=click.Choice(["vllm", "mock"]), default="vllm", show_default=True, help="What computes.")
+@click.option(
+    "--engine", type=click.Choice(["vllm", "mock"]), default="vllm", show_default=True, help="Inference engine."
+)
 @click.option(
     "--url",
     envvar="DYNAMO_URL",
     show_envvar=True,
     metavar="URL",
-    help="Ask a graph that runs, at its OpenAI endpoint; DYN_API_KEY is sent where it is set.",
+    help="Chat through the OpenAI endpoint of a running graph, with the key in DYN_API_KEY if it is set.",
 )
-@click.option("--system", metavar="TEXT", help="What the model is told before the first question.")
-@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Longest answer; to the end of the context.")
-@click.option("--temperature", type=click.FloatRange(0, 2), metavar="X", help="0: always the likeliest token.")
-@click.option("--context-length", type=click.IntRange(1), metavar="N", help="Longest conversation, in tokens.")
-@click.option("--stats", is_flag=True, help="After each answer, its tokens, TTFT and tokens/s on standard error.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Maximum output tokens; by default, the rest of the context.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    metavar="X",
+    help="Sampling temperature; 0 always picks the likeliest token.",
+)
+@click.option(
+    "--context-length", type=click.IntRange(1), metavar="N", help="Maximum length of the conversation in tokens."
+)
+@click.option("--stats", is_flag=True, help="Print tokens, TTFT and tokens/s of each answer on standard error.")
 @click.pass_context
 def run(
     ctx: click.Context,
@@ -63,55 +79,58 @@ def run(
     context_length: int | None,
     stats: bool,
 ) -> int:
-    """Chat with a model: with PROMPT, or a text on standard input, one answer; else a conversation.
+    """Chat with a model. PROMPT, or text on standard input, gets one answer; without either, a conversation starts.
 
-    Without GRAPH and --url, the model runs in this one process: no NATS, no etcd, no server. GRAPH, written as for
+    Without GRAPH and --url, the model runs in this process: no NATS, no etcd, no server. GRAPH, written as for
     `dynamo serve`, is started for the conversation and stopped after it.
 
     \b
     Examples:
-      dynamo run                                             # dynamo-tiny, which ships with the project
+      dynamo run                                             # dynamo-tiny, which is part of dynamo
       dynamo run "What is an inference graph?"
       git diff | dynamo run --system "Summarise this change." --model Qwen/Qwen3-0.6B
-      dynamo run --url http://127.0.0.1:8000                 # a graph that runs already
-      dynamo run graphs.agg:Frontend -f configs/agg.yaml     # a graph for this conversation
+      dynamo run --url http://127.0.0.1:8000                 # a running graph
+      dynamo run graphs.agg:Frontend -f configs/agg.yaml     # a graph just for this conversation
     """
-    graph, prompt = _told_apart(words)
-    url = _asked_url(ctx, graph, url)
+    graph, prompt = _split_words(words)
+    url = _effective_url(ctx, graph, url)
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.buffer.read().decode(errors="replace").rstrip()
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty", ctx)
-    _log()
-    from dynamo.cli.chat import Chat, Sampled
+    _configure_logging()
+    from dynamo.cli.chat import Chat, SamplingOptions
 
     code = 0
-    with _ending_on_signals():
+    with _exit_on_signals():
         try:
-            with _opened(graph, config_file, model, engine, url, context_length) as opened:
-                chat = Chat(opened, Sampled(max_tokens, temperature), system=system, stats=stats)
+            with _open_model(graph, config_file, model, engine, url, context_length) as opened_model:
+                chat = Chat(opened_model, SamplingOptions(max_tokens, temperature), system=system, stats=stats)
                 if prompt is None:
                     chat.converse()
                 else:
                     chat.ask(prompt)
         except KeyboardInterrupt:
             code = INTERRUPTED
-    if "vllm" in sys.modules:  # the engine has stopped; Python would spend 2 s on taking down vLLM's modules
+    if "vllm" in sys.modules:  # the engine has stopped; Python would take 2 s to unload vLLM's modules
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _told_apart(words: tuple[str, ...]) -> tuple[str | None, str | None]:
-    """GRAPH and PROMPT. A single word that could be a graph is one; the words of a prompt may come without quotes."""
+def _split_words(words: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """Split the arguments into GRAPH, which a first word that looks like one is, and PROMPT, whose words need no quotes."""
     graph = words[0] if words and _GRAPH.fullmatch(words[0]) else None
     rest = words[1:] if graph else words
     return graph, " ".join(rest) if rest else None
 
 
-def _asked_url(ctx: click.Context, graph: str | None, url: str | None) -> str | None:
-    """The URL that counts: DYNAMO_URL gives way to flags of another way. Raises UsageError for flags that contradict."""
+def _effective_url(ctx: click.Context, graph: str | None, url: str | None) -> str | None:
+    """Return the URL to use: options for a local model or a graph override DYNAMO_URL.
+
+    Raises UsageError for options that contradict each other.
+    """
 
     def given(name: str) -> bool:
         return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
@@ -128,7 +147,7 @@ def _asked_url(ctx: click.Context, graph: str | None, url: str | None) -> str | 
 
 
 @contextmanager
-def _opened(
+def _open_model(
     graph: str | None,
     config_file: Path | None,
     model: str | None,
@@ -136,6 +155,7 @@ def _opened(
     url: str | None,
     context_length: int | None,
 ) -> Iterator[Model]:
+    """Provide the model: in this process, behind a URL, or in a graph that is started for it."""
     from dynamo.cli.chat import Progress
 
     progress = Progress()
@@ -152,23 +172,23 @@ def _opened(
         assert url is not None
         yield RemoteModel(url, model, key)
         return
-    from dynamo.cli.temporary_graph import own_graph
+    from dynamo.cli.temporary_graph import temporary_graph
 
-    with own_graph([graph, *(["-f", str(config_file)] if config_file else [])], progress) as served:
+    with temporary_graph([graph, *(["-f", str(config_file)] if config_file else [])], progress) as served:
         yield RemoteModel(served, model, key)
 
 
-def _log() -> None:
-    """Only what went wrong, unless DYN_LOG asks for more."""
-    from dynamo import log
+def _configure_logging() -> None:
+    """Log warnings and errors only, unless DYN_LOG asks for more."""
+    from dynamo.log import configure
 
     os.environ.setdefault("DYN_LOG", "warning")
-    log.configure("run")
+    configure("run")
 
 
 @contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave by the usual way out, on which engines and graphs are stopped."""
+def _exit_on_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit, so that engines and graphs are stopped on the way out."""
 
     def leave(number: int, _: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)

@@ -1,12 +1,10 @@
-"""`dynamo serve`: import the graph, resolve and check its configuration, then show it or run it."""
+"""`dynamo serve`: imports a graph, resolves and validates its configuration, then runs it or, with --dry-run, shows it."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -14,12 +12,13 @@ import click
 from click.core import ParameterSource
 
 from dynamo.cli.errors import warn
+from dynamo.cli.selection import require_external, select, without
 from dynamo.config import overrides, yaml_file
-from dynamo.config.merge import Layer, resolve
-from dynamo.config.options import Infra, ServeOptions
+from dynamo.config.merge import Layer
+from dynamo.config.options import InfraMode, ServeOptions
+from dynamo.config.resolution import resolve_and_check
 from dynamo.config.service_config import VARIABLE
-from dynamo.config.settings import Declared, check, declared, knows
-from dynamo.errors import ConfigError
+from dynamo.config.settings import DeclaredSettings, declared, knows
 
 if TYPE_CHECKING:
     from dynamo.sdk.graph import Graph
@@ -27,14 +26,14 @@ if TYPE_CHECKING:
 DEPLOYMENT_CONFIG = "DYN_DEPLOYMENT_CONFIG"
 OVERRIDES = "dynamo.config.overrides"  # key of the overrides in click's context
 _PORT = click.IntRange(0, 65535)
-_PORT.name = "port"  # an error says so
+_PORT.name = "port"  # as error messages call it
 
 
 class _ServeCommand(click.Command):
-    """Takes `--Service.key value` out of the command line, so that click stays strict about all the rest."""
+    """Takes `--Service.key=value` out of the command line, so that click can be strict about everything else."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not ctx.resilient_parsing:  # a shell that completes half a line wants no errors
+        if not ctx.resilient_parsing:  # a shell completes an unfinished line: overrides may lack their values
             ctx.meta[OVERRIDES], args = overrides.split(args)
         return super().parse_args(ctx, args)
 
@@ -49,7 +48,7 @@ class _ServeCommand(click.Command):
     "--config-file",
     type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
     metavar="FILE",
-    help="YAML file of settings by service; see configs/.",
+    help="YAML file of settings by service, such as those in configs/.",
 )
 @click.option(
     "--service-name",
@@ -58,10 +57,10 @@ class _ServeCommand(click.Command):
     envvar="DYNAMO_SERVICE_NAME",
     show_envvar=True,
     metavar="NAME",
-    help="Run this service alone, beside a graph that runs: one process in the foreground, several supervised. "
-    "Can be given several times.",
+    help="Run only this service, as part of a graph that is running: a single process in the foreground, several under "
+    "supervision. May be repeated.",
 )
-@click.option("--supervise", is_flag=True, help="With --service-name: supervise one process too.")
+@click.option("--supervise", is_flag=True, help="With --service-name: supervise a single process too.")
 @click.option(
     "--depends",
     "elsewhere",
@@ -69,7 +68,7 @@ class _ServeCommand(click.Command):
     envvar="DYNAMO_SERVE_DEPENDS",
     show_envvar=True,
     metavar="NAME=VALUE",
-    help="Do not start service NAME: it runs elsewhere, and is found through etcd. Can be given several times.",
+    help="Do not start service NAME: it runs elsewhere and is found through etcd. May be repeated.",
 )
 @click.option(
     "-p",
@@ -77,30 +76,31 @@ class _ServeCommand(click.Command):
     type=_PORT,
     envvar="DYNAMO_PORT",
     show_envvar=True,
-    help="HTTP port of the graph's entry service; the file's value counts unless this is given.",
+    help="HTTP port of the graph's entry service; overrides the file.",
 )
 @click.option(
     "--host",
     envvar="DYNAMO_HOST",
     show_envvar=True,
     metavar="ADDRESS",
-    help="Address on which the entry service listens.",
+    help="Address on which the entry service listens; overrides the file.",
 )
 @click.option(
     "--working-dir",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default=Path(),
     metavar="DIR",
-    help="Where GRAPH is imported from and the services run; the current directory by default.",
+    help="Directory that GRAPH is imported from and services run in; the current directory by default.",
 )
 @click.option(
     "--infra",
-    type=click.Choice(get_args(Infra)),
+    type=click.Choice(get_args(InfraMode)),
     default="auto",
     show_default=True,
     envvar="DYN_INFRA",
     show_envvar=True,
-    help="NATS and etcd: `external` uses running ones, `embedded` starts private ones, `auto` whichever it can.",
+    help="NATS and etcd: `external` uses running servers, `embedded` starts private ones, `auto` uses those that are "
+    "configured or running, else starts private ones.",
 )
 @click.option(
     "--target",
@@ -109,37 +109,46 @@ class _ServeCommand(click.Command):
     show_default=True,
     help="Where the graph runs: `dynamo` is processes on this machine.",
 )
-@click.option("--enable-system-app/--no-enable-system-app", default=None, help="Probes on a port of their own.")
-@click.option("--system-app-port", type=_PORT, help="That port; with --service-name only.")
-@click.option("--system-app-host", metavar="ADDRESS", help="Where it listens; 0.0.0.0 by default.")
+@click.option(
+    "--enable-system-app/--no-enable-system-app",
+    default=None,
+    help="Serve liveness and readiness probes on a separate port.",
+)
+@click.option("--system-app-port", type=_PORT, help="Port of the probes; only with --service-name.")
+@click.option("--system-app-host", metavar="ADDRESS", help="Address of the probes; 0.0.0.0 by default.")
 @click.option(
     "--use-default-health-checks",
     is_flag=True,
     default=None,
-    help="Probes answer 200 where a service has no @liveness or @readiness.",
+    help="Answer probes with 200 for services without @liveness or @readiness.",
 )
 @click.option(
     "--metrics-port",
     type=_PORT,
     envvar="DYN_METRICS_PORT",
     show_envvar=True,
-    help="Where Prometheus scrapes all processes of this command; the first free port from 9091 on by default, 0: nowhere.",
+    help="Port for the Prometheus metrics of all processes of this command; by default the first free one from 9091 on, "
+    "0 turns it off.",
 )
 @click.option(
     "--metrics-host",
     envvar="DYN_METRICS_HOST",
     show_envvar=True,
     metavar="ADDRESS",
-    help="Address of that port; the one that other hosts reach, and 127.0.0.1, by default.",
+    help="Address of the metrics port; by default 127.0.0.1 and the address that other hosts reach.",
 )
-@click.option("--reload", is_flag=True, help="Restart a service when a Python file that it uses is edited.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print the resolved configuration, start nothing.")
+@click.option("--reload", is_flag=True, help="Restart a service when a Python file that it imports changes.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Validate everything and print the resolved configuration, without starting anything.",
+)
 @click.option(
     "--explain",
     type=click.Choice(["table", "json"]),
     default="table",
     show_default=True,
-    help="How --dry-run tells, on standard error, the process plan and where each value comes from.",
+    help="Format in which --dry-run prints the process plan and the source of each value on standard error.",
 )
 @click.pass_context
 def serve(
@@ -164,13 +173,13 @@ def serve(
     dry_run: bool,
     explain: str,
 ) -> int:
-    """Start the inference graph GRAPH: every service as processes on this machine, and HTTP in front.
+    """Start the inference graph GRAPH: its services as processes on this machine, with HTTP in front.
 
     GRAPH is module:Service, path/to/file.py:Service, or a module with one root service.
 
-    Any setting of any service can be given as --Service.key=value. It wins over the file, which wins over the
-    defaults in the code. Values are JSON, else text; dots reach into mappings. --Common.key=value sets it for all
-    that share it.
+    Any setting of any service can be given as --Service.key=value. It overrides the file, which overrides the defaults in
+    the code. A value is parsed as JSON if possible, else it is text; dots in the key reach into mappings. --Common.key=value
+    sets the key for all services that share it.
 
     \b
     Examples:
@@ -179,10 +188,10 @@ def serve(
       dynamo serve graphs.agg:Frontend -f configs/agg.yaml --Processor.router=random -p 9000
       dynamo serve graphs.agg:Frontend -f configs/agg.yaml --VllmWorker.ServiceArgs.workers=2
       dynamo serve graphs.agg:Frontend -f configs/agg_mock.yaml          # no GPU, no model weights
-      dynamo serve graphs.agg:Frontend -f configs/agg_mock.yaml --reload # services restart as you edit them
-      dynamo serve graphs.agg:Frontend --service-name VllmWorker         # one service, to debug it
-      dynamo serve graphs.agg:Frontend --depends VllmWorker=elsewhere    # the workers run on other machines
-      dynamo serve graphs.agg:Frontend --service-name VllmWorker --VllmWorker.ServiceArgs.workers=4  # there
+      dynamo serve graphs.agg:Frontend -f configs/agg_mock.yaml --reload # restart services as you edit them
+      dynamo serve graphs.agg:Frontend --service-name VllmWorker         # one service, for debugging
+      dynamo serve graphs.agg:Frontend --depends VllmWorker=elsewhere    # workers run on other machines
+      dynamo serve graphs.agg:Frontend --service-name VllmWorker --VllmWorker.ServiceArgs.workers=4  # on those
     """
     from dynamo.sdk.graph import load
 
@@ -198,15 +207,15 @@ def serve(
     if supervise and not service_names:
         raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
     found = load(graph, working_dir)
-    started = _only(_without(found, elsewhere), service_names)
+    started = select(without(found, elsewhere), service_names)
     for option, given in (("--depends", elsewhere), ("--service-name", service_names)):
         if given:
-            infra = _shared(infra, option)
+            infra = require_external(infra, option)
     options = ServeOptions(
         working_dir,
         service_names,
         supervise,
-        cast(Infra, infra),
+        cast(InfraMode, infra),
         host,
         port,
         dry_run,
@@ -218,8 +227,7 @@ def serve(
     layers = _file_layers(config_file)
     layers += _entry_layers(ctx, found, services)
     layers += ctx.meta[OVERRIDES]
-    resolved = resolve(layers, services, functools.partial(knows, services))
-    check(resolved, services)
+    resolved = resolve_and_check(layers, services)
     if dry_run:
         from dynamo.cli.explain import explanation
         from dynamo.launcher.metrics_port import check_addresses
@@ -234,66 +242,35 @@ def serve(
 
 
 def _file_layers(config_file: Path | None) -> list[Layer]:
-    """The file, or DYN_DEPLOYMENT_CONFIG in its stead: YAML or JSON in a variable, as deployments of 0.3 had it."""
+    """Return the layer of DYN_DEPLOYMENT_CONFIG, else of the file.
+
+    The variable holds YAML or JSON and replaces the file, as in deployments of 0.3.
+    """
     deployed = os.environ.get(DEPLOYMENT_CONFIG)
     if not deployed:
         return [yaml_file.load(config_file)] if config_file else []
     if config_file is not None:
-        warn(f"{DEPLOYMENT_CONFIG} is set: {config_file} is not read")
+        warn(f"{DEPLOYMENT_CONFIG} is set: {config_file} is ignored")
     return [yaml_file.parse(deployed, DEPLOYMENT_CONFIG)]
 
 
 def _set_system_app(**values: bool | int | str | None) -> None:
-    """Flags of the system app reach the processes as the variables that they are documented as."""
+    """Set the environment variables of the system app (probes), which services inherit. None: leave the variable as it is."""
     for name, value in values.items():
         if value is not None:
             os.environ[f"DYNAMO_SYSTEM_APP_{name}"] = str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def render(services: Mapping[str, Any]) -> str:
-    """What `--dry-run` prints on standard output: a contract, on which scripts rely."""
+    """Return what `--dry-run` prints on standard output. Scripts rely on this format."""
     return (
         f"Service Configuration:\n{json.dumps(services, indent=2)}\n\n"
         f"Environment Variable that would be set:\n{VARIABLE}={json.dumps(services)}"
     )
 
 
-def _without(graph: Graph, elsewhere: Sequence[str]) -> Graph:
-    """The graph less the services that `--depends` names. Raises ConfigError, as upstream with exit code 1."""
-    names = set()
-    for given in elsewhere:
-        name, equals, _ = given.partition("=")
-        if not equals or not name:
-            raise ConfigError(
-                "Invalid format for --depends option. Use format 'name=value'",
-                hint=f"write --depends {name or 'NAME'}=elsewhere",
-            )
-        graph.service(name)
-        names.add(name)
-    services = {name: cls for name, cls in graph.services.items() if name not in names}
-    if not services:
-        raise ConfigError("--depends leaves no service to start", hint="name those that run elsewhere only")
-    return replace(graph, services=services)
-
-
-def _only(graph: Graph, names: Sequence[str]) -> Graph:
-    """The graph with those services alone, all of them where none is named. Raises GraphError for an unknown one."""
-    services = {name: graph.service(name) for name in names}
-    return replace(graph, services={n: c for n, c in graph.services.items() if n in services}) if names else graph
-
-
-def _shared(infra: str, option: str) -> str:
-    """Services elsewhere are found through a NATS and an etcd that they use too, never through private ones."""
-    if infra == "embedded":
-        raise ConfigError(
-            f"{option} needs the NATS and etcd of the services elsewhere, and --infra embedded starts private ones",
-            hint="set NATS_SERVER and ETCD_ENDPOINTS, and leave --infra out",
-        )
-    return "external"
-
-
-def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, Declared | None]) -> list[Layer]:
-    """`--port` and `--host` as settings of the entry service, where it has them; `ServeOptions` carries them too."""
+def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, DeclaredSettings | None]) -> list[Layer]:
+    """Return `--port` and `--host` as settings of the entry service, if it has such; `ServeOptions` carries them too."""
     name = next(name for name, cls in graph.services.items() if cls is graph.entry)
     layers = []
     for key in ("host", "port"):

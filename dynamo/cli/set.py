@@ -1,34 +1,43 @@
-"""`dynamo set`: change settings of a graph that runs.
+"""`dynamo set`: change settings of a running graph.
 
-It writes to etcd, where the processes of the service look (`dynamo.worker.live_settings`), and waits until each has said
-what it made of the value. What one of them refuses is taken back: they alone know what their code takes.
+The command writes to etcd, which the processes of the service watch (`dynamo.worker.live_settings`), and waits until each
+has reported that it applied or refused the value. Only they can validate it, so a refused value is taken back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 from click.shell_completion import CompletionItem
 
+from dynamo.cli import tables
+from dynamo.cli.errors import in_colour
+from dynamo.cli.etcd import with_etcd
+from dynamo.config.provenance import canonical, suggestion
 from dynamo.errors import ConfigError, DynamoError, UnavailableError
+from dynamo.launcher import wording
 
 if TYPE_CHECKING:
     from dynamo.cli.deployments import ProcessSettings
     from dynamo.transport.etcd import Etcd
+    from dynamo.worker.live_settings import LiveSetting
 
-T = TypeVar("T")
-
-TAKEN_OVER_S = 2.0
-LOOK_EVERY_S = 0.03
+APPLY_S = 2.0
+POLL_S = 0.03
 HEAD = ("NAMESPACE", "SETTING", "VALUE", "CONFIGURED", "PROCESSES", "ALLOWED")
+NO_LIVE_SETTINGS_HINT = (
+    "start a graph whose services name them in `live_settings`, or set ETCD_ENDPOINTS to where one runs"
+)
 
 
 class _Change(NamedTuple):
-    """`value` is what etcd will have; None: nothing, so that the configured value counts."""
+    """A change that the user asked for. `value` None: delete the key, so that the configured value applies."""
 
     service: str
     setting: str
@@ -36,87 +45,95 @@ class _Change(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """A change, where it is written, what was there, and the value that the processes had."""
+    """A change with its place in etcd."""
 
     namespace: str
     service: str
     setting: str
     value: str | None
     key: str
-    written: bytes | None
+    stored: bytes | None
+    """the content of `key` before the change"""
     before: str
+    """the value that the processes had before the change"""
 
     @property
     def name(self) -> str:
+        """The setting as a user writes it: `Processor.router`."""
         return f"{self.service}.{self.setting}"
+
+
+class _Outcome(NamedTuple):
+    """The processes that have a setting, and those of them that have applied or refused the target's value."""
+
+    target: _Target
+    states: list[LiveSetting]
+    done: list[LiveSetting]
+
+    @property
+    def is_complete(self) -> bool:
+        """True if there is a process, and all have reported."""
+        return bool(self.states) and len(self.done) == len(self.states)
+
+    def __str__(self) -> str:
+        now = ", ".join(sorted({state.value for state in self.done}))
+        change = f"stays {now}" if now == self.target.before else f"{self.target.before} -> {now}"
+        return f"{self.target.name}: {change} ({wording.processes(len(self.done))})"
 
 
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     try:
-        found = _with_etcd(_read)
+        processes = with_etcd(_read)
     except DynamoError:
         return []
-    names = {f"{process.service}.{name}=" for process in found for name in process.settings}
+    names = {f"{process.service}.{name}=" for process in processes for name in process.settings}
     return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
 
 
 @click.command("set")
 @click.argument("changes", nargs=-1, metavar="[SERVICE.SETTING=VALUE]...", shell_complete=_complete)
 @click.option(
-    "--unset", is_flag=True, help="Return SERVICE.SETTING to its configured value, as `SERVICE.SETTING=` does."
+    "--unset", is_flag=True, help="Restore the configured value of SERVICE.SETTING, as `SERVICE.SETTING=` does."
 )
-@click.option("-n", "--namespace", metavar="NAME", help="Of the service, where several in one etcd have its name.")
+@click.option("-n", "--namespace", metavar="NAME", help="Namespace of the service, if several have one of that name.")
 def change(changes: tuple[str, ...], unset: bool, namespace: str | None) -> int:
-    """Change settings of services while they run; without arguments, list those that can be changed.
+    """Change settings of services while they run. Without arguments, list the settings that can be changed.
 
-    A service's class names them in `live_settings`. A change holds for all processes of the service, later ones too,
-    until it is unset; the YAML file stays as it is. All changes of a command hold, or none: a value that a process
-    refuses is taken back. Exit code 1 when something was refused or not taken over within 2 s.
+    A service's class names these settings in `live_settings`. A change applies to all processes of the service, also to
+    those that start later, until it is unset; the YAML file stays as it is. All changes of one command apply, or none: a
+    value that a process refuses is taken back. The exit code is 1 if a change was refused or not applied within 2 s.
 
     The graph is found as by `dynamo status`: on this machine, or in the etcd of ETCD_ENDPOINTS.
 
     \b
     Examples:
-      dynamo set                                 # what can be changed, and what holds now
+      dynamo set                                 # the settings that can be changed, and their values
       dynamo set Processor.router=random
-      dynamo set Processor.router=               # the configured value again
+      dynamo set Processor.router=               # restore the configured value
       dynamo set --unset Processor.router        # the same
     """
     wanted = [_parse(text, unset) for text in changes]
     if not wanted:
         if unset:
             raise click.UsageError("--unset needs SERVICE.SETTING")
-        found = [process for process in _with_etcd(_read) if namespace in (None, process.namespace)]
-        if not found:
-            raise UnavailableError("no service with live settings runs", hint=_DECLARE)
-        click.echo("\n".join(_listed(found)))
+        processes = [process for process in with_etcd(_read) if namespace in (None, process.namespace)]
+        if not processes:
+            raise UnavailableError("no service with live settings runs", hint=NO_LIVE_SETTINGS_HINT)
+        click.echo(_table(processes))
         return 0
-    for line in _with_etcd(lambda etcd: _apply(etcd, wanted, namespace)):
+    for line in with_etcd(lambda etcd: _apply(etcd, wanted, namespace)):
         click.echo(line)
     return 0
 
 
-_DECLARE = "start a graph whose services name them in `live_settings`, or set ETCD_ENDPOINTS to where one runs"
-
-
 def _parse(text: str, unset: bool) -> _Change:
-    """Raises UsageError."""
+    """Parse SERVICE.SETTING=VALUE, or SERVICE.SETTING with `unset`. Raises UsageError."""
     name, equals, value = text.partition("=")
     service, dot, setting = name.strip().partition(".")
     if not (service and dot and setting) or bool(equals) == unset:
         form = "SERVICE.SETTING" if unset else "SERVICE.SETTING=VALUE"
         raise click.UsageError(f"{text!r} is not {form}, such as Processor.router{'' if unset else '=random'}")
     return _Change(service, setting, value or None)
-
-
-def _with_etcd(work: Callable[[Etcd], Awaitable[T]]) -> T:
-    from dynamo.cli.deployments import one_deployment
-
-    async def run() -> T:
-        async with one_deployment().etcd() as etcd:
-            return await work(etcd)
-
-    return asyncio.run(run())
 
 
 async def _read(etcd: Etcd) -> list[ProcessSettings]:
@@ -126,18 +143,22 @@ async def _read(etcd: Etcd) -> list[ProcessSettings]:
 
 
 async def _apply(etcd: Etcd, changes: Sequence[_Change], namespace: str | None) -> list[str]:
-    """What was done, a line each. Raises ConfigError, with nothing changed, when anything cannot be or is refused."""
-    found = await _read(etcd)
-    targets = [await _target(etcd, found, one, namespace) for one in changes]
+    """Apply changes, and return a line for each.
+
+    Raises ConfigError, with nothing changed, if a change has no target or is refused, UnavailableError if a process does
+    not report in time.
+    """
+    processes = await _read(etcd)
+    targets = [await _find_target(etcd, processes, change, namespace) for change in changes]
     if len({target.key for target in targets}) < len(targets):
         raise click.UsageError("a setting is given twice")
     try:
         for target in targets:
             await _write(etcd, target.key, None if target.value is None else target.value.encode())
-        return await _taken_over(etcd, targets)
+        return await _wait_until_applied(etcd, targets)
     except ConfigError:
         for target in targets:
-            await _write(etcd, target.key, target.written)
+            await _write(etcd, target.key, target.stored)
         raise
 
 
@@ -148,80 +169,106 @@ async def _write(etcd: Etcd, key: str, value: bytes | None) -> None:
         await etcd.put(key, value)
 
 
-async def _target(etcd: Etcd, found: Sequence[ProcessSettings], one: _Change, namespace: str | None) -> _Target:
-    """Where a change is written. Raises ConfigError for a service or a setting that is not there."""
-    from dynamo.config.provenance import alike, suggestion
+async def _find_target(
+    etcd: Etcd, processes: Sequence[ProcessSettings], change: _Change, namespace: str | None
+) -> _Target:
+    """Find the service and the setting of a change. Raises ConfigError if either is missing or ambiguous."""
     from dynamo.worker.live_settings import setting_prefix
 
-    what = f"{one.service}.{one.setting}"
-    there = [process for process in found if namespace in (None, process.namespace)]
-    services = [process for process in there if process.service == one.service]
-    if not services:
+    candidates = _find_service(processes, change, namespace)
+    setting = _find_setting(candidates, change)
+    found_namespace = candidates[0].namespace
+    key = setting_prefix(found_namespace, change.service) + setting
+    values = {process.settings[setting].value for process in candidates if setting in process.settings}
+    return _Target(
+        namespace=found_namespace,
+        service=change.service,
+        setting=setting,
+        value=change.value,
+        key=key,
+        stored=await etcd.get(key),
+        before=", ".join(sorted(values)),
+    )
+
+
+def _find_service(
+    processes: Sequence[ProcessSettings], change: _Change, namespace: str | None
+) -> list[ProcessSettings]:
+    """Return the processes of the service. Raises ConfigError if there are none, or in several namespaces."""
+    name = f"{change.service}.{change.setting}"
+    in_namespace = [process for process in processes if namespace in (None, process.namespace)]
+    found = [process for process in in_namespace if process.service == change.service]
+    if not found:
+        place = f" in namespace {namespace}" if namespace else ""
+        known = sorted({f"{process.service}.{setting}" for process in in_namespace for setting in process.settings})
         raise ConfigError(
-            f"{what}: no service {one.service} with live settings runs{f' in namespace {namespace}' if namespace else ''}",
-            hint=suggestion(what, sorted(_names(there)), "live settings"),
+            f"{name}: no service {change.service} with live settings runs{place}",
+            hint=suggestion(name, known, "live settings"),
         )
-    namespaces = sorted({process.namespace for process in services})
+    namespaces = sorted({process.namespace for process in found})
     if len(namespaces) > 1:
         raise ConfigError(
-            f"{what}: {one.service} runs in several namespaces: {', '.join(namespaces)}",
+            f"{name}: {change.service} runs in several namespaces: {', '.join(namespaces)}",
             hint=f"name one: --namespace {namespaces[0]}",
         )
-    name = next((n for process in services for n in process.settings if alike(n) == alike(one.setting)), None)
-    if name is None:
-        live = sorted({name for process in services for name in process.settings})
-        raise ConfigError(
-            f"{what}: not a setting that can be changed while {one.service} runs",
-            hint=suggestion(one.setting, live, f"live settings of {one.service}"),
-        )
-    key = setting_prefix(namespaces[0], one.service) + name
-    before = ", ".join(sorted({process.settings[name].value for process in services if name in process.settings}))
-    return _Target(namespaces[0], one.service, name, one.value, key, await etcd.get(key), before)
+    return found
 
 
-def _names(found: Sequence[ProcessSettings]) -> set[str]:
-    return {f"{process.service}.{name}" for process in found for name in process.settings}
+def _find_setting(processes: Sequence[ProcessSettings], change: _Change) -> str:
+    """Return the setting's name in the spelling of the service. Raises ConfigError if it is not a live setting."""
+    names = sorted({name for process in processes for name in process.settings})
+    for name in names:
+        if canonical(name) == canonical(change.setting):
+            return name
+    raise ConfigError(
+        f"{change.service}.{change.setting}: not a setting that can be changed while {change.service} runs",
+        hint=suggestion(change.setting, names, f"live settings of {change.service}"),
+    )
 
 
-async def _taken_over(etcd: Etcd, targets: Sequence[_Target]) -> list[str]:
-    """Wait for the processes. ConfigError: one refuses; UnavailableError: some do not say anything in time."""
-    give_up = time.monotonic() + TAKEN_OVER_S
+async def _wait_until_applied(etcd: Etcd, targets: Sequence[_Target]) -> list[str]:
+    """Wait until all processes have applied the values, and return a line for each target.
+
+    Raises ConfigError if a process refuses a value, UnavailableError if one has not reported within APPLY_S.
+    """
+    deadline = time.monotonic() + APPLY_S
     while True:
-        found = await _read(etcd)
-        lines, missing = [], ""
-        for target in targets:
-            states = [
-                process.settings[target.setting]
-                for process in found
-                if (process.namespace, process.service) == (target.namespace, target.service)
-                and target.setting in process.settings
-            ]
-            done = [state for state in states if state.given == target.value]
-            for state in done:
+        processes = await _read(etcd)
+        outcomes = [_outcome(target, processes) for target in targets]
+        for outcome in outcomes:
+            for state in outcome.done:
                 if state.error:
                     raise ConfigError(state.error, hint=state.hint or None)
-            if len(done) < len(states) or not states:
-                missing = f"{target.name}: {len(done)} of {_count(len(states))} took it over in {TAKEN_OVER_S:g} s"
-            now = ", ".join(sorted({state.value for state in done}))
-            change = f"stays {now}" if now == target.before else f"{target.before} -> {now}"
-            lines.append(f"{target.name}: {change} ({_count(len(done))})")
-        if not missing:
-            return lines
-        if time.monotonic() > give_up:
-            raise UnavailableError(missing, hint="it is written: the others follow when they reach etcd")
-        await asyncio.sleep(LOOK_EVERY_S)
+        incomplete = [outcome for outcome in outcomes if not outcome.is_complete]
+        if not incomplete:
+            return [str(outcome) for outcome in outcomes]
+        if time.monotonic() > deadline:
+            late = incomplete[0]
+            total = wording.processes(len(late.states))
+            raise UnavailableError(
+                f"{late.target.name}: {len(late.done)} of {total} applied the change within {APPLY_S:g} s",
+                hint="the change is stored: the others apply it when they reach etcd",
+            )
+        await asyncio.sleep(POLL_S)
 
 
-def _count(processes: int) -> str:
-    return f"{processes} process{'es' if processes != 1 else ''}"
+def _outcome(target: _Target, processes: Sequence[ProcessSettings]) -> _Outcome:
+    states = [
+        process.settings[target.setting]
+        for process in processes
+        if (process.namespace, process.service) == (target.namespace, target.service)
+        and target.setting in process.settings
+    ]
+    return _Outcome(target, states, [state for state in states if state.given == target.value])
 
 
-def _listed(found: Sequence[ProcessSettings]) -> Iterator[str]:
-    from dynamo.cli.status import table
-
-    rows: dict[tuple[str, ...], int] = {}
-    for process in found:
+def _table(processes: Sequence[ProcessSettings]) -> str:
+    """Return a row for each setting; processes whose values differ have rows of their own."""
+    counts: Counter[tuple[str, str, str, str, str]] = Counter()
+    for process in processes:
         for name, setting in process.settings.items():
-            row = (process.namespace, f"{process.service}.{name}", setting.value, setting.configured, setting.allowed)
-            rows[row] = rows.get(row, 0) + 1
-    yield from table([HEAD, *((*row[:4], str(count), row[4]) for row, count in sorted(rows.items()))])
+            counts[
+                process.namespace, f"{process.service}.{name}", setting.value, setting.configured, setting.allowed
+            ] += 1
+    rows = [(*row[:4], str(count), row[4]) for row, count in sorted(counts.items())]
+    return tables.render(rows, HEAD, colour=in_colour(sys.stdout))

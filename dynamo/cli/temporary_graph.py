@@ -1,4 +1,4 @@
-"""A graph of one's own, for as long as a command runs: `dynamo serve` as a child."""
+"""A graph that exists while a command runs: `dynamo serve` as a child process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from dynamo import prctl
 from dynamo.cli.chat import Progress
 from dynamo.errors import StartError
-from dynamo.launcher import guard
 from dynamo.launcher.embedded_servers import free_ports
 
 POLL_S = 0.05
@@ -26,10 +26,10 @@ _READY = re.compile(r"^ready in .*: (http\S+)$", re.MULTILINE)
 
 
 @contextmanager
-def own_graph(arguments: Sequence[str], progress: Progress) -> Iterator[str]:
-    """`dynamo serve ARGUMENTS` on a free port; gives its URL. It ends with the block, and with this process.
+def temporary_graph(arguments: Sequence[str], progress: Progress) -> Iterator[str]:
+    """Run `dynamo serve ARGUMENTS` on a free port, and yield its URL. It ends with the block and with this process.
 
-    Raises StartError, with what it said, when it does not start.
+    Raises StartError, with the error that it printed, if it does not start.
     """
     command = [sys.executable, "-m", "dynamo", "serve", *arguments, "--port", str(free_ports(1)[0])]
     with tempfile.TemporaryDirectory(prefix="dynamo-run-") as directory:
@@ -41,7 +41,7 @@ def own_graph(arguments: Sequence[str], progress: Progress) -> Iterator[str]:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # the terminal's Ctrl-C is for the chat
-                preexec_fn=partial(guard.die_with_parent, signal.SIGTERM, os.getpid()),
+                preexec_fn=partial(prctl.die_with_parent, signal.SIGTERM, os.getpid()),
             )
         try:
             yield _wait_for_url(process, log, progress)
@@ -57,7 +57,8 @@ def own_graph(arguments: Sequence[str], progress: Progress) -> Iterator[str]:
 
 def _wait_for_url(process: subprocess.Popen[bytes], log: Path, progress: Progress) -> str:
     while True:
-        code, text = process.poll(), log.read_text(errors="replace")
+        code = process.poll()
+        text = log.read_text(errors="replace")
         found = _READY.search(text)
         if found:
             progress.clear()
@@ -65,12 +66,12 @@ def _wait_for_url(process: subprocess.Popen[bytes], log: Path, progress: Progres
         lines = text.strip().splitlines()
         if code is not None:
             raise _failure(lines, code)
-        progress.say(lines[-1] if lines else "starting the graph")
+        progress.show(lines[-1] if lines else "starting the graph")
         time.sleep(POLL_S)
 
 
 def _failure(lines: Sequence[str], code: int) -> StartError:
-    """What `dynamo serve` said: its error line and hint, else its last lines."""
+    """Return the error and hint that `dynamo serve` printed; without them, print its last lines."""
     for number, line in enumerate(lines):
         if line.startswith("error: "):
             hint = lines[number + 1].removeprefix("hint: ") if lines[number + 1 :] else None

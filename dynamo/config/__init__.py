@@ -1,11 +1,13 @@
-"""What a graph's services are told: YAML, overrides and constructors, merged, checked, and traced to their source.
+"""Service configuration: YAML files, command-line overrides and constructor defaults, merged and validated.
 
-origin           where a value came from, and how an error says so
-document         a YAML file, with the line of every key
+Every value keeps its source, which error messages and `--dry-run` name.
+
+provenance       where a value came from, and how an error message says so
+yaml_file        a YAML file, with the line of every key
 overrides        `--Service.key=value` on the command line
-layers           merges file and overrides, spreads `Common`
-settings         constructor parameters as declared settings: check and convert
+merge            merges file and overrides, spreads `Common`
+settings         constructor parameters as declared settings: validates and converts values
 service_args     the reserved key `ServiceArgs`: workers, resources, environment
-service_config   `ServiceConfig`, what a service's process reads
+service_config   `ServiceConfig`, which a service's process reads
 options          the flags of `dynamo serve` itself
 """

@@ -7,53 +7,62 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from dynamo.text import shorten
+
 KeyPath: TypeAlias = tuple[str, ...]
 """`("VllmWorker", "ServiceArgs", "workers")`: the keys from a service down to a value."""
 
-SHOWN_CHARACTERS = 60
+PREVIEW_CHARS = 60
+LISTED_CHOICES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """`source` is what a user can go to: `configs/agg.yaml:14`, `--Processor.router`, `DYNAMO_PORT`."""
+    """The place where a value was given."""
 
     source: str
+    """as a user can find it: `configs/agg.yaml:14`, `--Processor.router`, `DYNAMO_PORT`"""
 
     @property
     def is_flag(self) -> bool:
-        """Whether it was given on the command line."""
+        """True for a value of the command line."""
         return self.source.startswith("--")
 
 
-def alike(key: str) -> str:
-    """The form in which `block-size` and `block_size` are the same key."""
+def canonical(key: str) -> str:
+    """Return the form that `block-size` and `block_size` share: they are the same key."""
     return key.replace("_", "-")
 
 
-def where(origin: Mapping[KeyPath, Origin], path: KeyPath) -> str:
-    """`configs/agg.yaml:14 VllmWorker.block-size`: the source of `path` (or of the nearest key above), and the path."""
+def location(origins: Mapping[KeyPath, Origin], path: KeyPath) -> str:
+    """Return `configs/agg.yaml:14 VllmWorker.block-size`: the source of `path` or of the nearest key above it, and the path.
+
+    A flag already names its path, so it stands alone; without any source, the path does.
+    """
     dotted = ".".join(path)
     for end in range(len(path), 0, -1):
-        if found := origin.get(path[:end]):
-            said = f"{alike(found.source)}.".startswith(alike(f"--{dotted}."))  # the flag names the path already
-            return found.source if said else f"{found.source} {dotted}"
+        if origin := origins.get(path[:end]):
+            names_path = f"{canonical(origin.source)}.".startswith(canonical(f"--{dotted}."))
+            return origin.source if names_path else f"{origin.source} {dotted}"
     return dotted
 
 
-def shown(value: Any) -> str:
-    """A value as JSON on one line, cut after 60 characters."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+def preview(value: Any) -> str:
+    """Return a value as JSON on one line, of PREVIEW_CHARS at most."""
+    return shorten(json.dumps(value, default=str), PREVIEW_CHARS)
 
 
-def suggestion(word: str, choices: Iterable[str], what: str) -> str:
-    """`did you mean block-size? settings are block-size, model`; only "did you mean" where the list would be long."""
+def suggestion(word: str, choices: Iterable[str], kind: str) -> str:
+    """Return a hint: `did you mean block-size? settings: block-size, model`.
+
+    `kind` is the plural noun before the list of choices, which is left out if it is longer than LISTED_CHOICES.
+    """
     from difflib import get_close_matches
 
     names = list(dict.fromkeys(choices))
-    forms = {alike(name).lower(): name for name in names}
-    close = get_close_matches(alike(word).lower(), forms, n=1, cutoff=0.6)
+    forms = {canonical(name).lower(): name for name in names}
+    close = get_close_matches(canonical(word).lower(), forms, n=1, cutoff=0.6)
     parts = [f"did you mean {forms[close[0]]}?"] if close else []
-    if len(names) <= 16:
-        parts.append(f"{what}: {', '.join(names) or 'none'}")
-    return " ".join(parts) or f"there are {len(names)} {what}; none is close to {word}"
+    if len(names) <= LISTED_CHOICES:
+        parts.append(f"{kind}: {', '.join(names) or 'none'}")
+    return " ".join(parts) or f"there are {len(names)} {kind}; none is close to {word}"

@@ -1,4 +1,4 @@
-"""`ServiceArgs`: the keys below a service that say how its processes run, not what its constructor gets."""
+"""`ServiceArgs`: the keys below a service that configure its processes; its constructor does not get them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from dynamo.config.merge import SERVICE_ARGS
-from dynamo.config.provenance import KeyPath, Origin, shown, suggestion, where
+from dynamo.config.provenance import KeyPath, Origin, location, preview, suggestion
 from dynamo.errors import ConfigError
 
 KEYS = ("workers", "resources", "envs", "dynamo", "image")
@@ -22,12 +22,15 @@ _MEMORY = re.compile(r"[0-9]+(\.[0-9]+)?([kKMGTPE]i?)?B?")
 
 @dataclass(frozen=True, slots=True)
 class ServiceArgs:
-    """None is "not given here": the decorator's value counts. `gpu` may be a fraction; `memory` is like `500Mi`."""
+    """How the processes of one service run. None: not configured, so the value of the decorator applies."""
 
     workers: int | None = None
     gpu: float | None = None
+    """GPUs of each worker, or a fraction of one"""
     cpu: str | None = None
+    """cores, such as `2` or `500m`"""
     memory: str | None = None
+    """such as `500Mi`"""
     envs: Mapping[str, str] = field(default_factory=dict)
     dynamo: Mapping[str, Any] = field(default_factory=dict)
     image: str | None = None
@@ -38,10 +41,13 @@ class ServiceArgs:
 
 
 def service_args(
-    service: str, config: Mapping[str, Any], origin: Mapping[KeyPath, Origin] | None = None
+    service: str, config: Mapping[str, Any], origins: Mapping[KeyPath, Origin] | None = None
 ) -> ServiceArgs:
-    """The `ServiceArgs` of one service's resolved configuration. ConfigError for an unknown key or a bad value."""
-    reader = _Reader((service, SERVICE_ARGS), origin or {})
+    """Parse the `ServiceArgs` of one service's resolved configuration.
+
+    Raises ConfigError for an unknown key or a bad value.
+    """
+    reader = _Reader((service, SERVICE_ARGS), origins or {})
     given = reader.section(config.get(SERVICE_ARGS), (), KEYS)
     resources = reader.section(given.get("resources"), ("resources",), RESOURCES)
     dynamo = reader.section(given.get("dynamo"), ("dynamo",), DYNAMO)
@@ -63,12 +69,15 @@ def service_args(
 
 
 class _Reader:
-    def __init__(self, above: KeyPath, origin: Mapping[KeyPath, Origin]) -> None:
-        self.above, self.origin = above, origin
+    """Validates single values. Errors name their source, and their path below `above`."""
+
+    def __init__(self, above: KeyPath, origins: Mapping[KeyPath, Origin]) -> None:
+        self.above = above
+        self.origins = origins
 
     def fail(self, path: KeyPath, expected: str, found: Any) -> NoReturn:
         raise ConfigError(
-            f"{where(self.origin, (*self.above, *path))}: expected {expected}, found {shown(found)}",
+            f"{location(self.origins, (*self.above, *path))}: expected {expected}, found {preview(found)}",
             hint=f"give {expected}",
         )
 
@@ -80,7 +89,7 @@ class _Reader:
         for key in value:
             if key not in keys:
                 raise ConfigError(
-                    f"{where(self.origin, (*self.above, *path, key))}: no such key",
+                    f"{location(self.origins, (*self.above, *path, key))}: no such key",
                     hint=suggestion(key, keys, f"keys of {'.'.join((SERVICE_ARGS, *path))}"),
                 )
         return value

@@ -1,4 +1,4 @@
-"""`ServiceConfig`: how a service reads the graph's configuration in its own process."""
+"""`ServiceConfig`: the graph's configuration, as a service's process reads it."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ import os
 from typing import Any, ClassVar
 
 from dynamo.config.merge import COMMON, COMMON_CONFIGS, SERVICE_ARGS
-from dynamo.config.provenance import shown
+from dynamo.config.provenance import preview
 from dynamo.errors import ConfigError
 
 VARIABLE = "DYNAMO_SERVICE_CONFIG"
 NEGATED = {"enable-prefix-caching", "use-tqdm-on-load", "multi-step-stream-outputs"}
-"""Flags that are on by default in the engines, so that `false` has to be said: `--no-enable-prefix-caching`."""
+"""Flags that engines turn on by default, so `false` must be passed explicitly: `--no-enable-prefix-caching`."""
 
 log = logging.getLogger(__name__)
 
 
 class MissingSettingError(ConfigError, ValueError):
-    """`require` found nothing. A ValueError too, which it was in ai-dynamo 0.3."""
+    """A required key is missing. Also a ValueError, as in ai-dynamo 0.3."""
 
 
 class ServiceConfig(dict[str, Any]):
-    """The configuration of all services, from the variable `DYNAMO_SERVICE_CONFIG`: a dict by service name.
+    """The configuration of all services by service name, from the variable `DYNAMO_SERVICE_CONFIG`.
 
-    `dynamo serve` sets it with `Common` merged in. Where a service still lists keys in `common-configs`, they are
-    looked up in `Common` by the methods here; `config["Service"]` and `get` return what is written.
+    `dynamo serve` sets the variable with `Common` already merged in. If a service still lists keys in `common-configs`,
+    the methods here look them up in `Common`; `config["Service"]` and `get` return what is written.
     """
 
     _instance: ClassVar[ServiceConfig | None] = None
 
     @classmethod
     def get_instance(cls) -> ServiceConfig:
-        """The one of this process, read on the first call; empty where the variable is not set.
+        """Return the instance of this process, read on the first call; it is empty if the variable is not set.
 
-        ConfigError where the variable is not a JSON object of objects.
+        Raises ConfigError if the variable is not a JSON object of objects.
         """
         if ServiceConfig._instance is None:
             ServiceConfig._instance = cls(_read(os.environ.get(VARIABLE, "")))
         return ServiceConfig._instance
 
     def require(self, service_name: str, key: str) -> Any:
-        """The value of a key; ConfigError (also a ValueError) where the service or the key is missing."""
+        """Return the value of a key. Raises MissingSettingError if the service or the key is missing."""
         values = self.get(service_name, {})
         if key not in values:
             raise MissingSettingError(
@@ -52,15 +52,18 @@ class ServiceConfig(dict[str, Any]):
 
     @classmethod
     def get_parsed_config(cls, service_name: str) -> dict[str, Any]:
-        """A service's settings with those of `Common` that it lists, without `ServiceArgs`; `{}` for an unknown one."""
+        """Return a service's settings and those of `Common` that it lists, without `ServiceArgs`.
+
+        Returns `{}` for an unknown service.
+        """
         return cls.get_instance()._settings(service_name)
 
     def as_args(self, service_name: str, prefix: str = "") -> list[str]:
-        """A service's settings as command-line arguments, keys of `Common` first.
+        """Return a service's settings as command-line arguments, keys of `Common` first.
 
-        With `prefix`, only keys that begin with it, and without it. true is `--key`; false is nothing, or `--no-key`
-        for the flags in NEGATED; a mapping is JSON; a list is Python's text of it, in one argument; anything else is
-        `str(value)`, None included.
+        With `prefix`, only keys that begin with it, which is removed. True becomes `--key`; False is left out, or becomes
+        `--no-key` for the flags in NEGATED; a mapping becomes JSON; anything else `str(value)` in one argument, lists
+        and None included.
         """
         args: list[str] = []
         for key, value in self._settings(service_name).items():
@@ -96,12 +99,12 @@ def _read(text: str) -> dict[str, Any]:
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{VARIABLE}: expected an object of services, found {shown(values)}", hint='set it to {"Service": {...}}'
+            f"{VARIABLE}: expected an object of services, found {preview(values)}", hint='set it to {"Service": {...}}'
         )
     for service, settings in values.items():
         if not isinstance(settings, dict):
             raise ConfigError(
-                f"{VARIABLE}: {service}: expected an object of settings, found {shown(settings)}",
+                f"{VARIABLE}: {service}: expected an object of settings, found {preview(settings)}",
                 hint=f'set it to {{"{service}": {{"key": value}}}}',
             )
     return values

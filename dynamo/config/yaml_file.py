@@ -1,9 +1,9 @@
-"""A configuration file: YAML, with the line of every key.
+"""YAML configuration files, read with the line of every key.
 
 Values follow YAML 1.2's core schema rather than PyYAML's 1.1. Only `true` and `false` are booleans: `on`, `off`,
-`yes` and `no` are strings, as keys and as values. `1e-5` is a number, `12:30` and `2026-01-31` are strings, `.inf`
-and `.nan` too, so that every value survives the way through JSON. Keys are always the text that stands in the file.
-Under `ServiceArgs.envs` values keep their text as well, since environment variables are strings: `A: 007` is `"007"`.
+`yes` and `no` are strings, as keys and as values. `1e-5` is a number; `12:30` and `2026-01-31` are strings. So are `.inf`
+and `.nan`, because JSON cannot carry them. Keys are always the text in the file. Values below `ServiceArgs.envs` keep
+their text as well, since environment variables are strings: `A: 007` is `"007"`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 import yaml
 
 from dynamo.config.merge import ENVS, Layer
-from dynamo.config.provenance import KeyPath, Origin, shown, where
+from dynamo.config.provenance import KeyPath, Origin, location, preview
 from dynamo.errors import ConfigError
 
 MAX_DEPTH = 50
+"""libyaml composes by recursion and overruns the stack of the process if a file is nested deeply."""
 _TAG = "tag:yaml.org,2002:"
 _PATTERNS = {
     "null": re.compile(r"(?:~|null|Null|NULL|)\Z"),
@@ -29,14 +30,14 @@ _PATTERNS = {
 }
 _BASES = {"0o": 8, "0x": 16}
 
-# A class made by hand: PyYAML's C loader where it exists, with nothing but our own patterns.
+# PyYAML's C loader where it is installed; made by `type` to replace the inherited resolvers by the patterns above.
 _Loader: Any = type("_Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {"yaml_implicit_resolvers": {}})
 for _kind, _pattern in _PATTERNS.items():
     _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)
 
 
 def scalar(text: str) -> Any:
-    """A plain YAML scalar's value; a text that is nothing else, or a number too large to hold, stays a string."""
+    """Return the value of a plain YAML scalar. Text of no other kind, and a number too large for a float, stay strings."""
     for kind, pattern in _PATTERNS.items():
         if pattern.match(text):
             try:
@@ -64,9 +65,9 @@ def _value(kind: str, text: str) -> Any:
 
 
 def load(path: Path) -> Layer:
-    """Read a file of `Service: {key: value}`. A file without content is an empty layer, a service without keys is `{}`.
+    """Read a file of `Service: {key: value}`. An empty file is an empty layer, a service without keys is `{}`.
 
-    ConfigError, with the line, where it cannot be read, is not YAML, gives a key twice, or is not a mapping.
+    Raises ConfigError, with the line, if the file cannot be read, is not YAML, gives a key twice, or is not a mapping.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -78,10 +79,10 @@ def load(path: Path) -> Layer:
 
 
 def parse(text: str, name: str) -> Layer:
-    """What `load` does, for the text of a file called `name`."""
+    """Parse the text of a file called `name`, as `load` does."""
     try:
         _check_depth(text, name)
-        return _Document(name).read(yaml.compose(text, _Loader))
+        return _NodeReader(name).read(yaml.compose(text, _Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -96,7 +97,7 @@ def parse(text: str, name: str) -> Layer:
 
 
 def _check_depth(text: str, name: str) -> None:
-    """libyaml composes by recursion and overruns the stack of the process on a file that is nested deeply."""
+    """Raise ConfigError if a document is nested deeper than MAX_DEPTH."""
     depth = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -111,35 +112,39 @@ def _check_depth(text: str, name: str) -> None:
             )
 
 
-class _Document:
-    """Turns PyYAML's nodes into plain values and remembers the line of every key."""
+class _NodeReader:
+    """Turns the nodes of one document into plain values, and records the line of every key in `origins`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.origin: dict[KeyPath, Origin] = {}
+        self.origins: dict[KeyPath, Origin] = {}
         self.ancestors: list[yaml.Node] = []
 
     def read(self, root: yaml.Node | None) -> Layer:
+        """Return the layer of a document, None being an empty one."""
         if root is None:
             return Layer({}, {})
         if not isinstance(root, yaml.MappingNode):
-            found = "a list" if isinstance(root, yaml.SequenceNode) else shown(self.value(root, ()))
+            found = "a list" if isinstance(root, yaml.SequenceNode) else preview(self.value(root, ()))
             if found == "null":
                 return Layer({}, {})
             self.fail(
                 root, (), f"expected a mapping of services, found {found}", "write `Service:` and its keys below it"
             )
         values = self.mapping(root, ())
-        return Layer({key: {} if value is None else value for key, value in values.items()}, self.origin)
+        return Layer({key: {} if value is None else value for key, value in values.items()}, self.origins)
 
     def fail(self, node: yaml.Node, path: KeyPath, fact: str, hint: str) -> NoReturn:
+        """Raise ConfigError with the line of a node."""
         dotted = f" {'.'.join(path)}" if path else ""
         raise ConfigError(f"{self.name}:{node.start_mark.line + 1}{dotted}: {fact}", hint=hint)
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
+        """Return the value of any node. `ancestors` finds an alias to a mapping inside itself, which has no value."""
         if any(node is ancestor for ancestor in self.ancestors):
             raise ConfigError(
-                f"{where(self.origin, path)}: an alias refers to the mapping it stands in", hint="write the value out"
+                f"{location(self.origins, path)}: an alias refers to the mapping it stands in",
+                hint="write the value out",
             )
         if node.tag.removeprefix(_TAG) not in (*_PATTERNS, "str", "map", "seq"):
             self.fail(node, path, f"the tag {node.tag} is not supported", "write a plain value")
@@ -154,6 +159,7 @@ class _Document:
             self.ancestors.pop()
 
     def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
+        """Return the value of a scalar, or its text below `ServiceArgs.envs`."""
         text: str = node.value
         kind = node.tag.removeprefix(_TAG)
         if path[1:3] == ENVS and len(path) > 3:
@@ -164,6 +170,7 @@ class _Document:
             self.fail(node, path, str(error), "quote it to keep it as text")
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        """Return a mapping, with what its merge keys (`<<`) add."""
         values: dict[str, Any] = {}
         lines: dict[str, int] = {}
         inherited: list[yaml.Node] = []
@@ -178,21 +185,22 @@ class _Document:
             if key in lines:
                 self.fail(key_node, (*path, key), f"already given at line {lines[key]}", "keep one of the two lines")
             lines[key] = line
-            self.origin[(*path, key)] = Origin(f"{self.name}:{line}")
+            self.origins[(*path, key)] = Origin(f"{self.name}:{line}")
             values[key] = self.value(value_node, (*path, key))
         for source in inherited:
             self.inherit(values, source, path)
         return values
 
     def inherit(self, values: dict[str, Any], source: yaml.Node, path: KeyPath) -> None:
-        """YAML's merge key `<<: *anchor`: adds the keys of `source` that `values` lacks, with their own lines."""
+        """Add the keys of `source` that `values` lacks, with their own lines: YAML's merge key `<<: *anchor`."""
         if not isinstance(source, yaml.MappingNode):
             self.fail(source, path, "`<<` takes a mapping", "write `<<: *name` with the name of an anchored mapping")
-        before = dict(self.origin)
+        before = dict(self.origins)
         for key, value in self.value(source, path).items():
-            if key in values:  # the mapping's own key wins, and keeps its line
-                self.origin = {p: o for p, o in self.origin.items() if p[: len(path) + 1] != (*path, key)} | {
-                    p: o for p, o in before.items() if p[: len(path) + 1] == (*path, key)
-                }
-            else:
+            if key not in values:
                 values[key] = value
+                continue
+            # The mapping's own key wins: restore the lines that reading `source` has replaced.
+            below = (*path, key)
+            self.origins = {p: o for p, o in self.origins.items() if p[: len(below)] != below}
+            self.origins |= {p: o for p, o in before.items() if p[: len(below)] == below}

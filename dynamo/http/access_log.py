@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from dynamo.errors import DynamoError
 from dynamo.http.errors import is_expected, status_of
+from dynamo.text import shorten
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def _shown(error: BaseException) -> str:
         text = f"{type(error).__name__}: {error}"
     text = " ".join(text.split())
     notes = " ".join(getattr(error, "__notes__", ()))  # "raised in VllmWorker:1 generate"
-    text = text if len(text) <= ERROR_CHARS else f"{text[:ERROR_CHARS]} ..."
+    text = shorten(text, ERROR_CHARS)
     return f"{text} ({notes})" if notes else text
 
 

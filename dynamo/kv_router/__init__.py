@@ -1,1 +1,1 @@
-"""KV-aware routing, without network: block hashes, KV events, the prefix index, cost and choice."""
+"""KV-aware routing, without network code: block hashes, KV events, the prefix index, costs and the choice of a worker."""

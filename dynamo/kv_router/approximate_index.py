@@ -1,4 +1,4 @@
-"""What was sent where: stands in for the events of caches that tell none."""
+"""Index of the prompts sent to each cache: stands in for the KV events of engines that emit none."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from dynamo.kv_router.hashing import BlockHash
 from dynamo.kv_router.index import PrefixIndex
 
 TTL_S = 120.0
-"""How long a block is thought to stay after it was last used; Dynamo's default in its mode without events."""
+"""How long a block is assumed to stay after its last use; the default of Dynamo's mode without events."""
 
 
 class ApproximateIndex:
-    """For each cache the blocks of the requests sent there, least recently used first; times are a monotonic clock's."""
+    """The blocks of the prompts sent to each cache, least recently used first. Times are a monotonic clock's."""
 
     def __init__(self, ttl_s: float = TTL_S) -> None:
         self.ttl_s = ttl_s
         self.index = PrefixIndex()
-        self._used: dict[int, OrderedDict[BlockHash, float]] = {}
+        self._last_used: dict[int, OrderedDict[BlockHash, float]] = {}  # by slot
 
     def add(self, slot: int, prompt: Sequence[BlockHash], now_s: float, capacity: int) -> None:
-        """A prompt went to a cache of `capacity` blocks. The end of a prompt is the first to be forgotten."""
-        used = self._used.setdefault(slot, OrderedDict())
-        new = [hash for hash in prompt if hash not in used]
-        for hash in reversed(prompt):
-            used[hash] = now_s
-            used.move_to_end(hash)
-        self.index.add(slot, new)
-        self.index.remove(slot, [used.popitem(last=False)[0] for _ in range(len(used) - capacity)])
+        """Add a prompt sent to a cache of `capacity` blocks. Where they are too many, ends of prompts go first."""
+        last_used = self._last_used.setdefault(slot, OrderedDict())
+        self.index.add(slot, [block for block in prompt if block not in last_used])
+        for block in reversed(prompt):
+            last_used[block] = now_s
+            last_used.move_to_end(block)
+        self.index.remove(slot, [last_used.popitem(last=False)[0] for _ in range(len(last_used) - capacity)])
 
     def expire(self, now_s: float) -> None:
-        for slot, used in self._used.items():
-            old = []
-            while used and next(iter(used.values())) <= now_s - self.ttl_s:
-                old.append(used.popitem(last=False)[0])
-            self.index.remove(slot, old)
+        """Remove the blocks that were not used for `ttl_s`."""
+        for slot, last_used in self._last_used.items():
+            expired = []
+            while last_used and next(iter(last_used.values())) <= now_s - self.ttl_s:
+                expired.append(last_used.popitem(last=False)[0])
+            self.index.remove(slot, expired)
 
     def drop(self, slot: int) -> None:
-        self._used.pop(slot, None)
+        """Remove a cache with all its blocks."""
+        self._last_used.pop(slot, None)
         self.index.drop(slot)

@@ -1,4 +1,4 @@
-"""What one engine's prefix cache holds, by the names that the whole deployment uses for blocks."""
+"""Contents of one engine's prefix cache, translated from the engine's hashes to those of the whole deployment."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from dynamo.kv_router.hashing import ROOT, BlockHash, block_hashes, pack
 
 
 def salted(parent: BlockHash, salt: str) -> BlockHash:
-    """What a block with a salt takes for its parent: its hash, and those behind it, never match plain ones."""
+    """Return the parent to hash a salted block with, so that its hash and later ones never match plain blocks."""
     return BlockHash(xxh3_64_intdigest(salt.encode(), parent))
 
 
 class BlockMap:
     """The blocks of one rank: an engine's events go in, changes and snapshots in terms of `BlockHash` come out.
 
-    An engine may store a block several times: it is announced once, and leaves when the last copy was removed. A block
-    whose parent is unknown (the event that stored the parent was lost) is left out, with those behind it; so is one of
-    another size than `block_size`. Removing what is unknown does nothing.
+    An engine may store a block several times: it is reported as stored once, and as removed with its last copy. A block
+    whose parent is unknown (the event that stored the parent was lost) is left out, with all blocks after it; so is a
+    block of another size than `block_size`. Removals of unknown blocks are ignored.
     """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self._known: dict[int, BlockHash] = {}  # by the engine's name
-        self._again: dict[int, int] = {}  # copies of a name beyond the first
-        self._held: dict[BlockHash, int] = {}  # how many names stand for it
-        self._pending: list[tuple[bool, list[BlockHash]]] = []  # neighbours differ in kind
+        self._blocks: dict[int, BlockHash] = {}  # by the engine's hash
+        self._extra_copies: dict[int, int] = {}  # by the engine's hash, copies beyond the first
+        self._references: dict[BlockHash, int] = {}  # how many of the engine's hashes stand for a block
+        self._changes: list[tuple[bool, list[BlockHash]]] = []  # stored or removed, in turns
 
     def apply(self, events: Iterable[EngineEvent]) -> None:
         for event in events:
@@ -40,82 +40,86 @@ class BlockMap:
                 self._clear(event)
 
     def changes(self) -> list[Change]:
-        """What has happened since the last call, in order; neighbours of one kind are one change."""
-        pending, self._pending = self._pending, []
-        return [Change(stored, pack(hashes)) for stored, hashes in pending]
+        """Return the changes since the last call, in order; consecutive ones of one kind are one change."""
+        changes = self._changes
+        self._changes = []
+        return [Change(stored, pack(hashes)) for stored, hashes in changes]
 
     def blocks(self) -> list[BlockHash]:
-        """All blocks held now: what the changes up to here, those not yet asked for included, lead to."""
-        return list(self._held)
+        """Return all blocks held now: the result of all changes, of those not yet returned too."""
+        return list(self._references)
 
-    def found(self, hashes: Sequence[BlockHash]) -> int:
-        """How many blocks of a prompt, from the first on, are held."""
-        return next((number for number, block in enumerate(hashes) if block not in self._held), len(hashes))
+    def overlap(self, hashes: Sequence[BlockHash]) -> int:
+        """Return how many blocks of a prompt are held, counted from the beginning."""
+        return next((number for number, block in enumerate(hashes) if block not in self._references), len(hashes))
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._references)
 
     def _store(self, event: BlocksStored) -> None:
-        names, size = event.hashes, self.block_size
-        if event.block_size != size or len(event.token_ids) != size * len(names):
+        size = self.block_size
+        if event.block_size != size or len(event.token_ids) != size * len(event.hashes):
             return
-        parent = ROOT if event.parent is None else self._known.get(event.parent)
+        parent = ROOT if event.parent is None else self._blocks.get(event.parent)
         if parent is None:
-            for name in names:  # a further copy of a known block counts, whatever it stands behind
-                if name in self._known:
-                    self._again[name] = self._again.get(name, 0) + 1
+            for engine_hash in event.hashes:  # another copy of a known block counts, whatever its parent is
+                if engine_hash in self._blocks:
+                    self._add_copy(engine_hash)
             return
-        known, held = self._known, self._held
         new: list[BlockHash] = []
-        for name, block in zip(names, self._hashes(event, parent), strict=True):
-            if name in known:
-                self._again[name] = self._again.get(name, 0) + 1
+        for engine_hash, block in zip(event.hashes, self._hashes(event, parent), strict=True):
+            if engine_hash in self._blocks:
+                self._add_copy(engine_hash)
                 continue
-            known[name] = block
-            if block in held:
-                held[block] += 1
+            self._blocks[engine_hash] = block
+            if block in self._references:
+                self._references[block] += 1
             else:
-                held[block] = 1
+                self._references[block] = 1
                 new.append(block)
-        self._note(True, new)
+        self._add_change(True, new)
+
+    def _add_copy(self, engine_hash: int) -> None:
+        self._extra_copies[engine_hash] = self._extra_copies.get(engine_hash, 0) + 1
 
     def _hashes(self, event: BlocksStored, parent: BlockHash) -> list[BlockHash]:
         if not event.salt:
             return block_hashes(event.token_ids, self.block_size, parent)
         hashes: list[BlockHash] = []
-        for start in range(0, len(event.token_ids), self.block_size):  # salted one by one, however events are cut
+        # each block is salted, so that the hashes do not depend on how blocks are spread over events
+        for start in range(0, len(event.token_ids), self.block_size):
             block = event.token_ids[start : start + self.block_size]
             hashes += block_hashes(block, self.block_size, salted(parent, event.salt))
             parent = hashes[-1]
         return hashes
 
     def _remove(self, event: BlocksRemoved) -> None:
-        gone: list[BlockHash] = []
-        for name in event.hashes:
-            if self._again and name in self._again:
-                self._again[name] -= 1
-                if not self._again[name]:
-                    del self._again[name]
+        removed: list[BlockHash] = []
+        for engine_hash in event.hashes:
+            if engine_hash in self._extra_copies:
+                self._extra_copies[engine_hash] -= 1
+                if not self._extra_copies[engine_hash]:
+                    del self._extra_copies[engine_hash]
                 continue
-            block = self._known.pop(name, None)
+            block = self._blocks.pop(engine_hash, None)
             if block is None:
                 continue
-            self._held[block] -= 1
-            if not self._held[block]:
-                del self._held[block]
-                gone.append(block)
-        self._note(False, gone)
+            self._references[block] -= 1
+            if not self._references[block]:
+                del self._references[block]
+                removed.append(block)
+        self._add_change(False, removed)
 
     def _clear(self, event: BlocksCleared) -> None:
-        self._note(False, self.blocks())
-        self._known.clear()
-        self._again.clear()
-        self._held.clear()
+        self._add_change(False, self.blocks())
+        self._blocks.clear()
+        self._extra_copies.clear()
+        self._references.clear()
 
-    def _note(self, stored: bool, blocks: list[BlockHash]) -> None:
+    def _add_change(self, stored: bool, blocks: list[BlockHash]) -> None:
         if not blocks:
             return
-        if self._pending and self._pending[-1][0] is stored:
-            self._pending[-1][1].extend(blocks)
+        if self._changes and self._changes[-1][0] is stored:
+            self._changes[-1][1].extend(blocks)
         else:
-            self._pending.append((stored, blocks))
+            self._changes.append((stored, blocks))

@@ -1,6 +1,6 @@
-"""What workers tell of their KV caches and their load: messages on the topics `kv_events` and `load`.
+"""Messages of workers about their KV caches and their load, on the topics `kv_events` and `load`.
 
-A worker is one process; `rank` tells its data-parallel engines apart, each of which has a cache of its own.
+A worker is one process; `rank` is the number of one of its data-parallel engines, each of which has its own cache.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import msgspec
 
 
 class BlocksStored(NamedTuple):
-    """An engine has put full blocks into its prefix cache, one behind the other. `hashes` are the engine's own names."""
+    """Full blocks, consecutive ones of one prompt, are in an engine's prefix cache. `hashes` are the engine's own."""
 
     hashes: Sequence[int]
     parent: int | None
-    """the engine's name of the block before the first; None: the first begins a prompt"""
+    """the engine's hash of the block before the first; None: the first begins a prompt"""
     token_ids: Sequence[int]
-    """of all the blocks: `len(hashes) * block_size`"""
+    """tokens of all the blocks, `len(hashes) * block_size` of them"""
     block_size: int
     salt: str = ""
-    """what else decides on equality: the LoRA adapter, a cache salt, images; empty for plain text"""
+    """what blocks must have in common besides tokens: LoRA adapter, cache salt, images; empty for plain text"""
 
 
 class BlocksRemoved(NamedTuple):
-    """Blocks were evicted, by the engine's names. One that was stored twice is there until it is removed twice."""
+    """Blocks were evicted, by the engine's hashes. A block that was stored twice stays until it is removed twice."""
 
     hashes: Sequence[int]
 
@@ -38,7 +38,7 @@ EngineEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 
 class Change(msgspec.Struct, array_like=True, gc=False):
-    """Blocks that appeared in a cache or left it; `hashes` as `hashing.pack` gives them."""
+    """Blocks that were stored in a cache or removed from it; `hashes` as `hashing.pack` encodes them."""
 
     stored: bool
     hashes: bytes
@@ -54,12 +54,15 @@ class KvEvents(msgspec.Struct, array_like=True, gc=False):
 
 
 class SnapshotRequest(msgspec.Struct):
-    """Ask a worker (its endpoint `kv_snapshot`) for all blocks it has."""
+    """Request to a worker's endpoint `kv_snapshot` for all blocks it has."""
 
 
 class KvSnapshot(msgspec.Struct, array_like=True, gc=False):
-    """A part of what a cache holds after message `sequence`. A snapshot is a stream of these: for each rank one or more,
-    all parts of a rank with the same `sequence`, `last` on its final one."""
+    """One part of a cache's contents after message `sequence`.
+
+    A snapshot is a stream of these: one or more for each rank, all parts of a rank with the same `sequence`, `last` set
+    on the final one.
+    """
 
     worker: int
     rank: int
@@ -70,17 +73,17 @@ class KvSnapshot(msgspec.Struct, array_like=True, gc=False):
 
 
 class WorkerLoad(msgspec.Struct, array_like=True, gc=False):
-    """What one engine of a worker does now: sent when it changes (every 10 ms at most) and once a second.
+    """Load of one engine of a worker: sent when it changes (every 10 ms at most) and once a second.
 
-    Each message replaces the one before, so that a lost one is made up by the next.
+    Each message replaces the one before, so the next one makes up for a lost one.
     """
 
     worker: int
     rank: int
     running: int
-    """requests in the engine's batch, as the engine says"""
+    """requests in the engine's batch, as the engine reports it"""
     waiting: int
-    """requests that wait for a place in it"""
+    """requests that wait for a place in the batch"""
     prefill_blocks: int
     """prompt blocks to be computed (cached ones not counted) of requests without a token so far"""
     decode_blocks: int
@@ -88,15 +91,15 @@ class WorkerLoad(msgspec.Struct, array_like=True, gc=False):
     kv_blocks: int
     """size of the KV cache; 0: unknown"""
     kv_usage: float
-    """part of it that requests hold, 0 to 1"""
+    """part of the KV cache that requests hold, 0 to 1"""
     prefix_queries: int
     """prompt tokens looked up in the prefix cache since the start"""
     prefix_hits: int
-    """those that were found there"""
+    """prompt tokens found in the prefix cache since the start"""
     accepted: list[str]
     """ids of the requests accepted since the last message"""
     kv_sequence: int
     """the last `KvEvents.sequence` sent for this cache; 0: none yet"""
     kv_block_size: int
     kv_events: bool
-    """whether the engine tells its KV events"""
+    """the engine emits KV events"""

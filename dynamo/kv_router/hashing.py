@@ -1,4 +1,4 @@
-"""The identity of KV blocks: a chained hash of their tokens, the same on every host and for every engine."""
+"""Identity of KV blocks: a chained hash of their tokens, the same on every host and for every engine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ BlockHash = NewType("BlockHash", int)
 ROOT = BlockHash(0)
 """parent of a prompt's first block"""
 
-# typed here, since BlockHash(...) in the loop would be a call in Python for each block
+# a cast, since BlockHash(...) in the loop would be a Python call for each block
 _digest = cast(Callable[[bytes, int], BlockHash], xxh3_64_intdigest)
 
 
 def block_hashes(token_ids: Sequence[int], block_size: int, parent: BlockHash = ROOT) -> list[BlockHash]:
-    """One hash for each full block of `block_size` tokens; what is left at the end has none.
+    """Return a hash for each full block of `block_size` tokens; the rest at the end has none.
 
-    A block's hash is xxh3 of its tokens (32 bits each, little-endian) seeded with its parent's: equal hashes mean equal
-    prefixes. `parent` continues a chain.
+    A block's hash is xxh3 of its tokens (32 bits each, little-endian) seeded with its parent's hash: equal hashes mean
+    equal prefixes. `parent` continues a chain.
     """
-    packed, previous = array("I", token_ids), parent
+    packed = array("I", token_ids)
+    previous = parent
     blocks = struct.unpack_from(f"{4 * block_size}s" * (len(packed) // block_size), packed)
     return [previous := _digest(block, previous) for block in blocks]
 
 
 def pack(hashes: Sequence[BlockHash]) -> bytes:
-    """As they travel: 8 bytes each, little-endian."""
+    """Encode hashes for a message: 8 bytes each, little-endian."""
     return array("Q", hashes).tobytes()
 
 
@@ -40,5 +41,5 @@ def unpack(packed: bytes) -> list[BlockHash]:
 
 
 def view(packed: bytes) -> memoryview[BlockHash]:
-    """The same as a sequence that makes a hash when it is asked for one."""
+    """Return packed hashes as a sequence, without unpacking them all."""
     return memoryview(packed).cast("Q")  # type: ignore[return-value]

@@ -1,16 +1,15 @@
-"""The question to the router and its answer."""
+"""Messages between the Processor and the Router, and what a custom scoring function gets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import msgspec
 
 KvMode = Literal["kv", "kv-load", "approx-kv"]
-"""kv: by what the caches hold, as their events tell, against load; approx-kv: by what was sent where; kv-load: the
-emptiest KV cache"""
-KV_MODES: tuple[str, ...] = get_args(KvMode)
+"""kv: prefix hits, known from KV events, against load; approx-kv: the same with prefix hits estimated from the prompts
+sent to each cache; kv-load: the emptiest KV cache"""
 
 
 class RouteRequest(msgspec.Struct, omit_defaults=True):
@@ -21,11 +20,11 @@ class RouteRequest(msgspec.Struct, omit_defaults=True):
     hashes: bytes
     """the prompt's block hashes, as `hashing.pack` gives them"""
     mode: KvMode | None = None
-    """None: the router's own, as are the next two"""
+    """None, here and in the next two: the router's own setting"""
     temperature: float | None = None
     overlap_credit: float | None = None
     exclude: list[int] = []
-    """workers that have just refused"""
+    """workers that have just refused the request"""
 
 
 class Route(msgspec.Struct, array_like=True):
@@ -33,23 +32,23 @@ class Route(msgspec.Struct, array_like=True):
     rank: int
     """data-parallel engine of the worker"""
     ranks: int
-    """how many it has"""
+    """number of the worker's data-parallel engines"""
     overlap_blocks: int
-    """blocks of the prompt that are expected in its cache"""
+    """blocks of the prompt that are expected in the cache"""
     block_size: int
     """of the worker's cache; 0: unknown"""
 
 
 class Candidate(NamedTuple):
-    """One cache that could take the request, for a custom score. Blocks are KV blocks, `kv_usage` is 0 to 1."""
+    """One cache that could take the request, for a custom scoring function. Blocks are KV blocks, `kv_usage` is 0 to 1."""
 
     worker: int
     rank: int
     overlap_blocks: int
     prefill_blocks: float
-    """to be computed there, by all requests without a token so far"""
+    """prompt blocks still to be computed there, of all requests without a token so far"""
     decode_blocks: float
-    """of all its requests"""
+    """blocks of all its requests"""
     running: int
     waiting: int
     kv_blocks: int
@@ -57,4 +56,4 @@ class Candidate(NamedTuple):
 
 
 Score = Callable[[RouteRequest, Candidate], float]
-"""The lowest wins."""
+"""Return the score of a candidate; the lowest wins."""

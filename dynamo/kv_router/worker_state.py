@@ -1,211 +1,246 @@
-"""`WorkerState`: what the workers' messages say of their KV caches and their load, kept right through losses and restarts."""
+"""`WorkerState`: the workers' KV caches and load as their messages report them, correct after losses and restarts."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dynamo.kv_router.approximate_index import ApproximateIndex
-from dynamo.kv_router.cost import Loads
 from dynamo.kv_router.events import KvEvents, KvSnapshot, WorkerLoad
-from dynamo.kv_router.hashing import unpack
-from dynamo.kv_router.index import PrefixIndex, slots
+from dynamo.kv_router.hashing import BlockHash, unpack
+from dynamo.kv_router.index import PrefixIndex
 from dynamo.kv_router.pending_prefixes import PendingPrefixes
 
 log = logging.getLogger(__name__)
 
-MAX_HELD = 10_000
-"""Event messages kept while a snapshot is under way; with more, another one follows."""
-PENDING_S = 5.0
+MAX_BUFFERED = 10_000
+"""Event messages kept while a snapshot is under way; if more arrive, another snapshot follows."""
+UNREPORTED_S = 5.0
 """How long a placed request counts that its worker has not reported: the caller may have died in between."""
-SILENT_REQUESTS, SILENT_S = 8, 10.0
-"""After so many requests and so long without a single event, a cache is held for one that tells none."""
+SILENT_REQUESTS = 8
+SILENT_S = 10.0
+"""After so many requests and so long without a single event, a cache counts as one without events."""
 
 
-class Cache:
-    """One engine's cache. `sequence` is that of the last events applied, None while a snapshot is awaited; `held` are
-    the messages that came meanwhile; `owed` is the last sequence that the worker said it has sent; `ranks` are all of
-    the worker's caches, by rank."""
+class Unreported(NamedTuple):
+    """A request placed on a cache whose worker has not reported it yet."""
+
+    new_blocks: int
+    """prompt blocks to be computed"""
+    blocks: int
+    until_s: float
+
+
+class CacheState:
+    """The cache and the load of one engine: of a worker, or of one data-parallel rank of it."""
 
     __slots__ = (
-        "held", "load", "owed", "pending", "rank", "ranks", "sequence", "silent_requests", "silent_since_s", "slot",
-        "worker",
+        "announced_sequence", "buffered", "decode_blocks", "load", "prefill_blocks", "rank", "sequence",
+        "silent_requests", "silent_since_s", "slot", "unreported", "worker",
     )  # fmt: skip
 
-    def __init__(self, worker: int, rank: int, slot: int, ranks: dict[int, Cache]) -> None:
-        self.worker, self.rank, self.slot, self.ranks = worker, rank, slot, ranks
-        self.sequence: int | None = None
-        self.held: list[KvEvents] = []
-        self.owed = 0
+    def __init__(self, worker: int, rank: int, slot: int) -> None:
+        self.worker = worker
+        self.rank = rank
+        self.slot = slot
         self.load: WorkerLoad | None = None
-        self.pending: dict[str, tuple[int, int, float]] = {}  # new blocks, blocks, until when
-        self.silent_requests, self.silent_since_s = 0, 0.0
+        self.prefill_blocks = 0.0  # of the last load, plus those of unreported requests
+        self.decode_blocks = 0.0
+        self.unreported: dict[str, Unreported] = {}  # by request id
+        self.sequence: int | None = None  # of the last events applied; None while a snapshot is awaited
+        self.buffered: list[KvEvents] = []  # events that arrived since the snapshot was requested
+        self.announced_sequence = 0  # of the last events that the worker has sent, as its load says
+        self.silent_requests = 0
+        self.silent_since_s = 0.0
+
+    def update_load(self) -> None:
+        """Add up the reported load and the unreported requests."""
+        self.prefill_blocks = float(self.load.prefill_blocks) if self.load is not None else 0.0
+        self.decode_blocks = float(self.load.decode_blocks) if self.load is not None else 0.0
+        for request in self.unreported.values():
+            self.prefill_blocks += request.new_blocks
+            self.decode_blocks += request.blocks
 
 
 class WorkerState:
-    """Workers `join` and `leave`. Their messages are handed to `take_...`, which return True when a snapshot of the
-    worker is needed. `alive` and `blind` are bits by slot; blind: not told what it holds. A free slot keeps the cache
-    that it had.
+    """All workers that have joined, each with one cache or more.
+
+    The `apply_...` methods take the workers' messages and return True when a new snapshot of the worker is needed.
     """
 
-    def __init__(self, loads: Loads) -> None:
-        self.index, self.routed, self.loads = PrefixIndex(), ApproximateIndex(), loads
-        self.expected = PendingPrefixes(self.index)
-        self.alive = self.blind = 0
+    def __init__(self) -> None:
+        self.index = PrefixIndex()
+        self.approximate = ApproximateIndex()
+        self.pending = PendingPrefixes(self.index)
+        self.without_events: set[int] = set()
+        """slots of the caches whose contents are not reported: `approximate` is used for them"""
         self.block_size = 0
-        self.events = self.resyncs = 0
-        self._said: set[str] = set()
-        self.slots: list[Cache] = []
-        self._ranks: dict[int, dict[int, Cache]] = {}
+        """tokens in a KV block of the workers; 0: unknown"""
+        self.event_blocks = 0
+        """blocks in all events applied"""
+        self.resyncs = 0
+        self._logged_reasons: set[str] = set()
+        self._by_slot: dict[int, CacheState] = {}
+        self._by_worker: dict[int, dict[int, CacheState]] = {}  # by worker, by rank
 
     @property
     def workers(self) -> list[int]:
-        return list(self._ranks)
+        return list(self._by_worker)
 
-    def all(self) -> list[Cache]:
-        return [self.slots[slot] for slot in slots(self.alive)]
+    @property
+    def caches(self) -> list[CacheState]:
+        return list(self._by_slot.values())
 
-    def of(self, worker: int) -> list[Cache]:
-        return list(self._ranks.get(worker, {}).values())
+    def rank_count(self, worker: int) -> int:
+        return len(self._by_worker[worker])
+
+    def caches_of(self, worker: int) -> list[CacheState]:
+        return list(self._by_worker.get(worker, {}).values())
 
     def join(self, worker: int) -> None:
-        """A snapshot should follow: `take_snapshot`, or `is_blind` when the worker gives none."""
-        if worker not in self._ranks:
-            self._ranks[worker] = {}
-            self._find(worker, 0)
+        """Add a worker. Its snapshot should follow, or `mark_without_events` if it can give none."""
+        if worker not in self._by_worker:
+            self._by_worker[worker] = {}
+            self._cache(worker, 0)
 
     def leave(self, worker: int) -> None:
-        for cache in self._ranks.pop(worker, {}).values():
-            slot = cache.slot
-            self.loads.set(slot, math.inf, math.inf)
-            self.alive, self.blind = self.alive & ~(1 << slot), self.blind & ~(1 << slot)
-            self.index.drop(slot)
-            self.routed.drop(slot)
-            self.expected.drop(slot)
+        for cache in self._by_worker.pop(worker, {}).values():
+            del self._by_slot[cache.slot]
+            self.without_events.discard(cache.slot)
+            self.index.drop(cache.slot)
+            self.approximate.drop(cache.slot)
+            self.pending.drop(cache.slot)
 
-    def _find(self, worker: int, rank: int) -> Cache | None:
-        """None for a worker that has left, or has not joined yet: its snapshot will tell."""
-        ranks = self._ranks.get(worker)
+    def _cache(self, worker: int, rank: int) -> CacheState | None:
+        """Return the cache of a rank, a new one if need be; None if the worker has left or not joined yet."""
+        ranks = self._by_worker.get(worker)
         if ranks is None:
             return None
-        found = ranks.get(rank)
-        if found is None:
-            slot = (~self.alive & (self.alive + 1)).bit_length() - 1  # the first that is free
-            found = ranks[rank] = Cache(worker, rank, slot, ranks)
-            self.slots[slot : slot + 1] = [found]
-            self.alive |= 1 << slot
-            self.loads.set(slot, 0.0, 0.0)
+        if rank not in ranks:
+            slot = next(slot for slot in itertools.count() if slot not in self._by_slot)
+            self._by_slot[slot] = ranks[rank] = CacheState(worker, rank, slot)
+        return ranks[rank]
+
+    def overlaps(self, prompt: Sequence[BlockHash], *, approximate: bool, now_s: float) -> dict[int, int]:
+        """Return by slot how many first blocks of a prompt each cache holds or is about to hold; none: 0 or no entry.
+
+        With `approximate` all caches count as caches without events.
+        """
+        if approximate:
+            found = self.approximate.index.overlaps(prompt)
+        else:
+            found = self.index.overlaps(prompt)
+            if self.without_events:
+                estimates = self.approximate.index.overlaps(prompt)
+                found.update({slot: estimates.get(slot, 0) for slot in self.without_events})
+        if prompt and self.pending.prompts:
+            self.pending.raise_overlaps(found, prompt, now_s)
         return found
 
-    def is_blind(self, worker: int, reason: str) -> None:
-        """What its caches hold is not told, so what was sent there is used instead. Said once for each reason."""
-        for cache in self.of(worker):
-            self.blind |= 1 << cache.slot
-        if reason not in self._said:
-            self._said.add(reason)
-            log.warning("requests are routed by what was sent where (approx-kv): worker %x: %s", worker, reason)
+    def mark_without_events(self, worker: int, reason: str) -> None:
+        """Use the prompts sent to a worker's caches instead of KV events. Each reason is logged once."""
+        self.without_events.update(cache.slot for cache in self.caches_of(worker))
+        if reason not in self._logged_reasons:
+            self._logged_reasons.add(reason)
+            log.warning("falling back to routing history (approx-kv): worker %x: %s", worker, reason)
 
-    def take_events(self, message: KvEvents) -> bool:
-        cache = self._find(message.worker, message.rank)
+    def apply_events(self, message: KvEvents) -> bool:
+        cache = self._cache(message.worker, message.rank)
         if cache is None:
             return False
         if cache.sequence is None:
-            if len(cache.held) < MAX_HELD:
-                cache.held.append(message)
+            if len(cache.buffered) < MAX_BUFFERED:
+                cache.buffered.append(message)
             return False
         if message.sequence <= cache.sequence:
             return False
         if message.sequence > cache.sequence + 1:
-            self._lost(cache, message)
+            self._resync(cache)
+            cache.buffered.append(message)
             return True
         cache.sequence = message.sequence
-        self.blind &= ~(1 << cache.slot)
+        self.without_events.discard(cache.slot)
         for change in message.changes:
             hashes = unpack(change.hashes)
-            self.events += len(hashes)
+            self.event_blocks += len(hashes)
             if change.stored:
                 self.index.add(cache.slot, hashes)
-                self.expected.follow(cache.slot)
+                self.pending.update(cache.slot)
             else:
                 self.index.remove(cache.slot, hashes)
         return False
 
-    def _lost(self, cache: Cache, *held: KvEvents) -> None:
+    def _resync(self, cache: CacheState) -> None:
+        """Start to buffer events, until a snapshot has been applied."""
         self.resyncs += 1
-        cache.sequence, cache.held = None, list(held)
+        cache.sequence = None
+        cache.buffered = []
 
-    def take_snapshot(self, worker: int, parts: Sequence[KvSnapshot]) -> bool:
-        """All parts of one snapshot."""
+    def apply_snapshot(self, worker: int, parts: Sequence[KvSnapshot]) -> bool:
+        """Apply one snapshot, of which `parts` are all parts, then the events buffered meanwhile."""
         again = False
         for rank in sorted({part.rank for part in parts}):
-            cache = self._find(worker, rank)
+            cache = self._cache(worker, rank)
             if cache is None or cache.sequence is not None:
                 continue
-            mine = [part for part in parts if part.rank == rank]
-            self._set_block_size(mine[0].block_size)
-            self.index.replace(cache.slot, [hash for part in mine for hash in unpack(part.hashes)])
-            self.expected.follow(cache.slot)
-            cache.sequence, cache.owed = mine[0].sequence, 0
-            held, cache.held = cache.held, []
-            for message in held:
-                again |= self.take_events(message)
+            of_rank = [part for part in parts if part.rank == rank]
+            self._set_block_size(of_rank[0].block_size)
+            self.index.replace(cache.slot, [block for part in of_rank for block in unpack(part.hashes)])
+            self.pending.update(cache.slot)
+            cache.sequence = of_rank[0].sequence
+            cache.announced_sequence = 0
+            buffered = cache.buffered
+            cache.buffered = []
+            for message in buffered:
+                again |= self.apply_events(message)
         return again
 
-    def take_load(self, load: WorkerLoad) -> bool:
-        cache = self._find(load.worker, load.rank)
+    def apply_load(self, load: WorkerLoad) -> bool:
+        cache = self._cache(load.worker, load.rank)
         if cache is None:
             return False
-        for request in load.accepted:
-            cache.pending.pop(request, None)
+        for request_id in load.accepted:
+            cache.unreported.pop(request_id, None)
         cache.load = load
-        self._weigh(cache)
+        cache.update_load()
         self._set_block_size(load.kv_block_size)
         if not load.kv_events:
-            self.is_blind(load.worker, "its engine tells no KV events")
-        # the load before this one said that they were sent: they are not on their way any more
-        lost = cache.sequence is not None and cache.sequence < cache.owed
-        cache.owed = load.kv_sequence
+            self.mark_without_events(load.worker, "its engine emits no KV events")
+        # events that the load before this one announced are not on their way any more
+        lost = cache.sequence is not None and cache.sequence < cache.announced_sequence
+        cache.announced_sequence = load.kv_sequence
         if lost:
-            self._lost(cache)
+            self._resync(cache)
         return lost
 
     def _set_block_size(self, size: int) -> None:
         if size and size != self.block_size:
             if self.block_size:
-                log.warning(
-                    "workers differ in block size (%d, %d): prefixes are not found on all", self.block_size, size
-                )
+                log.warning("workers differ in block size (%d, %d): prefix hits are missed", self.block_size, size)
             self.block_size = size
 
-    def _weigh(self, cache: Cache) -> None:
-        prefill = decode = 0
-        if cache.load is not None:
-            prefill, decode = cache.load.prefill_blocks, cache.load.decode_blocks
-        for new_blocks, blocks, _ in cache.pending.values():
-            prefill += new_blocks
-            decode += blocks
-        self.loads.set(cache.slot, prefill, decode)
-
-    def place(self, cache: Cache, request_id: str, new_blocks: int, blocks: int, now_s: float) -> None:
-        """A request was sent there: it counts until the worker reports it."""
-        cache.pending[request_id] = (new_blocks, blocks, now_s + PENDING_S)
-        self.loads.add(cache.slot, new_blocks, blocks)
-        if new_blocks and not cache.sequence:  # told nothing so far
+    def place(self, cache: CacheState, request_id: str, new_blocks: int, blocks: int, now_s: float) -> None:
+        """Count a request of `blocks` prompt blocks, `new_blocks` of them to be computed, until the worker reports it."""
+        cache.unreported[request_id] = Unreported(new_blocks, blocks, now_s + UNREPORTED_S)
+        cache.prefill_blocks += new_blocks
+        cache.decode_blocks += blocks
+        if new_blocks and not cache.sequence:  # no event so far
             if not cache.silent_requests:
                 cache.silent_since_s = now_s
             cache.silent_requests += 1
 
-    def tick(self, now_s: float) -> None:
-        """Forget what is over."""
-        self.routed.expire(now_s)
-        self.expected.expire(now_s)
-        for cache in self.all():
-            late = [request for request, (_, _, until_s) in cache.pending.items() if until_s <= now_s]
-            for request in late:
-                del cache.pending[request]
-            if late:
-                self._weigh(cache)
-            never = cache.sequence == 0 and cache.silent_requests >= SILENT_REQUESTS
-            if never and now_s - cache.silent_since_s > SILENT_S:
-                self.is_blind(cache.worker, f"no KV event came in {SILENT_S:.0f} s of requests")
+    def expire(self, now_s: float) -> None:
+        """Remove what has expired, and mark caches whose events do not come."""
+        self.approximate.expire(now_s)
+        self.pending.expire(now_s)
+        for cache in self.caches:
+            expired = [id for id, request in cache.unreported.items() if request.until_s <= now_s]
+            for request_id in expired:
+                del cache.unreported[request_id]
+            if expired:
+                cache.update_load()
+            silent = cache.sequence == 0 and cache.silent_requests >= SILENT_REQUESTS
+            if silent and now_s - cache.silent_since_s > SILENT_S:
+                self.mark_without_events(cache.worker, f"no KV event in {SILENT_S:.0f} s of requests")

@@ -1,4 +1,4 @@
-"""Where declarations meet the runtime: a graph becomes processes, with NATS and etcd beneath and a supervisor above."""
+"""The parent side of `dynamo serve`: a graph becomes processes, with NATS and etcd below and a supervisor above."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ if TYPE_CHECKING:
 
 
 def run(graph: Graph, resolved: Resolved, options: ServeOptions) -> int:
-    """What `dynamo serve` does once the configuration is good. Returns the exit code.
+    """Run a graph with a checked configuration until it ends; return the exit code of `dynamo serve`.
 
     Raises ConfigError for what can be known before anything starts: too few GPUs, a port that is taken.
     """
-    from dynamo.launcher import deployment, guard
+    from dynamo.launcher import deployment, foreground, guard
+    from dynamo.launcher.serve_plan import check_ports, make_plan
 
-    processes = deployment.check(graph, resolved, options)
-    if options.service_names and processes == 1 and not (options.supervise or options.reload):
-        return deployment.run_alone(graph, resolved, options)
-    return guard.guarded(lambda: deployment.run(graph, resolved, options), deployment.report_death)
+    plan = make_plan(graph, resolved, options)
+    check_ports(plan)
+    if options.service_names and len(plan.processes) == 1 and not (options.supervise or options.reload):
+        foreground.run_in_foreground(plan)
+    return guard.guarded(lambda: deployment.run(plan), deployment.report_death)

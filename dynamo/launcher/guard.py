@@ -1,26 +1,25 @@
-"""The guard: a small parent process that outlives the supervisor and lets nothing below it survive.
+"""The guard: a small parent process that outlives the supervisor and leaves no process of the graph running.
 
     dynamo serve ──► guard ──fork──► supervisor ──► Frontend, Processor, VllmWorker ──► engine core ──► ...
 
-Both the guard and the supervisor are *subreapers* (`prctl(2)`): a process whose parent died is handed to the nearest
-subreaper above it and not to init, so that a daemon in its own session can still be found and killed. Whoever of the
-two dies first, the other one clears up:
+Both the guard and the supervisor are *subreapers* (`prctl(2)`): the kernel hands a process whose parent died to the
+nearest subreaper above it instead of init, so that a daemon in its own session can still be found and killed. If
+either of the two dies, the other one cleans up:
 
     supervisor ends, `kill -9` included   the guard sees it end and kills what is left below
-    guard ends, `kill -9` included        the supervisor gets SIGTERM from the kernel, sees that its parent is gone,
-                                          kills all that it has and exits
+    guard ends, `kill -9` included        the supervisor gets SIGTERM from the kernel, sees that its parent has died,
+                                          kills all its processes and exits
 
-What remains open: `kill -9` of both in the same instant. Then the workers still die, by their own PR_SET_PDEATHSIG,
-but a grandchild in a session of its own does not.
+One case remains: `kill -9` of both at the same instant. The workers still die, by their own PR_SET_PDEATHSIG, but a
+grandchild in a session of its own does not.
 
-Linux only. Elsewhere the prctl helpers do nothing and `descendants` finds nothing. Standard library only, and quick to
-import: the fork must happen before the first thread and before anything heavy is loaded.
+Linux only. Elsewhere `prctl` does nothing and `descendants` finds nothing. Standard library only, and quick to import:
+the fork must happen before the first thread and before anything heavy is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -29,81 +28,62 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import NoReturn
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
+from dynamo import prctl
+
 GRACE_S = 1.0  # between SIGTERM and SIGKILL for what the supervisor left behind
-KILL_LIMIT_S = 10.0  # a process in an uninterruptible call (a GPU driver at work) may take long to go: then give up
-CLEAR_UP_S = 1.0  # for what clears up behind dead processes, before it is killed too
+KILL_LIMIT_S = 10.0  # a process in an uninterruptible system call (a GPU driver) may take long to die: then give up
+CLEANUP_S = 1.0  # for the resource trackers of dead processes, before they are killed too
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # loaded here: not between fork and exec
 _guard_pid = 0  # in the supervisor: the guard's pid
 
 
-def set_subreaper() -> None:
-    """From now on orphaned descendants of this process become its children."""
-    if _libc is not None:
-        _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def die_with_parent(sig: int, parent: int) -> None:
-    """Have the kernel send `sig` to this process when `parent`, the pid that forked it, dies.
-
-    Bound to the parent's *thread* that forked: fork from the main thread. Not inherited by children of this process,
-    kept across exec. If the parent is gone already, the signal is sent now.
-    """
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), sig)
-
-
-def guard_is_gone() -> bool:
-    """Whether this process runs below a guard that has died; False where there never was one."""
+def guard_died() -> bool:
+    """Return True if the guard above this process has died; False if there never was one."""
     return _guard_pid != 0 and os.getppid() != _guard_pid
 
 
 def children(pid: int) -> list[int]:
-    """The direct children of `pid`, zombies included, in no order."""
+    """Return the direct children of `pid`, zombies included, in no particular order."""
     return _process_table().get(pid, [])
 
 
 def descendants(*pids: int) -> list[int]:
-    """All processes below these, parents before their children, zombies included. One look: the tree may change."""
+    """Return all processes below these, parents before their children, zombies included: a snapshot of the tree."""
     table = _process_table()
     found = [child for pid in pids for child in table.get(pid, ())]
-    for child in found:  # grows while it is walked
+    for child in found:  # the list grows during the iteration
         found.extend(table.get(child, ()))
     return found
 
 
 def kill(pid: int, sig: int) -> None:
-    """`os.kill` that does not mind a process that is gone or belongs to someone else."""
+    """Send a signal, as `os.kill`; ignore a process that has ended or belongs to another user."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, sig)
 
 
-def kill_all(pids: Iterable[int], since_s: float) -> None:
-    """SIGKILL for these processes, at `since_s` seconds into killing them: call it until none is left.
+def kill_all(pids: Iterable[int], elapsed_s: float) -> None:
+    """Send SIGKILL to these processes; `elapsed_s` is the time since the first call. Call it until none is left.
 
-    Python's resource trackers get `CLEAR_UP_S` to remove the shared memory of the dead, as they do by themselves.
+    Python's resource trackers are spared for `CLEANUP_S`: they remove the shared memory of the dead and exit.
     """
     for pid in pids:
-        if since_s > CLEAR_UP_S or not _is_tracker(pid):
+        if elapsed_s > CLEANUP_S or not _is_resource_tracker(pid):
             kill(pid, signal.SIGKILL)
 
 
-def _is_tracker(pid: int) -> bool:
+def _is_resource_tracker(pid: int) -> bool:
     with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as command:
         return b"multiprocessing.resource_tracker" in command.read()
     return False
 
 
 def kill_tree(grace_s: float = GRACE_S) -> None:
-    """End every process below this one and reap it: SIGTERM, at most `grace_s` later SIGKILL until none is left.
+    """End and reap every process below this one: SIGTERM, then SIGKILL after at most `grace_s` until none is left.
 
-    Returns as soon as nothing is left. Sees processes that were orphaned only if this process is a subreaper. Reaps
-    every child, so that other code of this process cannot wait for one any more.
+    Returns as soon as none is left. Finds orphaned descendants only if this process is a subreaper. Reaps every child,
+    so that other code of this process can no longer wait for one.
     """
     if grace_s > 0:
         for pid in descendants(os.getpid()):
@@ -112,28 +92,28 @@ def kill_tree(grace_s: float = GRACE_S) -> None:
     while _reap_all() and time.monotonic() < term_end:
         time.sleep(0.01)
     started = time.monotonic()
-    while _reap_all() and (since_s := time.monotonic() - started) < KILL_LIMIT_S:
-        kill_all(descendants(os.getpid()), since_s)  # again and again: one may have forked since the last look
+    while _reap_all() and (elapsed_s := time.monotonic() - started) < KILL_LIMIT_S:
+        kill_all(descendants(os.getpid()), elapsed_s)  # repeated: one may have forked since the last snapshot
         time.sleep(0.005)
 
 
-def stop_hard() -> NoReturn:
+def exit_hard() -> NoReturn:
     """Kill everything below this process, without grace, and end it."""
     kill_tree(0)
     os._exit(128 + signal.SIGTERM)
 
 
 def guarded(run: Callable[[], int], on_death: Callable[[str], None] | None = None) -> int:
-    """Fork; run `run` in the child, the *supervisor*; return its exit code when nothing is left of it.
+    """Fork; run `run` in the child, the *supervisor*; return its exit code once all its processes have ended.
 
     Call it before any thread exists and before heavy imports. The code is what `run` returned (or raised as
-    SystemExit), or 128 + n if signal n ended the supervisor; `on_death` is then called with the name of the signal, once
-    nothing is left. SIGINT, SIGTERM and SIGHUP that reach this process are passed on. The supervisor is in a process
-    group of its own, so that a terminal's Ctrl-C reaches it once, from here.
+    SystemExit), or 128 + n if signal n ended the supervisor; `on_death` is then called with the signal's name, after
+    the cleanup. SIGINT, SIGTERM and SIGHUP that reach this process are forwarded. The supervisor is in a process group
+    of its own, so that a terminal's Ctrl-C reaches it once, from here.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()  # else what is buffered would be written twice
-    set_subreaper()
+        stream.flush()  # or both processes would write what is buffered
+    prctl.set_subreaper()
     guard_pid = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # no signal is lost between the fork and the handlers
     supervisor_pid = os.fork()
@@ -144,7 +124,7 @@ def guarded(run: Callable[[], int], on_death: Callable[[str], None] | None = Non
         kill(supervisor_pid, signum)
 
     _handle_stop_signals(forward)
-    _, status = os.waitpid(supervisor_pid, 0)  # a handler may run in between: the call is taken up again (PEP 475)
+    _, status = os.waitpid(supervisor_pid, 0)  # resumed after a signal handler (PEP 475)
     _handle_stop_signals(signal.SIG_IGN)
     kill_tree()
     if os.WIFEXITED(status):
@@ -162,11 +142,11 @@ def _supervise(run: Callable[[], int], guard_pid: int) -> NoReturn:
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a background group may write even under `stty tostop`
-        with open(os.devnull, "rb") as nothing:
-            os.dup2(nothing.fileno(), 0)  # and must not read: it would be stopped by SIGTTIN
-        set_subreaper()
-        _handle_stop_signals(_leave)
-        die_with_parent(signal.SIGTERM, guard_pid)
+        with open(os.devnull, "rb") as null:
+            os.dup2(null.fileno(), 0)  # and must not read: SIGTTIN would stop it
+        prctl.set_subreaper()
+        _handle_stop_signals(_exit_on_signal)
+        prctl.die_with_parent(signal.SIGTERM, guard_pid)
         code = run()
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
@@ -178,29 +158,32 @@ def _supervise(run: Callable[[], int], guard_pid: int) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)  # JSON where log.configure has set it so
     finally:
         _handle_stop_signals(signal.SIG_IGN)
-        kill_tree(0 if guard_is_gone() else GRACE_S)
+        kill_tree(0 if guard_died() else GRACE_S)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)  # not return: the caller's frames belong to the guard
 
 
-def _leave(signum: int, _frame: FrameType | None) -> None:
-    """How the supervisor takes a stop signal as long as it has installed nothing better."""
-    if guard_is_gone():
-        stop_hard()
+def _exit_on_signal(signum: int, _frame: FrameType | None) -> None:
+    """Exit on a stop signal: the supervisor's handler until `Supervisor.run` installs its own."""
+    if guard_died():
+        exit_hard()
     raise SystemExit(128 + signum)
 
 
 def _handle_stop_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     for sig in _STOP_SIGNALS:
-        if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:  # nohup stays nohup
+        if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:  # keep ignoring it under nohup
             signal.signal(sig, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 def _process_table() -> dict[int, list[int]]:
-    """Parent -> children of all processes. From the stat files: /proc/*/children is not in every kernel."""
+    """Map each parent's pid to its children's, for all processes of the machine.
+
+    Read from the stat files: /proc/*/children does not exist in every kernel.
+    """
     table: dict[int, list[int]] = {}
     try:
         entries = os.listdir("/proc")
@@ -214,7 +197,7 @@ def _process_table() -> dict[int, list[int]]:
 
 
 def _reap_all() -> bool:
-    """Reap the children that have ended; whether any child, living, is left."""
+    """Reap the children that have ended; return True if living ones are left."""
     while True:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)

@@ -1,9 +1,9 @@
-"""The metrics port of one `dynamo serve`: all its processes on this host in one text, for one scrape.
+"""The metrics port of one `dynamo serve`: the metrics of all its processes on this host in one page.
 
-The supervisor asks its processes over unix sockets, not over NATS, so that the text is there while NATS and etcd are
-away. The server is uvicorn, which takes 60 ms of CPU to import, 3 MiB, and 0.2 % of a core: little, and not the start's
-business. So the port listens from before the first process starts, and the first connection brings the import. Python's
-http.server would be lighter, and needs threads, beside which the supervisor should not fork.
+The supervisor asks its processes over unix sockets instead of NATS, so that the page is available during an outage of NATS
+or etcd. The server is uvicorn: 60 ms of CPU to import, 3 MiB, and 0.2 % of a core. To keep the import out of the start,
+the port listens from before the first process starts, and the first connection triggers the import. Python's http.server
+would be lighter, but needs threads, beside which the supervisor should not fork.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEEP_S = 1.0
-"""A page is given again for so long: many scrapers cost what one does."""
+REUSE_S = 1.0
+"""A page is served again for this long: many scrapers cost as much as one."""
 
 Sample = tuple[dict[str, str], float]
 Ask = Callable[["ProcessState", str], Awaitable[bytes]]
-"""one page of one process; empty where it does not answer"""
+"""Returns one page of one process; empty if it does not respond."""
 
 
 async def ask_process(run_dir: Path, process: ProcessState, page: str) -> bytes:
@@ -43,7 +43,7 @@ async def ask_process(run_dir: Path, process: ProcessState, page: str) -> bytes:
 
 
 async def serve(port: MetricsPort, pages: Pages) -> None:
-    """Until cancelled. A server that fails is logged: the graph goes on without it."""
+    """Serve the pages until cancelled. A failing server is logged and leaves the graph running."""
     try:
         await _first_connection(port.listeners)
         from dynamo.http.metrics_server import MetricsServer
@@ -56,7 +56,7 @@ async def serve(port: MetricsPort, pages: Pages) -> None:
 
 
 async def serve_alone(port: MetricsPort, spec: ProcessSpec, pages: Pages, ready: Callable[[], bool]) -> None:
-    """As `serve`, in a process that no supervisor runs: it tells of itself what a supervisor would."""
+    """Serve the pages of a process without a supervisor, this one, and add what a supervisor would report of it."""
     from dynamo.launcher.supervisor import ProcessState
 
     async def ask(_: ProcessState, page: str) -> bytes:
@@ -67,7 +67,9 @@ async def serve_alone(port: MetricsPort, spec: ProcessSpec, pages: Pages, ready:
 
 
 async def _first_connection(listeners: Sequence[socket.socket]) -> None:
-    loop, connected = asyncio.get_running_loop(), asyncio.Event()
+    """Wait until a client connects to one of the listeners; accept nothing."""
+    loop = asyncio.get_running_loop()
+    connected = asyncio.Event()
     for listener in listeners:
         loop.add_reader(listener.fileno(), connected.set)
     try:
@@ -78,68 +80,76 @@ async def _first_connection(listeners: Sequence[socket.socket]) -> None:
 
 
 class HostMetrics:
-    """What the processes of a host count, and what who runs them knows of them itself."""
+    """The metrics of a host's processes, merged, with what their supervisor knows of each.
+
+    `address` is the host's metrics port, `host:port`.
+    """
 
     def __init__(self, address: str, processes: Callable[[], Sequence[ProcessState]], ask: Ask) -> None:
-        self._address, self._processes, self._ask = address, processes, ask
-        self._trees = ProcessUsage()
+        self._address = address
+        self._processes = processes
+        self._ask = ask
+        self._usage = ProcessUsage()
         self._page: asyncio.Task[bytes] | None = None
-        self._made_at = 0.0
+        self._rendered_at = 0.0
         self.pages: Pages = {METRICS: self.metrics, TARGETS: self.targets}
 
     async def metrics(self) -> bytes:
-        """The page, at most `KEEP_S` old. Who comes while it is made gets the same."""
+        """Return the page, at most `REUSE_S` old. Concurrent calls share one rendering."""
         page = self._page
-        if page is None or (page.done() and time.monotonic() - self._made_at >= KEEP_S):
-            page = self._page = asyncio.get_running_loop().create_task(self._make())
-        return await asyncio.shield(page)  # one scraper that leaves is no end of it for the others
+        if page is None or (page.done() and time.monotonic() - self._rendered_at >= REUSE_S):
+            page = self._page = asyncio.get_running_loop().create_task(self._render())
+        return await asyncio.shield(page)  # a scraper that disconnects does not cancel it for the others
 
-    async def _make(self) -> bytes:
+    async def _render(self) -> bytes:
         from dynamo.http.prometheus_text import merge
 
         try:
             processes = self._processes()
-            texts = await asyncio.gather(*(self._asked(process, METRICS) for process in processes))
-            return merge([self._own(processes, texts), *texts])
+            texts = await asyncio.gather(*(self._ask_if_ready(process, METRICS) for process in processes))
+            return merge([self._supervisor_metrics(processes, texts), *texts])
         finally:
-            self._made_at = time.monotonic()
+            self._rendered_at = time.monotonic()
 
-    def _own(self, processes: Sequence[ProcessState], texts: Sequence[bytes]) -> bytes:
+    def _supervisor_metrics(self, processes: Sequence[ProcessState], texts: Sequence[bytes]) -> bytes:
         from dynamo.http.prometheus_text import family
 
-        used = self._trees.look({process.spec.name: process.pid for process in processes})
-        up, restarts, cpu, memory = list[Sample](), list[Sample](), list[Sample](), list[Sample]()
+        usage = self._usage.measure({process.spec.name: process.pid for process in processes})
+        up: list[Sample] = []
+        restarts: list[Sample] = []
+        cpu: list[Sample] = []
+        memory: list[Sample] = []
         for process, text in zip(processes, texts, strict=True):
             spec = process.spec
             labels = {"namespace": spec.namespace, "service": spec.service, "worker": str(spec.worker_id)}
             up.append((labels, bool(text)))
             restarts.append((labels, process.restarts))
-            if (found := used.get(spec.name)) is not None:
-                cpu.append((labels, found.cpu_s))
-                memory.append((labels, found.resident_bytes))
+            if (used := usage.get(spec.name)) is not None:
+                cpu.append((labels, used.cpu_s))
+                memory.append((labels, used.resident_bytes))
         return b"".join(
-            family(f"dynamo_supervisor_{name}", kind, told, samples)
-            for name, kind, told, samples in (
-                ("process_up", "gauge", "1: the process is ready, and told its metrics.", up),
-                ("restarts_total", "counter", "Times that it was started again.", restarts),
+            family(f"dynamo_supervisor_{name}", kind, description, samples)
+            for name, kind, description, samples in (
+                ("process_up", "gauge", "1: the process is ready and returned its metrics.", up),
+                ("restarts_total", "counter", "Number of times that the process was restarted.", restarts),
                 ("tree_cpu_seconds_total", "counter", "CPU time of the process and its descendants.", cpu),
                 ("tree_resident_bytes", "gauge", "Resident memory of the process and its descendants.", memory),
             )
         )
 
-    async def _asked(self, process: ProcessState, page: str) -> bytes:
+    async def _ask_if_ready(self, process: ProcessState, page: str) -> bytes:
         return await self._ask(process, page) if process.ready else b""
 
     async def targets(self) -> bytes:
-        """As the first process to answer finds them in etcd; this host alone where none does."""
-        asked = [asyncio.ensure_future(self._asked(process, TARGETS)) for process in self._processes()]
+        """Return all hosts' metrics ports, as the first process to respond finds them in etcd; else this host's alone."""
+        asked = [asyncio.ensure_future(self._ask_if_ready(process, TARGETS)) for process in self._processes()]
         try:
-            for answer in asyncio.as_completed(asked):
-                if found := await answer:
+            for response in asyncio.as_completed(asked):
+                if found := await response:
                     return found
         finally:
-            for each in asked:
-                each.cancel()
+            for task in asked:
+                task.cancel()
         from dynamo.http.prometheus_text import http_sd
 
         return http_sd([self._address])

@@ -4,7 +4,7 @@ The process gets a session of its own, dies with the supervisor (PR_SET_PDEATHSI
 
 * standard output and error: every line goes to `<logs>/<name>.log` and to the console;
 * status, the descriptor in `DYNAMO_STATUS_FD`: JSON lines `{"event": ...}`, where the event is one of
-  `progress` (text), `ready` (text, lease, url), `failed` (error, hint), `draining`; others are ignored.
+  `progress` (text), `ready` (text, lease, url, files), `failed` (error, hint), `draining`; others are ignored.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dynamo import prctl
 from dynamo.launcher import guard
 from dynamo.launcher.console import Console
+from dynamo.launcher.process_output import LINE_BYTES, LineReader, RotatingLog
 
 log = logging.getLogger(__name__)
 
-LINE_BYTES = 64 * 1024  # a longer line is cut into pieces
-TAIL_LINES = 40  # kept of the output
-OUTPUT_PAUSE_S = 0.02  # between two looks at the output: a busy process writes a line for each request
-LAST_WORDS_BYTES = 1024 * 1024  # read at most of a pipe after the end: a descendant may still be writing
-LOG_BYTES = 64 * 1024 * 1024  # a larger log becomes <name>.log.1 and a new one begins
+TAIL_LINES = 40  # of the output, kept for error messages
+OUTPUT_PAUSE_S = 0.02  # between two reads of the output: a busy process writes a line for each request
+FINAL_READ_BYTES = 1024 * 1024  # read at most from a pipe after the end: a descendant may still be writing
 EXIT_POLL_S = 0.05  # where there is no pidfd
+GRACE_S = 1.0  # between SIGTERM and SIGKILL where nothing has to be drained
 
-Event = dict[str, Any]  # one line of a status pipe
+Event = dict[str, Any]
+"""One line of a status pipe."""
 _runs = itertools.count(1)
 
 
@@ -50,19 +52,19 @@ class ProcessSpec:
     argv: tuple[str, ...]
     env: Mapping[str, str]  # added to os.environ
     cwd: str
-    of: int = 1  # workers that the service has
+    workers: int = 1  # of the service
     namespace: str = ""
 
     @property
     def name(self) -> str:
-        return self.service if self.of == 1 else f"{self.service}:{self.worker_id}"
+        return self.service if self.workers == 1 else f"{self.service}:{self.worker_id}"
 
 
 class ManagedProcess:
-    """Starts the process. Make it in the main thread (PR_SET_PDEATHSIG is bound to it), inside an event loop.
+    """A started process. Create it in the main thread (PR_SET_PDEATHSIG is bound to it), inside an event loop.
 
-    OSError: the program or its directory is not there. `on_event` is called with each event of the status pipe.
-    `close` it, which kills what still lives.
+    Raises OSError if the program or its directory does not exist. `on_event` is called with each event of the status
+    pipe. `close` kills the process if it is still alive.
     """
 
     def __init__(
@@ -77,13 +79,13 @@ class ManagedProcess:
         self.progress = ""
         self.error = ""
         self.hint = ""
-        self.told_to_stop = False
-        self.reloading = False  # ends because its files changed
+        self.draining = False  # it was sent SIGTERM to finish its requests
+        self.reloading = False  # it ends because its files changed
         self._console = console
         self._on_event = on_event
         self._ended = asyncio.Event()
         with contextlib.ExitStack() as opened:
-            self._log = opened.enter_context(_Log(log_path))
+            self._log = opened.enter_context(RotatingLog(log_path))
             output, output_w = _pipe(opened)
             status, status_w = _pipe(opened)
             self._process = subprocess.Popen(
@@ -107,8 +109,8 @@ class ManagedProcess:
         os.close(output_w)
         os.close(status_w)
         self.pid = self._process.pid
-        self._output = _Lines(output, self._take_output, OUTPUT_PAUSE_S)
-        self._status = _Lines(status, self._take_status)
+        self._output = LineReader(output, self._on_output, OUTPUT_PAUSE_S)
+        self._status = LineReader(status, self._on_status)
         loop = asyncio.get_running_loop()
         self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else -1
         if self._pidfd >= 0:
@@ -117,74 +119,75 @@ class ManagedProcess:
             loop.call_later(EXIT_POLL_S, self._poll)
 
     @property
-    def lives(self) -> bool:
+    def alive(self) -> bool:
         return not self._ended.is_set()
 
     @property
     def exit_code(self) -> int | None:
-        """-n: ended by signal n. None: lives, or does not go."""
+        """-n: ended by signal n. None: alive, or SIGKILL had no effect."""
         return self._process.returncode
 
     def age_s(self) -> float:
+        """Return the seconds since the start."""
         return time.monotonic() - self.started_at
 
-    async def ended(self) -> None:
-        """Returns when the process is reaped and all that it wrote was read."""
+    async def wait(self) -> None:
+        """Wait until the process is reaped and all its output has been read."""
         await self._ended.wait()
 
     def signal(self, sig: signal.Signals) -> None:
-        """Nothing happens if the process has ended. SIGKILL is given up after `guard.KILL_LIMIT_S`."""
-        if self.lives:
+        """Send a signal; no-op if the process has ended. SIGKILL is given up after `guard.KILL_LIMIT_S`."""
+        if self.alive:
             guard.kill(self.pid, sig)
             if sig == signal.SIGKILL:
                 asyncio.get_running_loop().call_later(guard.KILL_LIMIT_S, self._ended.set)
 
-    def how_it_ended(self) -> str:
-        """`died (SIGKILL)`, `exited (3)`."""
+    def exit_reason(self) -> str:
+        """Describe how the process ended: `died (SIGKILL)`, `exited (3)`."""
         code = self.exit_code
         if code is None:
             return "hangs (SIGKILL had no effect)"
         return f"exited ({code})" if code >= 0 else f"died ({_signal_name(-code)})"
 
     def close(self) -> None:
-        """Kill it if it lives, and let go of its pipes and its log. May be called twice."""
-        if self.lives:
+        """Kill the process if it is alive, and close its pipes and its log. May be called twice."""
+        if self.alive:
             guard.kill(self.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(guard.GRACE_S)
             self._ended.set()
-        self._forget_pidfd()
+        self._close_pidfd()
         self._output.close()
         self._status.close()
         self._log.close()
 
     def _reap(self) -> None:
         if self._process.poll() is not None:
-            self._forget_pidfd()
-            self._status.pump(LAST_WORDS_BYTES)
-            self._output.pump(LAST_WORDS_BYTES)
+            self._close_pidfd()
+            self._status.read(FINAL_READ_BYTES)
+            self._output.read(FINAL_READ_BYTES)
             self._ended.set()
 
     def _poll(self) -> None:
         self._reap()
-        if self.lives:
+        if self.alive:
             asyncio.get_running_loop().call_later(EXIT_POLL_S, self._poll)
 
-    def _forget_pidfd(self) -> None:
+    def _close_pidfd(self) -> None:
         if self._pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def _take_output(self, lines: Sequence[bytes]) -> None:
+    def _on_output(self, lines: Sequence[bytes]) -> None:
         self._log.write(lines)
         for line in lines:
-            text = line.rpartition(b"\r")[2].decode(errors="replace")  # a progress bar as it last was
+            text = line.rpartition(b"\r")[2].decode(errors="replace")  # the last state of a progress bar
             self.tail.append(text)
             self._console.output(text, self.spec.name)
 
-    def _take_status(self, lines: Sequence[bytes]) -> None:
-        self._output.pump(LINE_BYTES)  # what it said before
+    def _on_status(self, lines: Sequence[bytes]) -> None:
+        self._output.read(LINE_BYTES)  # first the output written before the event
         for line in lines:
             try:
                 event = json.loads(line)
@@ -193,93 +196,7 @@ class ManagedProcess:
             if isinstance(event, dict):
                 self._on_event(self, event)
             else:
-                log.warning("%s wrote to its status pipe what is not an event: %.100r", self.spec.name, line)
-
-
-class _Lines:
-    """Reads a pipe as it fills and hands over its lines, without their ends and of at most LINE_BYTES.
-
-    After each look it waits `pause_s`, unless the pipe was full: a look costs more than the lines.
-    """
-
-    def __init__(self, fd: int, take: Callable[[Sequence[bytes]], None], pause_s: float = 0.0) -> None:
-        self._fd = fd
-        self._take = take
-        self._pause_s = pause_s
-        self._rest = b""
-        self._open = True
-        self._loop = asyncio.get_running_loop()
-        os.set_blocking(fd, False)
-        self._watch()
-
-    def _watch(self) -> None:
-        if self._open:
-            self._loop.add_reader(self._fd, self._look)
-
-    def _look(self) -> None:
-        if self.pump(1) < LINE_BYTES and self._pause_s and self._open:
-            self._loop.remove_reader(self._fd)
-            self._loop.call_later(self._pause_s, self._watch)
-
-    def pump(self, limit_bytes: int) -> int:
-        """Read what is there; stop after `limit_bytes` or a little more. Returns how many bytes that was."""
-        size = 0
-        while self._open and size < limit_bytes:
-            try:
-                data = os.read(self._fd, LINE_BYTES)
-            except BlockingIOError:
-                break
-            if not data:
-                self.close()
-                break
-            size += len(data)
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            pieces = [piece for line in lines for piece in _pieces(line.removesuffix(b"\r"))]
-            while len(self._rest) >= LINE_BYTES:
-                pieces.append(self._rest[:LINE_BYTES])
-                self._rest = self._rest[LINE_BYTES:]
-            self._take(pieces)
-        return size
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            self._loop.remove_reader(self._fd)
-            os.close(self._fd)
-            if self._rest:
-                self._take([self._rest])
-
-
-def _pieces(line: bytes) -> Iterable[bytes]:
-    return (line[start : start + LINE_BYTES] for start in range(0, len(line) or 1, LINE_BYTES))
-
-
-class _Log:
-    """A log file that is moved aside when it is full, and that a full disk only silences."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("ab", buffering=0)
-        self._size = self._file.tell()
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def write(self, lines: Sequence[bytes]) -> None:
-        if not lines:
-            return
-        with contextlib.suppress(OSError, ValueError):  # closed, where no new one could be opened
-            self._size += self._file.write(b"\n".join([*lines, b""]))
-            if self._size > LOG_BYTES:
-                self._file.close()
-                os.replace(self._path, f"{self._path}.1")
-                self._file, self._size = self._path.open("ab", buffering=0), 0
-
-    def close(self) -> None:
-        self._file.close()
+                log.warning("ignored a line on the status pipe of %s: not an event: %.100r", self.spec.name, line)
 
 
 def _pipe(opened: contextlib.ExitStack) -> tuple[int, int]:
@@ -290,8 +207,8 @@ def _pipe(opened: contextlib.ExitStack) -> tuple[int, int]:
 
 
 def _after_fork(supervisor_pid: int) -> None:
-    guard.die_with_parent(signal.SIGKILL, supervisor_pid)
-    signal.signal(signal.SIGTTOU, signal.SIG_DFL)  # the guard's child ignores it; that would be inherited
+    prctl.die_with_parent(signal.SIGKILL, supervisor_pid)
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)  # ignored in the supervisor; the child would inherit that
 
 
 def _signal_name(number: int) -> str:
@@ -299,3 +216,17 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+async def end_processes(processes: Sequence[ManagedProcess]) -> None:
+    """Send SIGTERM, then SIGKILL after `GRACE_S` to what is left, and wait until all have ended."""
+    for process in processes:
+        process.signal(signal.SIGTERM)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GRACE_S):
+            for process in processes:
+                await process.wait()
+    for process in processes:
+        process.signal(signal.SIGKILL)
+    for process in processes:
+        await process.wait()

@@ -1,4 +1,4 @@
-"""Where a host's metrics port listens, and what is told of it to those who scrape."""
+"""The port on which a host's metrics are scraped: where it listens, and the address that is announced for it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynamo.errors import ConfigError
-from dynamo.transport.network import ADVERTISED, BOUND, advertised_host, bound_host, is_loopback
+from dynamo.launcher.ports import reason
+from dynamo.transport.network import ADVERTISED, BOUND, advertised_host, bound_host, is_loopback, listening_at
 
 if TYPE_CHECKING:
     from dynamo.config.options import ServeOptions
 
 DEFAULT_PORTS = range(9091, 9191)  # the first is that of ai-dynamo's metrics program
-LOOPBACK, ANY = "127.0.0.1", ("", "0.0.0.0", "::")
-BACKLOG = 128
+LOOPBACK = "127.0.0.1"
+ANY = ("", "0.0.0.0", "::")
 
 
 @dataclass(frozen=True)
 class MetricsPort:
-    """`address`: what others scrape, `host:port`."""
+    """`address`: `host:port` to scrape. `listeners` accept connections from the start, before anything serves them."""
 
     address: str
     listeners: Sequence[socket.socket]
@@ -38,21 +39,24 @@ class MetricsPort:
 
 
 def check_addresses(options: ServeOptions, nats_url: str) -> None:
-    """Raises ConfigError for a DYN_HOST_IP, DYN_BIND_IP or `--metrics-host` on which nothing can listen here."""
+    """Raise ConfigError for a DYN_HOST_IP, DYN_BIND_IP or `--metrics-host` on which this host cannot listen."""
     if os.environ.get(ADVERTISED) or os.environ.get(BOUND):
         bound_host(nats_url)
     if options.metrics_host is not None and options.metrics_port != 0:
         try:
-            _close(_listen([options.metrics_host], 0))
+            listening_at(options.metrics_host, 0).close()
         except OSError as error:
-            raise _refused(error, options.metrics_host, options.metrics_port) from None
+            raise _cannot_listen(error, options.metrics_host, options.metrics_port) from None
 
 
-def check(options: ServeOptions, nats_url: str, taken: Collection[int] = ()) -> None:
-    """Also raises it for a port that was asked for and is not free, or is one of `taken`, which the graph itself needs."""
+def check(options: ServeOptions, nats_url: str, reserved: Collection[int] = ()) -> None:
+    """Raise ConfigError for addresses as `check_addresses` does, and for a `--metrics-port` that cannot be claimed.
+
+    `reserved` are the ports that the graph itself needs.
+    """
     check_addresses(options, nats_url)
     if options.metrics_port:
-        if options.metrics_port in taken:
+        if options.metrics_port in reserved:
             raise ConfigError(
                 f"--metrics-port {options.metrics_port}: the graph's own HTTP has this port",
                 hint="choose another port for one of them, or 0 for no metrics",
@@ -61,58 +65,62 @@ def check(options: ServeOptions, nats_url: str, taken: Collection[int] = ()) -> 
             port.close()
 
 
-def claim(options: ServeOptions, nats_url: str, taken: Collection[int] = ()) -> MetricsPort | None:
-    """Listen on the port that was asked for, else on the first of `DEFAULT_PORTS` that is free and not among `taken`;
-    None: no port is wanted.
+def claim(options: ServeOptions, nats_url: str, reserved: Collection[int] = ()) -> MetricsPort | None:
+    """Listen on the metrics port: the one in `options`, else the first free one of `DEFAULT_PORTS` but not `reserved`.
 
-    On the address where the processes of this host listen, and on that of loopback, or on the one that was asked for.
-    Raises ConfigError where that is not possible.
+    Returns None if `options` turn metrics off (port 0). Raises ConfigError if no port can be claimed.
     """
-    host, port = options.metrics_host, options.metrics_port
-    if port == 0:
+    if options.metrics_port == 0:
         return None
-    hosts = [bound_host(nats_url) if host is None else host]
-    if host is None and not is_loopback(hosts[0]) and hosts[0] not in ANY:
-        hosts.append(LOOPBACK)
-    told = host if host and host not in ANY else advertised_host(nats_url)
-    for candidate in [port] if port else [each for each in DEFAULT_PORTS if each not in taken]:
+    hosts = _hosts(options.metrics_host, nats_url)
+    if options.metrics_port is None:
+        port, listeners = _listen_on_free_port(hosts, reserved)
+    else:
+        port = options.metrics_port
         try:
-            listeners = _listen(hosts, candidate)
+            listeners = _listen(hosts, port)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE and port is None:
-                continue
-            raise _refused(error, hosts[0], candidate) from None
-        return MetricsPort(f"{f'[{told}]' if ':' in told else told}:{candidate}", listeners)
+            raise _cannot_listen(error, hosts[0], port) from None
+    given = options.metrics_host
+    host = given if given and given not in ANY else advertised_host(nats_url)
+    return MetricsPort(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", listeners)
+
+
+def _hosts(given: str | None, nats_url: str) -> list[str]:
+    """Return the addresses to listen on: the given one, else that of this host's processes, and loopback."""
+    if given is not None:
+        return [given]
+    host = bound_host(nats_url)
+    return [host] if is_loopback(host) or host in ANY else [host, LOOPBACK]
+
+
+def _listen_on_free_port(hosts: Sequence[str], reserved: Collection[int]) -> tuple[int, list[socket.socket]]:
+    for port in DEFAULT_PORTS:
+        if port in reserved:
+            continue
+        try:
+            return port, _listen(hosts, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise _cannot_listen(error, hosts[0], port) from None
     raise ConfigError(
         f"ports {DEFAULT_PORTS[0]} to {DEFAULT_PORTS[-1]} are taken on {hosts[0]}, one is for metrics",
         hint="choose a port with --metrics-port, or 0 for none",
     )
 
 
-def _refused(error: OSError, host: str, port: int | None) -> ConfigError:
-    fact = (error.strerror or str(error)).partition(" (")[0]  # Python adds the address
+def _listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """Listen on the port at all of these addresses, or raise OSError and listen at none."""
+    with contextlib.ExitStack() as opened:
+        listeners = [opened.enter_context(listening_at(host, port)) for host in hosts]
+        opened.pop_all()
+        return listeners
+
+
+def _cannot_listen(error: OSError, host: str, port: int | None) -> ConfigError:
     place = f"{host}:{port}" if port else host
     hint = "give an address of this host: --metrics-host 127.0.0.1, or 0.0.0.0 for all of them"
     if port and error.errno in (errno.EADDRINUSE, errno.EACCES):  # EACCES: below 1024
         other = port + 1 if error.errno == errno.EADDRINUSE else DEFAULT_PORTS[0]
         hint = f"choose another port: --metrics-port {other}, or 0 for none"
-    return ConfigError(f"cannot listen on {place} for metrics: {fact}", hint=hint)
-
-
-def _close(listeners: Sequence[socket.socket]) -> None:
-    for listener in listeners:
-        listener.close()
-
-
-def _listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
-    with contextlib.ExitStack() as opened:
-        found = []
-        for host in hosts:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            every = host == "::"  # IPv4 too
-            listener = socket.create_server(
-                ("" if every else host, port), family=family, backlog=BACKLOG, dualstack_ipv6=every
-            )
-            found.append(opened.enter_context(listener))
-        opened.pop_all()
-        return found
+    return ConfigError(f"cannot listen on {place} for metrics: {reason(error)}", hint=hint)

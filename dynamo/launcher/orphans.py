@@ -1,6 +1,6 @@
-"""What processes of a graph leave behind when they die: descendants, which become children of the supervisor.
+"""Orphans: descendants that outlive the graph's process that started them, and become children of the supervisor.
 
-`DYNAMO_PROCESS` in the environment, which descendants inherit, tells them from daemons of processes that live.
+`DYNAMO_PROCESS` in the environment, which descendants inherit, separates them from daemons of living processes.
 """
 
 from __future__ import annotations
@@ -18,24 +18,30 @@ from dynamo.launcher.managed_process import ManagedProcess
 
 log = logging.getLogger(__name__)
 
-LEFTOVER_S = 5.0  # those that will not go are given up after this
+KILL_S = 5.0  # orphans that survive SIGKILL for this long are given up
 
 
 class Orphans:
-    """Of the children of this process, except those that exist when this is made. `living` and `spare` as `Supervisor`
-    knows them: children that it started, and pids of those that others started."""
+    """The children of this process that belong to no living process of the graph.
 
-    def __init__(self, living: Callable[[], Sequence[ManagedProcess]], spare: Callable[[], Collection[int]]) -> None:
-        self._living, self._spare = living, spare
-        self._not_mine = set(guard.children(os.getpid()))
+    `living` returns the processes of the graph that are alive, `other_pids` children that something else started.
+    Children that exist when this object is created are never orphans.
+    """
+
+    def __init__(
+        self, living: Callable[[], Sequence[ManagedProcess]], other_pids: Callable[[], Collection[int]]
+    ) -> None:
+        self._living = living
+        self._other_pids = other_pids
+        self._earlier = set(guard.children(os.getpid()))
 
     def find(self) -> list[int]:
-        """Children of this process that nobody living here started, or whose ancestor did. Those that ended are reaped.
+        """Return the pids of the orphans; reap those that have ended.
 
-        One whose environment cannot be read (vLLM's core writes its title over it) counts as left over.
+        A child whose environment cannot be read (vLLM's core overwrites it with its title) counts as an orphan.
         """
         living = self._living()
-        known = {child.pid for child in living} | self._not_mine | set(self._spare())
+        known = {child.pid for child in living} | self._earlier | set(self._other_pids())
         marks = [f"DYNAMO_PROCESS={child.mark}\0".encode() for child in living]
         found = []
         for pid in guard.children(os.getpid()):
@@ -52,18 +58,19 @@ class Orphans:
         return found
 
     async def kill(self) -> None:
+        """Kill the orphans and all below them, and wait until they have ended, at most `KILL_S`."""
         started = time.monotonic()
-        while left := self.find():
-            since_s = time.monotonic() - started
-            if since_s > LEFTOVER_S:
-                log.warning("processes %s do not end after SIGKILL", left)
+        while orphans := self.find():
+            elapsed_s = time.monotonic() - started
+            if elapsed_s > KILL_S:
+                log.warning("processes still running %g s after SIGKILL: %s", KILL_S, orphans)
                 return
-            guard.kill_all((*guard.descendants(*left), *left), since_s)
+            guard.kill_all((*guard.descendants(*orphans), *orphans), elapsed_s)
             await asyncio.sleep(0.01)
 
-    def sweep(self) -> None:
-        """The last look, without awaiting: this may run while the task is being cancelled."""
+    def kill_now(self) -> None:
+        """Kill as `kill` does, but block: for cleanup while the task is being cancelled."""
         started = time.monotonic()
-        while (left := self.find()) and (since_s := time.monotonic() - started) < LEFTOVER_S:
-            guard.kill_all((*guard.descendants(*left), *left), since_s)
+        while (orphans := self.find()) and (elapsed_s := time.monotonic() - started) < KILL_S:
+            guard.kill_all((*guard.descendants(*orphans), *orphans), elapsed_s)
             time.sleep(0.01)

@@ -1,10 +1,11 @@
-"""From a graph and its configuration to the processes that will run: pure, so that it can be shown and tested."""
+"""The processes of a graph, planned from its configuration. Pure, so that a plan can be shown and tested."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +24,65 @@ def plan(
     *,
     working_dir: Path,
     visible_gpus: Sequence[str],
-    environment: Mapping[str, str],
 ) -> list[ProcessSpec]:
-    """One spec a process, dependencies first. `environment` goes to all: addresses of NATS and etcd, the run directory.
+    """Return one spec per process, dependencies first. `services` is the resolved configuration.
 
-    Raises ConfigError when the GPUs do not suffice.
+    Variables that are known only at the start, such as the addresses of NATS and etcd, are added then. Raises
+    ConfigError if there are too few GPUs.
     """
-    wanted: list[tuple[str, int, int, ServiceArgs, float]] = []
+    workers: list[_Worker] = []
     for name, cls in graph.services.items():
         arguments = service_args(name, services.get(name, {}))
-        workers = arguments.workers or spec_of(cls).workers
+        count = arguments.workers or spec_of(cls).workers
         share = gpu_share(cls, services.get(name, {}), arguments)
-        wanted += [(name, worker, workers, arguments, share) for worker in range(1, workers + 1)]
-    given = gpus.assign(((name, share) for name, _, _, _, share in wanted), visible_gpus)
-    processes: list[ProcessSpec] = []
-    for (name, worker, workers, arguments, share), devices in zip(wanted, given, strict=True):
-        env = {
-            **environment,
-            VARIABLE: json.dumps(services),
-            **spec_of(graph.services[name]).envs,
-            **arguments.envs,
-            "CUDA_VISIBLE_DEVICES": ",".join(devices),
-        }
-        if 0 < share < gpus.WHOLE:
-            env[GPU_SHARE] = f"{share:g}"
-        argv = [sys.executable, "-m", "dynamo.worker.process", graph.spec, "--service-name", name]
-        argv += ["--worker-id", str(worker), "--workers", str(workers)]
-        namespace, cwd = namespace_of(graph.services[name], services), str(working_dir.resolve())
-        processes.append(ProcessSpec(name, worker, tuple(argv), env, cwd, workers, namespace))
-    return processes
+        workers += [_Worker(name, cls, number, count, arguments, share) for number in range(1, count + 1)]
+    assigned = gpus.assign([(worker.service, worker.gpu_share) for worker in workers], visible_gpus)
+    cwd = str(working_dir.resolve())
+    return [
+        ProcessSpec(
+            worker.service,
+            worker.number,
+            _command(graph, worker),
+            _environment(worker, services, devices),
+            cwd,
+            worker.count,
+            namespace_of(worker.cls, services),
+        )
+        for worker, devices in zip(workers, assigned, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Process `number` (from 1) of the `count` of a service; `gpu_share` is a number of GPUs, or below 1 a part of one."""
+
+    service: str
+    cls: type[Any]
+    number: int
+    count: int
+    arguments: ServiceArgs
+    gpu_share: float
+
+
+def _command(graph: Graph, worker: _Worker) -> tuple[str, ...]:
+    command = (sys.executable, "-m", "dynamo.worker.process", graph.spec, "--service-name", worker.service)
+    return (*command, "--worker-id", str(worker.number), "--workers", str(worker.count))
+
+
+def _environment(worker: _Worker, services: Mapping[str, Mapping[str, Any]], devices: Sequence[str]) -> dict[str, str]:
+    environment = {
+        VARIABLE: json.dumps(services),
+        **spec_of(worker.cls).envs,
+        **worker.arguments.envs,
+        "CUDA_VISIBLE_DEVICES": ",".join(devices),
+    }
+    if 0 < worker.gpu_share < gpus.WHOLE:
+        environment[GPU_SHARE] = f"{worker.gpu_share:g}"
+    return environment
 
 
 def gpu_share(cls: type[Any], settings: Mapping[str, Any], arguments: ServiceArgs) -> float:
-    """GPUs of one worker: what ServiceArgs says, else what the class computes from its settings, else its decorator."""
+    """Return the GPUs of one worker: by ServiceArgs, else computed by the class from its settings, else by its decorator."""
     if arguments.gpu is not None:
         return arguments.gpu
     needed = getattr(cls, "gpus_needed", None)
@@ -63,7 +90,7 @@ def gpu_share(cls: type[Any], settings: Mapping[str, Any], arguments: ServiceArg
 
 
 def describe(processes: Sequence[ProcessSpec]) -> list[dict[str, Any]]:
-    """What `--dry-run` tells of each process: name, command, GPUs, and the environment that is added to the caller's."""
+    """Return what `--dry-run` shows of each process: name, command, GPUs, and the variables added to the caller's."""
     hidden = (VARIABLE, "CUDA_VISIBLE_DEVICES")
     return [
         {

@@ -1,13 +1,13 @@
-"""Ports, checked before minutes are spent on loading a model."""
+"""The graph's own ports, checked before minutes are spent on loading a model."""
 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dynamo.errors import ConfigError
+from dynamo.transport.network import listening_at
 
 if TYPE_CHECKING:
     from dynamo.launcher.managed_process import ProcessSpec
@@ -16,19 +16,21 @@ SYSTEM_APP_PORT = "DYNAMO_SYSTEM_APP_PORT"
 
 
 def check(host: str, port: int) -> None:
-    """Raises ConfigError when nothing can listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """Raise ConfigError if this host cannot listen on the address."""
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        listening_at(host, port).close()
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}", hint=f"choose another port: --port {port + 1}"
+            f"cannot listen on {host}:{port}: {reason(error)}", hint=f"choose another port: --port {port + 1}"
         ) from None
 
 
-def wanted(entry: tuple[str, int] | None, processes: Sequence[ProcessSpec]) -> set[int]:
-    """Ports that the graph's processes will listen on by their configuration: its entry's and those of system apps."""
+def reason(error: OSError) -> str:
+    """Return the system's reason for a failed `listening_at`, without the address, which Python appends."""
+    return (error.strerror or str(error)).partition(" (")[0]
+
+
+def configured_ports(entry: tuple[str, int] | None, processes: Sequence[ProcessSpec]) -> set[int]:
+    """Return the ports that the graph's processes will listen on: the entry's and those of system apps."""
     given = [{**os.environ, **process.env}.get(SYSTEM_APP_PORT, "") for process in processes]
     return {int(port) for port in given if port.isdecimal()} | ({entry[1]} if entry else set())

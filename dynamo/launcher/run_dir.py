@@ -1,7 +1,7 @@
-"""`graph.json` in a graph's run directory: what `dynamo status` and others of this user need to find a running graph.
+"""`graph.json` in a graph's run directory, by which `dynamo status` and other commands of this user find the graph.
 
-The supervisor holds a lock on it for as long as it lives, so that a file left behind by `kill -9` is told from one of a
-graph that runs, whatever became of its process id.
+The supervisor holds a lock on the file while it lives. A file left behind by `kill -9` is therefore never taken for a
+running graph's, even if its process id is in use again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import IO, Any, NamedTuple
 
 FILE = "graph.json"
 KEPT_S = 24 * 3600.0
-"""since something was last written there: until then somebody may want the logs"""
+"""A run directory without a graph is kept this long after the last write, for its logs."""
 
 
 class RunningGraph(NamedTuple):
     """One `dynamo serve` on this machine. `env` has NATS_SERVER and ETCD_ENDPOINTS; `started` is Unix time in seconds;
-    `metrics` is where its processes are scraped, if anywhere. What another version did not write is empty."""
+    `metrics` is the URL of its metrics port, empty if there is none. Fields that another version did not write are empty.
+    """
 
     graph: str = ""
     pid: int = 0
@@ -56,7 +57,7 @@ def _url(address: tuple[str, int] | None) -> str:
 
 
 def running(directory: Path | None = None) -> list[RunningGraph]:
-    """The graphs of this user that run now, oldest first; `directory` is where run directories are made."""
+    """Return the running graphs of this user, oldest first. `directory` contains the run directories."""
     directory = directory or Path(tempfile.gettempdir())
     found = [_read(path) for path in directory.glob(f"dynamo-*/{FILE}")]
     return sorted((graph for graph in found if graph is not None), key=lambda graph: graph.started)
@@ -72,15 +73,15 @@ def _read(path: Path) -> RunningGraph | None:
             except BlockingIOError:
                 given: dict[str, Any] = json.load(file)
                 return RunningGraph(**{name: given[name] for name in RunningGraph._fields if name in given})
-    except (OSError, ValueError, TypeError):  # gone meanwhile, or another version's
+    except (OSError, ValueError, TypeError):  # removed meanwhile, or another version's
         pass
     return None
 
 
 def remove_abandoned(directory: Path | None = None) -> None:
-    """Remove those of this user in `directory`, where run directories are made, that have no living graph. Never raises."""
+    """Remove this user's old run directories in `directory` that have no running graph. Never raises."""
     for file in (directory or Path(tempfile.gettempdir())).glob(f"dynamo-*/{FILE}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # gone meanwhile, or not ours
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # removed meanwhile, or not ours
             _remove(file)
 
 
@@ -91,6 +92,6 @@ def _remove(file: Path) -> None:
     if max(path.lstat().st_mtime for path in (run_dir, *run_dir.rglob("*"))) > time.time() - KEPT_S:
         return
     with file.open(encoding="utf-8") as held:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: it lives
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its graph is running
         if json.load(held)["run_dir"] == str(run_dir):
             shutil.rmtree(run_dir)

@@ -1,9 +1,9 @@
-"""The supervisor: starts the processes of a graph, watches them, restarts the dead, stops all of them in order.
+"""The supervisor: starts the processes of a graph, watches them, restarts those that die, stops all of them in order.
 
 A process that dies may leave descendants: vLLM's engine core has its own session. As the supervisor is a subreaper
-(`guard.py`) they become its children; they are killed before the process starts again (`leftovers.py`).
+(`guard.py`) they become its children; they are killed before the process starts again (`orphans.py`).
 
-Linux. Elsewhere leftovers are not found.
+Linux. Elsewhere orphans are not found.
 """
 
 from __future__ import annotations
@@ -14,47 +14,33 @@ import logging
 import os
 import signal
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from dynamo import prctl
 from dynamo.errors import DynamoError
-from dynamo.launcher import guard
 from dynamo.launcher.console import Console
-from dynamo.launcher.managed_process import Event, ManagedProcess, ProcessSpec
+from dynamo.launcher.managed_process import Event, ManagedProcess, ProcessSpec, end_processes
 from dynamo.launcher.orphans import Orphans
+from dynamo.launcher.restart_policy import DeathRecord, RestartPolicy
+from dynamo.launcher.stop_signals import stop_signals
+from dynamo.tasks import TaskSet
 
 __all__ = ["Event", "ProcessSpec", "ProcessState", "RestartPolicy", "Supervisor"]
 
 log = logging.getLogger(__name__)
 
 SHOWN_LINES = 15  # of a process's output, when it fails
-GRACE_S = 1.0  # between SIGTERM and SIGKILL where nothing has to be drained
 FAILED_EXIT_S = 2.0  # a process that reported `failed` is killed if it has not ended by then
 ON_EXIT_S = 3.0  # a call of `on_exit` may take this long
 SAME_STOP_S = 0.2  # systemd signals the whole cgroup: one SIGTERM comes directly, one through the guard
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@dataclass(frozen=True)
-class RestartPolicy:
-    """The wait before a restart doubles from `first_s` to `longest_s`, and starts anew after `stable_s` of life.
-
-    More than `deaths` deaths of one process within `window_s` end the graph.
-    """
-
-    first_s: float = 0.2
-    longest_s: float = 10.0
-    stable_s: float = 60.0
-    deaths: int = 5
-    window_s: float = 60.0
 
 
 class ProcessState(NamedTuple):
-    """`restarts`: how often it was started again, after its end or an edit. `pid` None: it does not run."""
+    """`restarts`: how often it was started again, after its end or an edit. `pid` None: it is not running."""
 
     spec: ProcessSpec
     ready: bool
@@ -65,13 +51,11 @@ class ProcessState(NamedTuple):
 class Supervisor:
     """Runs `processes`, given dependencies first and entry service last. `run` may be called once.
 
-    `on_exit` is awaited whenever a process has ended, with the last `ready` event that it wrote ({} if none).
-    `also` names coroutines to run beside the graph; one that raises ends the graph; they are cancelled last.
-    `changes` yields paths of files that were edited: processes that had reported one in their `ready` event (`files`)
-    are drained and started again, and one that cannot start then waits for the next edit instead of giving up.
-    `spare` gives the pids of children of this process that others started while `run` runs (embedded servers): without
-    it they would be taken for leftovers. Children that exist when `run` is called are spared anyhow.
-    `joined` is told when all are ready and none of them has a URL.
+    `on_exit` is awaited whenever a process has ended, with its last `ready` event ({} if it wrote none).
+    `other_pids` returns the pids of children of this process that other code starts while `run` runs (embedded
+    servers), so that they are not taken for orphans. Children that exist when `run` is called never are.
+    `reload`: a process that cannot start again after an edit waits for the next edit instead of ending the graph; see
+    `restart_edited`. `ready_text` is shown when all are ready and none of them has a URL.
     """
 
     def __init__(
@@ -81,143 +65,156 @@ class Supervisor:
         run_dir: Path,
         console: Console,
         on_exit: Callable[[ProcessSpec, Event], Awaitable[None]] | None = None,
-        also: Sequence[tuple[str, Callable[[], Awaitable[None]]]] = (),
-        spare: Callable[[], Collection[int]] = tuple,
+        other_pids: Callable[[], Collection[int]] = tuple,
         drain_s: float = 30.0,
         progress_s: float = 5.0,
         restarts: RestartPolicy = RestartPolicy(),
-        changes: Callable[[], AsyncIterator[Collection[str]]] | None = None,
-        joined: str = "",
+        reload: bool = False,
+        ready_text: str = "",
     ) -> None:
         self._specs = list(processes)
         self._logs = run_dir / "logs"
         self._console = console
         self._on_exit = on_exit
-        self._also = also
-        self._spare = spare
+        self._other_pids = other_pids
         self._drain_s = drain_s
         self._progress_s = progress_s
         self._restarts = restarts
-        self._changes = changes
-        self._joined = joined
-        self._edited = asyncio.Event()
-        self._running: dict[str, ManagedProcess] = {}  # by name: the run that lives, or the last one
-        self._runs = Counter[str]()  # by name: how many there were
-        self._up = False  # all were ready at once, once
+        self._reload = reload
+        self._ready_text = ready_text
+        self._beside: list[tuple[str, Callable[[], Awaitable[None]]]] = []
+        self._exit_hooks = TaskSet("supervisor")
+        self._edited = asyncio.Event()  # replaced at each edit
+        self._current: dict[str, ManagedProcess] = {}  # by name: the living run, or the last one
+        self._runs = Counter[str]()  # by name: number of starts
+        self._up = False  # all were ready at the same time once
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
         self._code = 0
-        self._stop_asked_at = 0.0
+        self._stop_requested_at = 0.0
+
+    def run_beside(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Run `work()` beside the processes during `run`, and cancel it last. An exception that leaves it ends the graph.
+
+        Call this before `run`.
+        """
+        self._beside.append((name, work))
 
     async def run(self) -> int:
-        """Until the graph ends: 0 stopped by a signal and drained, 130 stopped by force, 1 otherwise.
+        """Run the graph until it ends: 0 stopped by a signal and drained, 130 stopped by force, 1 otherwise.
 
         No process of the graph is left when this returns or raises.
         """
         self._started_at = time.monotonic()
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._leftovers = Orphans(self._living, self._spare)
-        guard.set_subreaper()
+        self._orphans = Orphans(self._living, self._other_pids)
+        prctl.set_subreaper()
         self._console.starting([spec.name for spec in self._specs])
-        with self._stop_signals():
+        with stop_signals(self._on_stop_signal):
             try:
                 await self._run()
                 if self._code == 0:
-                    self._console.stopped(time.monotonic() - self._stop_asked_at)
+                    self._console.stopped(time.monotonic() - self._stop_requested_at)
             finally:
-                for child in self._running.values():
-                    child.close()
-                self._leftovers.sweep()
+                for process in self._current.values():
+                    process.close()
+                self._orphans.kill_now()
                 self._console.flush()
         return self._code
 
     def processes(self) -> list[ProcessState]:
-        """All of them, as they are now."""
+        """Return the current state of all processes, in the order given."""
         found = []
         for spec in self._specs:
-            child = self._running.get(spec.name)
-            restarts, ready, pid = max(self._runs[spec.name] - 1, 0), False, None
-            if child is not None and child.lives:
-                ready, pid = bool(child.ready), child.pid
-            found.append(ProcessState(spec, ready, restarts, pid))
+            process = self._current.get(spec.name)
+            restarts = max(self._runs[spec.name] - 1, 0)
+            if process is not None and process.alive:
+                found.append(ProcessState(spec, bool(process.ready), restarts, process.pid))
+            else:
+                found.append(ProcessState(spec, False, restarts, None))
         return found
 
+    def restart_edited(self, paths: Collection[str]) -> None:
+        """Drain and restart the processes that run one of these source files, by the `files` of their `ready` event."""
+        self._edited.set()
+        self._edited = asyncio.Event()
+        for process in self._living():
+            edited = sorted(set(paths) & set(process.ready.get("files") or ()))
+            if edited and not self._stopping.is_set():
+                self._console.print(f"{os.path.relpath(edited[0])} changed: restarting {process.spec.name}")
+                process.reloading = True
+                process.signal(signal.SIGTERM)
+
     async def _run(self) -> None:
-        async with asyncio.TaskGroup() as self._tasks:
-            watches = [self._tasks.create_task(self._watch(name, start)) for name, start in self._also]
-            if self._changes is not None:
-                watches.append(self._tasks.create_task(self._watch("reload", self._follow_changes)))
-            ticking = self._tasks.create_task(self._tick())
-            self._farewells: set[asyncio.Task[None]] = set()
-            async with asyncio.TaskGroup() as keepers:
-                for spec in self._specs:
-                    keepers.create_task(self._keep(spec))
-                await self._stopping.wait()
-                await self._stop()
-            while self._farewells and not self._forced.is_set():
-                await asyncio.wait(self._farewells)
-            for task in (ticking, *self._farewells, *watches):
-                task.cancel()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                beside = [self._tasks.create_task(self._run_task(name, work)) for name, work in self._beside]
+                beside.append(self._tasks.create_task(self._report_progress()))
+                async with asyncio.TaskGroup() as processes:
+                    for spec in self._specs:
+                        processes.create_task(self._keep_running(spec))
+                    await self._stopping.wait()
+                    await self._stop()
+                while self._exit_hooks and not self._forced.is_set():
+                    await self._exit_hooks.wait()
+                for task in beside:
+                    task.cancel()
+        finally:
+            await self._exit_hooks.aclose()
 
     # -- one process
 
-    async def _keep(self, spec: ProcessSpec) -> None:
-        """Start the process, and again each time it dies, until the graph stops."""
-        delay_s, deaths = self._restarts.first_s, deque[float]()
+    async def _keep_running(self, spec: ProcessSpec) -> None:
+        """Run the process, and run it again each time it ends, until the graph stops."""
+        deaths = DeathRecord(self._restarts)
         while not self._stopping.is_set():
-            try:
-                child = ManagedProcess(spec, self._logs / f"{spec.name}.log", self._console, self._on_event)
-            except OSError as error:
-                self._fail(f"{spec.name} could not start", str(error))
+            process = await self._run_once(spec)
+            if process is None or self._stopping.is_set() or not await self._wait_for_restart(process, deaths):
                 return
-            self._running[spec.name] = child
-            self._runs[spec.name] += 1
-            try:
-                await child.ended()
-                self._say_farewell(child)
-                await self._leftovers.kill()
-            finally:
-                child.close()
-            if self._stopping.is_set():
-                return
-            if not self._up:
-                self._fail_child(child, f"{spec.name} could not start")
-                return
-            if child.reloading:
-                continue
-            if self._changes is not None and not child.ready:
-                self._console.failed(spec.name, child.error or child.how_it_ended(), "edit a file to try again")
-                await self._next_edit()
-                continue
-            now = time.monotonic()
-            deaths.append(now)
-            while now - deaths[0] > self._restarts.window_s:
-                deaths.popleft()
-            if len(deaths) > self._restarts.deaths:
-                what = f"{spec.name} died {len(deaths)} times in {self._restarts.window_s:.0f} s: giving up"
-                self._fail_child(child, what, drain=True)
-                return
-            if now - child.started_at >= self._restarts.stable_s:
-                delay_s = self._restarts.first_s
-            self._console.restarting(spec.name, child.how_it_ended(), child.error, delay_s)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay_s):
-                    await self._stopping.wait()
-            delay_s = min(2 * delay_s, self._restarts.longest_s)
 
-    async def _follow_changes(self) -> None:
-        assert self._changes is not None
-        async for paths in self._changes():
-            self._edited.set()
-            self._edited = asyncio.Event()
-            for child in self._living():
-                mine = sorted(set(paths) & set(child.ready.get("files") or ()))
-                if mine and not self._stopping.is_set():
-                    self._console.say(f"{os.path.relpath(mine[0])} changed: restarting {child.spec.name}")
-                    child.reloading = True
-                    child.signal(signal.SIGTERM)
+    async def _run_once(self, spec: ProcessSpec) -> ManagedProcess | None:
+        """Start the process and wait until it and its orphans have ended; None if it could not be started."""
+        try:
+            process = ManagedProcess(spec, self._logs / f"{spec.name}.log", self._console, self._on_event)
+        except OSError as error:
+            self._fail(f"{spec.name} could not start", str(error))
+            return None
+        self._current[spec.name] = process
+        self._runs[spec.name] += 1
+        try:
+            await process.wait()
+            if self._on_exit is not None:  # in the background: a restart does not wait for it
+                self._exit_hooks.spawn(self._call_on_exit(self._on_exit, process), name=f"end of {spec.name}")
+            await self._orphans.kill()
+        finally:
+            process.close()
+        return process
+
+    async def _wait_for_restart(self, process: ManagedProcess, deaths: DeathRecord) -> bool:
+        """Wait until a process that has ended may start again; False if the graph ends instead."""
+        name = process.spec.name
+        if not self._up:
+            self._fail_process(process, f"{name} could not start")
+            return False
+        if process.reloading:
+            return True
+        if self._reload and not process.ready:
+            self._console.failed(name, process.error or process.exit_reason(), "edit a file to try again")
+            await self._next_edit()
+            return True
+        delay_s = deaths.add(time.monotonic(), process.age_s())
+        if delay_s is None:
+            what = f"{name} died {deaths.count} times in {self._restarts.window_s:.0f} s: giving up"
+            self._fail_process(process, what, drain=True)
+            return False
+        self._console.restarting(name, process.exit_reason(), process.error, delay_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._stopping.wait()
+        return True
 
     async def _next_edit(self) -> None:
+        """Wait for an edit, or for the end of the graph."""
         edited = asyncio.ensure_future(self._edited.wait())
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
@@ -226,79 +223,72 @@ class Supervisor:
             edited.cancel()
             stopping.cancel()
 
-    def _on_event(self, child: ManagedProcess, event: Event) -> None:
+    def _on_event(self, process: ManagedProcess, event: Event) -> None:
         match event.get("event"):
             case "progress":
-                child.progress = str(event.get("text") or "")
+                process.progress = str(event.get("text") or "")
             case "ready":
-                first, child.ready = not child.ready, event  # a later one may bring a new lease
+                first = not process.ready  # a later event may bring a new lease
+                process.ready = event
                 if first and not self._stopping.is_set():
                     detail = str(event.get("text") or "")
-                    self._console.process_ready(child.spec.name, child.age_s(), detail, again=self._up)
-                    self._come_up()
+                    self._console.process_ready(process.spec.name, process.age_s(), detail, again=self._up)
+                    self._check_all_ready()
             case "failed":
-                child.error, child.hint = str(event.get("error") or "failed"), str(event.get("hint") or "")
+                process.error = str(event.get("error") or "failed")
+                process.hint = str(event.get("hint") or "")
                 if self._up or self._stopping.is_set():
-                    asyncio.get_running_loop().call_later(FAILED_EXIT_S, child.signal, signal.SIGKILL)
+                    asyncio.get_running_loop().call_later(FAILED_EXIT_S, process.signal, signal.SIGKILL)
                 else:
-                    self._fail_child(child, f"{child.spec.name} could not start")
+                    self._fail_process(process, f"{process.spec.name} could not start")
 
-    def _come_up(self) -> None:
-        children = [self._running.get(spec.name) for spec in self._specs]
-        if not self._up and all(child is not None and child.ready for child in children):
+    def _check_all_ready(self) -> None:
+        processes = [self._current.get(spec.name) for spec in self._specs]
+        if not self._up and all(process is not None and process.ready for process in processes):
             self._up = True
-            urls = [str(child.ready["url"]) for child in children if child is not None and child.ready.get("url")]
-            self._console.serving(time.monotonic() - self._started_at, urls[-1] if urls else self._joined)
-
-    def _say_farewell(self, child: ManagedProcess) -> None:
-        """Call `on_exit` beside everything else: a restart does not wait for it."""
-        if self._on_exit is not None:
-            task = self._tasks.create_task(self._call_on_exit(self._on_exit, child))
-            self._farewells.add(task)
-            task.add_done_callback(self._farewells.discard)
+            urls = [str(p.ready["url"]) for p in processes if p is not None and p.ready.get("url")]
+            self._console.serving(time.monotonic() - self._started_at, urls[-1] if urls else self._ready_text)
 
     async def _call_on_exit(
-        self, on_exit: Callable[[ProcessSpec, Event], Awaitable[None]], child: ManagedProcess
+        self, on_exit: Callable[[ProcessSpec, Event], Awaitable[None]], process: ManagedProcess
     ) -> None:
         try:
             async with asyncio.timeout(ON_EXIT_S):
-                await on_exit(child.spec, child.ready)
+                await on_exit(process.spec, process.ready)
         except Exception as error:
-            log.warning("after the end of %s: %s", child.spec.name, str(error) or type(error).__name__)
+            log.warning("after the end of %s: %s", process.spec.name, str(error) or type(error).__name__)
 
     # -- the end of the graph
 
     def _fail(self, what: str, fact: str, hint: str = "", lines: Sequence[str] = (), log_path: str = "") -> None:
-        """End the graph with exit code 1. Only the first failure is told: those after it mostly follow from it."""
+        """End the graph with exit code 1. Only the first failure is shown: later ones mostly follow from it."""
         if not self._stopping.is_set():
             self._console.failed(what, fact, hint, lines, log_path)
             self._code = 1
             self._stopping.set()
 
-    def _fail_child(self, child: ManagedProcess, what: str, *, drain: bool = False) -> None:
+    def _fail_process(self, process: ManagedProcess, what: str, *, drain: bool = False) -> None:
         if not drain:
             self._forced.set()
-        if child.error:
-            self._fail(what, child.error, child.hint)
+        if process.error:
+            self._fail(what, process.error, process.hint)
         else:
-            hint = "look for an out-of-memory kill in dmesg" if child.exit_code == -signal.SIGKILL else ""
-            self._fail(what, child.how_it_ended(), hint, list(child.tail)[-SHOWN_LINES:], str(child.log_path))
+            hint = "look for an out-of-memory kill in dmesg" if process.exit_code == -signal.SIGKILL else ""
+            self._fail(what, process.exit_reason(), hint, list(process.tail)[-SHOWN_LINES:], str(process.log_path))
 
-    def _on_signal(self, signum: int) -> None:
+    def _on_stop_signal(self, signum: int) -> None:
         now = time.monotonic()
-        if guard.guard_is_gone():
-            guard.stop_hard()
         if not self._stopping.is_set():
-            self._stop_asked_at = now
+            self._stop_requested_at = now
             self._console.draining()
             self._stopping.set()
-        elif not self._forced.is_set() and (signum == signal.SIGINT or now - self._stop_asked_at > SAME_STOP_S):
+        elif not self._forced.is_set() and (signum == signal.SIGINT or now - self._stop_requested_at > SAME_STOP_S):
             self._console.forcing()
             self._code = self._code or 130
             self._forced.set()
 
     async def _stop(self) -> None:
-        """Drain, unless or until it is forced, at most `drain_s`; then end what is left."""
+        """Drain for at most `drain_s`, unless or until the stop is forced; then end what is left."""
         drain = self._tasks.create_task(self._drain())
         forced = self._tasks.create_task(self._forced.wait())
         await asyncio.wait({drain, forced}, timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
@@ -306,78 +296,49 @@ class Supervisor:
         for task in (drain, forced):
             task.cancel()
         if late and not self._forced.is_set():
-            names = ", ".join(child.spec.name for child in late)
+            names = ", ".join(process.spec.name for process in late)
             self._console.failed(names, f"still running {self._drain_s:g} s after the signal to stop: killed")
             self._code = 1
-            for child in late:
-                if child.told_to_stop:
-                    child.signal(signal.SIGKILL)
-        await self._end(self._living())
+            for process in late:
+                if process.draining:
+                    process.signal(signal.SIGKILL)
+        await end_processes(self._living())
 
     async def _drain(self) -> None:
-        """SIGTERM to the entry first, so that it finishes its streams while all below it lives; then the next service.
+        """Stop service by service, the entry first: it finishes its streams while the services below it still run.
 
-        What is not ready yet has nothing to finish.
+        Processes that are not ready yet have nothing to finish and are ended immediately.
         """
-        loading = [child for child in self._living() if not child.ready]
+        loading = [process for process in self._living() if not process.ready]
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._end(loading))
-            for _, group in groupby(reversed(self._living()), lambda child: child.spec.service):
-                service = [child for child in group if child.ready]
-                for child in service:
-                    child.told_to_stop = True
-                    child.signal(signal.SIGTERM)
-                for child in service:
-                    await child.ended()
-
-    async def _end(self, children: Sequence[ManagedProcess]) -> None:
-        """SIGTERM, then SIGKILL."""
-        for child in children:
-            child.signal(signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
-                for child in children:
-                    await child.ended()
-        for child in children:
-            child.signal(signal.SIGKILL)
-        for child in children:
-            await child.ended()
+            tasks.create_task(end_processes(loading))
+            for _, group in groupby(reversed(self._living()), lambda process: process.spec.service):
+                service = [process for process in group if process.ready]
+                for process in service:
+                    process.draining = True
+                    process.signal(signal.SIGTERM)
+                for process in service:
+                    await process.wait()
 
     def _living(self) -> list[ManagedProcess]:
-        found = (self._running.get(spec.name) for spec in self._specs)
-        return [child for child in found if child is not None and child.lives]
+        found = (self._current.get(spec.name) for spec in self._specs)
+        return [process for process in found if process is not None and process.alive]
 
-    @contextlib.contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        before = {sig: signal.getsignal(sig) for sig in _STOP_SIGNALS}
-        mine = [sig for sig in before if sig != signal.SIGHUP or before[sig] != signal.SIG_IGN]  # nohup stays nohup
-        for sig in mine:
-            loop.add_signal_handler(sig, self._on_signal, sig)
-        if guard.guard_is_gone():  # and its signal came before
-            guard.stop_hard()
+    # -- beside the processes
+
+    async def _run_task(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            yield
-        finally:
-            for sig in mine:
-                loop.remove_signal_handler(sig)
-                signal.signal(sig, before[sig])
-
-    # -- what runs beside
-
-    async def _watch(self, name: str, start: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await start()
+            await work()
         except DynamoError as error:
             self._fail(name, error.message, error.hint or "")
         except Exception as error:
             log.exception("%s failed", name)
             self._fail(name, str(error) or type(error).__name__)
 
-    async def _tick(self) -> None:
+    async def _report_progress(self) -> None:
         while True:
             await asyncio.sleep(self._progress_s)
-            self._leftovers.find()  # reaps daemons that ended
-            for child in self._living():
-                if not child.ready and not self._stopping.is_set():
-                    self._console.progress(child.spec.name, child.progress, child.age_s())
+            self._orphans.find()  # reaps daemons that ended
+            for process in self._living():
+                if not process.ready and not self._stopping.is_set():
+                    self._console.progress(process.spec.name, process.progress, process.age_s())

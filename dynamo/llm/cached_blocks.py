@@ -46,4 +46,4 @@ class CachedBlocks:
         if not self.reported or not 0 <= rank < len(self.ranks):
             return request.expected_hit
         blocks = self.ranks[rank]
-        return blocks.found(block_hashes(request.token_ids, blocks.block_size)) * blocks.block_size
+        return blocks.overlap(block_hashes(request.token_ids, blocks.block_size)) * blocks.block_size

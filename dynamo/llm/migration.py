@@ -1,11 +1,11 @@
-"""A request that outlives the workers that compute it.
+"""Migration: a request goes on when the worker that computes it is lost.
 
-What a worker has generated is remembered here. When the worker is lost, another one gets the prompt with those tokens
-behind it, and the reader's stream goes on: same text, same usage. Each unfinished choice of a request with n > 1 is
-continued by a request of its own. Where nothing was generated yet, the request is sent again as it was.
+The tokens that the worker has generated are kept here. When it is lost, another worker gets the prompt with those tokens
+appended, and the reader's stream continues: same text, same usage. Each unfinished choice of a request with n > 1 is
+continued by a request of its own. If nothing was generated yet, the request is sent again as it was.
 
-What cannot be carried over: the state of a seeded random generator, penalties on what was generated (it is part of the
-prompt now), and the state of a grammar, so that structured output with tokens already shown ends with the error.
+Not carried over: the state of a seeded random generator, penalties on generated tokens (they are part of the prompt now),
+and the state of a grammar; structured output of which tokens were already sent ends with the error instead.
 """
 
 from __future__ import annotations
@@ -34,52 +34,63 @@ log = logging.getLogger(__name__)
 
 Prepare = Callable[[], Awaitable[GenerateRequest]]
 Send = Callable[[GenerateRequest, Set[int]], Awaitable[Stream[Delta]]]
-"""sends a request to a worker, to none of these instances if there are others"""
+"""Send a request to a worker, to one of these lost instances only if there are no others."""
 Decode = Callable[[list[int], bool], str]
-"""text of tokens, without special tokens if the second is true"""
+"""Return the text of tokens, without special tokens if the second argument is true."""
 
 
 REASONS = tuple(str(error.code) for error in (WorkerLostError, EngineDeadError, UnavailableError, TransportError))
-"""codes of the errors after which a request goes on elsewhere"""
+"""codes of the errors after which a request is continued by another worker"""
 
 
 def migrating(
     prepare: Prepare, send: Send, decode: Decode, limit: int, migrated: Callable[[str], None]
 ) -> Stream[Delta]:
-    """The stream of a request that `prepare` makes and `send` sends, up to `limit` more times when its worker is lost.
+    """Return the stream of the request that `prepare` makes; send it up to `limit` more times if its worker is lost.
 
     `migrated` is called each time with the code of the error. The last error ends the stream.
     """
+    if limit <= 0:
+        return Stream.opening(_send_once(prepare, send))
     migration = _Migration(send, decode, limit, migrated)
     opening = asyncio.get_running_loop().create_task(migration.open(prepare))
     migration.out.on_cancel = opening.cancel
     return Stream(migration.out, opening)
 
 
-class _Choice:
-    """What was shown of one choice."""
+async def _send_once(prepare: Prepare, send: Send) -> Stream[Delta]:
+    return await send(await prepare(), frozenset())
 
-    __slots__ = ("ended", "texts", "tokens")
+
+class _Choice:
+    """The part of one choice that the reader has got."""
+
+    __slots__ = ("finish_reason", "texts", "tokens")
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.texts: list[str] = []
-        self.ended = False
+        self.finish_reason: str | None = None
 
-    def note(self, delta: Delta) -> None:
-        self.tokens += delta.token_ids
+    def record(self, delta: Delta) -> None:
+        self.tokens.extend(delta.token_ids)
         self.texts.append(delta.text)
-        self.ended |= delta.finish_reason is not None
+        self.finish_reason = delta.finish_reason
 
 
-class _Run:
-    """One request to one worker, for the choices `indexes` of the whole; `cause` is the first loss before it."""
+class _Attempt:
+    """One request to one worker, for some of the choices; `first_error` is the first loss before it."""
 
-    __slots__ = ("cause", "indexes", "request", "seam", "stream", "task", "tries")
+    __slots__ = ("continuation", "first_error", "indexes", "number", "request", "stream", "task")
 
-    def __init__(self, request: GenerateRequest, indexes: Sequence[int], tries: int, cause: Exception | None) -> None:
-        self.request, self.indexes, self.tries, self.cause = request, indexes, tries, cause
-        self.seam: Continuation | None = None
+    def __init__(
+        self, number: int, request: GenerateRequest, indexes: Sequence[int], first_error: Exception | None
+    ) -> None:
+        self.number = number
+        self.request = request
+        self.indexes = indexes
+        self.first_error = first_error
+        self.continuation: Continuation | None = None
         self.stream: Stream[Delta] | None = None
         self.task: asyncio.Task[None] | None = None
 
@@ -91,96 +102,113 @@ class _Run:
 
 
 class _Migration:
+    """One request: `open` makes the first attempt, each loss one more for each unfinished choice."""
+
     def __init__(self, send: Send, decode: Decode, limit: int, migrated: Callable[[str], None]) -> None:
         self.out: Channel[Delta] = Channel()
-        self._send, self._decode, self._limit, self._migrated = send, decode, limit, migrated
-        self._context = contextvars.copy_context()  # deadline and request id: a lost connection calls from elsewhere
+        self._send = send
+        self._decode = decode
+        self._limit = limit
+        self._migrated = migrated
+        # request id and deadline: the end of a lost connection is reported from another context
+        self._context = contextvars.copy_context()
         self._choices: list[_Choice] = []
-        self._announced = False  # the prompt's tokens were counted to the reader
-        self._runs: set[_Run] = set()
-        self._lost: set[int] = set()
+        self._counted = False  # the reader has got the number of prompt tokens
+        self._attempts: set[_Attempt] = set()  # started and not ended
+        self._lost: set[int] = set()  # instances
 
     async def open(self, prepare: Prepare) -> None:
         try:
-            self._request = request = await prepare()
-            indexes = range(request.sampling.n)
-            self._choices = [_Choice() for _ in indexes]
-            run = _Run(request, indexes, 0, None)
-            self._runs.add(run)
-            stream = await self._send(request, self._lost)
+            self._request = await prepare()
         except Exception as error:
             self.out.end(error)
+            return
+        indexes = range(self._request.sampling.n)
+        self._choices = [_Choice() for _ in indexes]
+        first = _Attempt(0, self._request, indexes, None)
+        self._attempts.add(first)
+        await self._start(first)
+
+    async def _start(self, attempt: _Attempt) -> None:
+        """Send an attempt's request and pass its deltas on."""
+        try:
+            attempt.continuation = self._continuation(attempt.indexes)
+            stream = await self._send(attempt.request, self._lost)
+        except Exception as error:
+            self._attempts.discard(attempt)
+            self._fail(attempt, error)
             return
         if self.out.done:
             stream.cancel()
             return
-        run.stream = stream
-        out = self.out
-        out.on_cancel, out.on_consumed = self._cancel, stream.consumed
-        if not self._limit:
-            stream.pipe(out.push, out.end, counted=False)
-        elif len(indexes) > 1:
-            stream.pipe(self._take_one_of_many, partial(self._ended, run), counted=False)
-        else:
-            self._take_the_only_one(run, stream)
+        attempt.stream = stream
+        alone = len(self._attempts) == 1  # only then the reader's progress is that of this stream
+        self.out.on_cancel = self._cancel
+        self.out.on_consumed = stream.consumed if alone else None
+        on_delta = self._on_first_delta if attempt.number == 0 else partial(self._on_later_delta, attempt)
+        stream.pipe(on_delta, partial(self._on_end, attempt), counted=not alone)
 
-    def _take_the_only_one(self, run: _Run, stream: Stream[Delta]) -> None:
-        (choice,) = self._choices
-        note_tokens, note_text, push = choice.tokens.extend, choice.texts.append, self.out.push
-        last: Delta | None = None
+    def _on_first_delta(self, delta: Delta) -> None:
+        """Pass on a delta of the first attempt.
 
-        def take(delta: Delta) -> None:  # for every token of every stream: no more than it must
-            nonlocal last
-            last = delta
-            note_tokens(delta.token_ids)
-            note_text(delta.text)
-            push(delta)
-
-        def end(error: BaseException | None) -> None:
-            if last is not None:
-                choice.ended, self._announced = last.finish_reason is not None, True
-            self._ended(run, error)
-
-        stream.pipe(take, end, counted=False)
-
-    def _take_one_of_many(self, delta: Delta) -> None:
-        self._choices[delta.index].note(delta)
-        self._announced |= delta.prompt_tokens is not None
+        Runs for every token of every stream: `_Choice.record` is written out, a call less.
+        """
+        choice = self._choices[delta.index]
+        choice.tokens.extend(delta.token_ids)
+        choice.texts.append(delta.text)
+        choice.finish_reason = delta.finish_reason
+        if delta.prompt_tokens is not None:
+            self._counted = True
         self.out.push(delta)
 
-    def _cancel(self) -> None:
-        for run in self._runs:
-            run.cancel()
+    def _on_later_delta(self, attempt: _Attempt, delta: Delta) -> None:
+        """Pass on a delta of a later attempt as if it came from the first one."""
+        joined = delta if attempt.continuation is None else attempt.continuation.join(delta)
+        first_count = delta.prompt_tokens is not None and not self._counted
+        joined = msgspec.structs.replace(
+            joined,
+            index=delta.index if len(attempt.indexes) > 1 else attempt.indexes[0],
+            prompt_tokens=len(self._request.token_ids) if first_count else None,  # without those appended
+            cached_tokens=delta.cached_tokens if first_count else None,
+        )
+        self._counted |= first_count
+        self._choices[joined.index].record(joined)
+        self.out.push(joined)
+        if joined.finish_reason is not None and delta.finish_reason is None and attempt.stream is not None:
+            attempt.stream.cancel()  # its request has no stop strings
+            self._on_end(attempt, None)
 
-    def _ended(self, run: _Run, error: BaseException | None) -> None:
-        self._runs.discard(run)
+    def _on_end(self, attempt: _Attempt, error: BaseException | None) -> None:
+        self._attempts.discard(attempt)
         if error is not None:
-            left = [index for index in run.indexes if not self._choices[index].ended]
-            if left:
-                self._go_on(run, left, error)
-        if not self._runs:
+            unfinished = [index for index in attempt.indexes if self._choices[index].finish_reason is None]
+            if unfinished:
+                self._continue(attempt, unfinished, error)
+        if not self._attempts:
             self.out.end()
 
-    def _go_on(self, run: _Run, left: list[int], error: BaseException) -> None:
-        """Send what is left of a run to another worker, or end everything with the error."""
-        generated = sum(len(self._choices[index].tokens) for index in left)
-        if not self._worth_trying(run, generated, error):
-            self._fail(run, error)
+    def _continue(self, attempt: _Attempt, unfinished: list[int], error: BaseException) -> None:
+        """Send the unfinished choices of an attempt to other workers, or end the stream with the error."""
+        generated = sum(len(self._choices[index].tokens) for index in unfinished)
+        if not self._can_continue(attempt, generated, error):
+            self._fail(attempt, error)
             return
         assert isinstance(error, DynamoError)
-        if run.stream is not None and run.stream.source is not None:
-            self._lost.add(run.stream.source)
+        if attempt.stream is not None and attempt.stream.source is not None:
+            self._lost.add(attempt.stream.source)
         self._migrated(error.code or "other")
-        context = self._context.copy()  # a run that is lost at once is still in the one of its own task
-        context.run(log.info, "goes on elsewhere, after %d tokens: %s", generated, error.message)
-        whole = not generated and len(left) == len(run.indexes)
-        for indexes in [run.indexes] if whole else [[index] for index in left]:
-            again = _Run(self._rest(indexes, run.tries + 1), indexes, run.tries + 1, run.cause or error)
-            self._runs.add(again)
-            again.task = asyncio.get_running_loop().create_task(self._start(again), context=context.copy())
+        # a copy, since an attempt that is lost immediately is still running in its task's own context
+        context = self._context.copy()
+        context.run(log.info, "continuing on another worker after %d tokens: %s", generated, error.message)
+        number = attempt.number + 1
+        as_before = not generated and len(unfinished) == len(attempt.indexes)
+        for indexes in [attempt.indexes] if as_before else [[index] for index in unfinished]:
+            later = _Attempt(number, self._remaining(indexes, number), indexes, attempt.first_error or error)
+            self._attempts.add(later)
+            later.task = asyncio.get_running_loop().create_task(self._start(later), context=context.copy())
 
-    def _worth_trying(self, run: _Run, generated: int, error: BaseException) -> bool:
-        if run.tries >= self._limit or (generated and self._request.sampling.structured):
+    def _can_continue(self, attempt: _Attempt, generated: int, error: BaseException) -> bool:
+        if attempt.number >= self._limit or (generated and self._request.sampling.structured):
             return False
         if isinstance(error, (WorkerLostError, EngineDeadError)):
             return True
@@ -188,70 +216,44 @@ class _Migration:
         refused = isinstance(error, (UnavailableError, TransportError)) and not isinstance(error, NoInstancesError)
         return refused and generated > 0
 
-    def _rest(self, indexes: Sequence[int], tries: int) -> GenerateRequest:
-        """What is still to be generated of these choices: of all as they were, or of one."""
+    def _remaining(self, indexes: Sequence[int], number: int) -> GenerateRequest:
+        """Return the request for the rest of these choices: of all as at first, or of one with what it has got so far."""
         request = self._request
-        sampling, tokens = request.sampling, list[int]()
-        name = f"{request.request_id}-{tries}" if request.request_id else ""
+        sampling = request.sampling
+        tokens: list[int] = []
+        name = f"{request.request_id}-{number}" if request.request_id else ""
         if len(indexes) < sampling.n:
             (index,) = indexes
             name = name and f"{name}.{index}"
-            # as engines seed the choices of one request
+            # engines seed the choices of one request like this
             seed = None if sampling.seed is None else sampling.seed + index
             sampling = msgspec.structs.replace(sampling, n=1, seed=seed)
         if len(indexes) == 1 and (tokens := self._choices[indexes[0]].tokens):
-            limit = None if sampling.max_tokens is None else sampling.max_tokens - len(tokens)
-            least = max(sampling.min_tokens - len(tokens), 0)
-            sampling = msgspec.structs.replace(sampling, max_tokens=limit, min_tokens=least, stop=[])
+            max_tokens = None if sampling.max_tokens is None else sampling.max_tokens - len(tokens)
+            min_tokens = max(sampling.min_tokens - len(tokens), 0)
+            sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens, stop=[])
         return GenerateRequest(request.token_ids + tokens, sampling, name, final_only=request.final_only)
 
-    async def _start(self, run: _Run) -> None:
-        try:
-            if len(run.indexes) == 1:
-                run.seam = self._seam(run.indexes[0])
-            stream = await self._send(run.request, self._lost)
-        except Exception as error:
-            self._runs.discard(run)
-            self._fail(run, error)
-            return
-        if self.out.done:
-            stream.cancel()
-            return
-        run.stream = stream
-        alone = len(self._runs) == 1
-        self.out.on_consumed = stream.consumed if alone else None
-        stream.pipe(partial(self._take, run), partial(self._ended, run), counted=not alone)
-
-    def _seam(self, index: int) -> Continuation | None:
-        choice, sampling = self._choices[index], self._request.sampling
-        if not choice.tokens:
+    def _continuation(self, indexes: Sequence[int]) -> Continuation | None:
+        """Return what joins the rest of one choice to its text so far; None if there is no text so far."""
+        choice = self._choices[indexes[0]]
+        if len(indexes) > 1 or not choice.tokens:
             return None
+        sampling = self._request.sampling
         decode = partial(self._decode_as, sampling.skip_special_tokens)
         return Continuation(decode, self._request.token_ids, choice.tokens, "".join(choice.texts), sampling)
 
     def _decode_as(self, skip_special_tokens: bool, tokens: list[int]) -> str:
         return self._decode(tokens, skip_special_tokens)
 
-    def _take(self, run: _Run, delta: Delta) -> None:
-        """A delta of a later run becomes what the reader expects of the whole."""
-        joined = delta if run.seam is None else run.seam.join(delta)
-        new = delta.prompt_tokens is not None and not self._announced
-        joined = msgspec.structs.replace(
-            joined,
-            index=delta.index if len(run.indexes) > 1 else run.indexes[0],
-            prompt_tokens=len(self._request.token_ids) if new else None,
-            cached_tokens=delta.cached_tokens if new else None,
-        )
-        self._choices[joined.index].note(joined)
-        self._announced |= new
-        self.out.push(joined)
-        if joined.finish_reason is not None and delta.finish_reason is None and run.stream is not None:
-            run.stream.cancel()  # the worker does not know of the stop string
-            self._ended(run, None)
+    def _cancel(self) -> None:
+        for attempt in self._attempts:
+            attempt.cancel()
 
-    def _fail(self, run: _Run, error: BaseException) -> None:
-        if isinstance(error, (UnavailableError, TransportError)):  # that nobody took over says less
-            error = run.cause or error
+    def _fail(self, attempt: _Attempt, error: BaseException) -> None:
+        """End the stream with an error; if that only says that no other worker took over, with the first loss."""
+        if isinstance(error, (UnavailableError, TransportError)):
+            error = attempt.first_error or error
         self._cancel()
-        self._runs.clear()
+        self._attempts.clear()
         self.out.end(error)

@@ -1,4 +1,4 @@
-"""A request becomes token ids with limits checked: what the Processor does before it calls a worker."""
+"""Preprocessor: a request becomes token ids within the model's limits, before the Processor calls a worker."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from dynamo.llm.tokenizer import Tokenizer
 
 
 class Preprocessor:
-    """One model's. `context_length` counts prompt and output tokens together."""
+    """Preprocessor of one model. `context_length` counts prompt and output tokens together."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
-        self.tokenizer, self.context_length = tokenizer, context_length
+        self.tokenizer = tokenizer
+        self.context_length = context_length
 
     async def chat(self, request: ChatRequest) -> GenerateRequest:
-        """Raises RequestError for messages that the template refuses, ContextLengthError for too many tokens."""
+        """Tokenize messages.
+
+        Raises RequestError for messages that the template rejects, ContextLengthError for too many tokens.
+        """
         prompt = self.tokenizer.template.render(
             request.messages,
             tools=request.tools,
@@ -25,35 +29,39 @@ class Preprocessor:
         )
         # the template has written the special tokens already
         tokens = await self.tokenizer.encode(prompt, add_special_tokens=False)
-        return self._limited(tokens, request.sampling, request.stream, "messages")
+        return self._limit(tokens, request.sampling, request.stream, "messages")
 
     async def completion(self, request: CompletionRequest) -> GenerateRequest:
-        """Raises RequestError for an empty prompt or foreign token ids, ContextLengthError for too many tokens."""
-        prompt = request.prompt
-        tokens = await self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if tokens is prompt and tokens:
-            foreign = next((t for t in (min(tokens), max(tokens)) if not 0 <= t < self.tokenizer.vocabulary_size), None)
-            if foreign is not None:
-                raise RequestError(f"the model has no token {foreign}", param="prompt")
-        return self._limited(tokens, request.sampling, request.stream, "prompt")
+        """Tokenize a prompt, or check its token ids.
+
+        Raises RequestError for an empty prompt or unknown token ids, ContextLengthError for too many tokens.
+        """
+        if isinstance(request.prompt, str):
+            tokens = await self.tokenizer.encode(request.prompt)
+        else:
+            tokens = request.prompt
+            for token in (min(tokens), max(tokens)) if tokens else ():
+                if not 0 <= token < self.tokenizer.vocabulary_size:
+                    raise RequestError(f"the model has no token {token}", param="prompt")
+        return self._limit(tokens, request.sampling, request.stream, "prompt")
 
     def prompt_text(self, request: CompletionRequest) -> str:
-        """What `echo` puts in front of the completion."""
+        """Return the text that `echo` puts in front of the completion."""
         return request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(request.prompt)
 
-    def _limited(self, tokens: list[int], sampling: Sampling, stream: bool, param: str) -> GenerateRequest:
+    def _limit(self, tokens: list[int], sampling: Sampling, stream: bool, param: str) -> GenerateRequest:
         if not tokens:
             raise RequestError("the prompt is empty", param=param)
         room = self.context_length - len(tokens)
-        wanted = sampling.max_tokens
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = len(tokens) + (wanted or 0)
+        max_tokens = sampling.max_tokens
+        if room < 1 or (max_tokens is not None and max_tokens > room):
+            requested = len(tokens) + (max_tokens or 0)
             raise ContextLengthError(
-                f"This model's maximum context length is {self.context_length} tokens. However, you requested {asked} "
-                f"tokens ({len(tokens)} in the {param}, {wanted or 0} in the completion).",
+                f"This model's maximum context length is {self.context_length} tokens. However, you requested {requested} "
+                f"tokens ({len(tokens)} in the {param}, {max_tokens or 0} in the completion).",
                 hint="shorten the prompt or lower max_tokens",
                 param=param,
             )
-        if wanted is None:
+        if max_tokens is None:
             sampling.max_tokens = room
         return GenerateRequest(tokens, sampling, request_id.get(), final_only=not stream)

@@ -54,7 +54,7 @@ def create_app(
     app = FastAPI(title="dynamo", version=__version__, docs_url="/docs", redoc_url=None, redirect_slashes=False)
     shared = RouteContext(backend, max_body_bytes, timeout_s)
     if processes is not None:
-        processes.lend(shared.metrics.registry)
+        processes.share(shared.metrics.registry)
     add_info_routes(
         app, backend, shared.metrics, processes=processes, targets=targets, unavailable_reason=unavailable_reason
     )

@@ -18,8 +18,8 @@ import msgspec
 from dynamo import codec, context
 from dynamo.errors import ConfigError, DynamoError, NoInstancesError, RequestError, TransportError, UnavailableError
 from dynamo.rpc import frames
-from dynamo.rpc.client_connection import ClientConnection, Incoming
-from dynamo.rpc.connection_pool import ConnectionPool, Peer
+from dynamo.rpc.client_connection import ClientConnection, ClientStream
+from dynamo.rpc.connection_pool import ConnectionPool, PooledConnection
 from dynamo.rpc.load_balancer import lighter_of_two, lightest
 from dynamo.rpc.messages import Instance, InstanceId, Request
 from dynamo.rpc.remote_errors import Failure, unpack
@@ -64,33 +64,33 @@ class Client:
     """
 
     def __init__(
-        self, address: tuple[str, str, str], nats: Nats, peers: ConnectionPool, over_nats: bool = False
+        self, address: tuple[str, str, str], nats: Nats, connections: ConnectionPool, over_nats: bool = False
     ) -> None:
         self.address = address
         self.name = "/".join(address)
         self._nats = nats
-        self._peers = peers
+        self._connections = connections
         self._over_nats = over_nats
-        self._instances: dict[InstanceId, tuple[Instance, Peer]] = {}
-        self._ready: list[tuple[Instance, Peer]] = []
+        self._instances: dict[InstanceId, tuple[Instance, PooledConnection]] = {}
+        self._ready: list[tuple[Instance, PooledConnection]] = []
         self._next = random.randrange(1 << 16)
         self._changed = asyncio.Event()
         self._opening: dict[asyncio.Task[None], Channel[Any]] = {}
         """calls that no instance has accepted yet"""
         self._closed = False
-        peers.on_change(self._update)
+        connections.on_change(self._update)
 
     def join(self, instance: Instance) -> None:
         """Add an instance that discovery found; a second time for one that registered again."""
         known = self._instances.get(instance.id)
-        peer = known[1] if known is not None else self._peers.join(instance)
-        self._instances[instance.id] = (instance, peer)
+        pooled = known[1] if known is not None else self._connections.acquire(instance)
+        self._instances[instance.id] = (instance, pooled)
         self._update()
 
     def leave(self, instance_id: InstanceId) -> None:
         """Remove an instance that deregistered or whose lease expired; its running streams continue."""
         if self._instances.pop(instance_id, None) is not None:
-            self._peers.leave(instance_id)
+            self._connections.release(instance_id)
             self._update()
 
     def _update(self) -> None:
@@ -103,7 +103,7 @@ class Client:
 
     def in_flight(self) -> dict[int, int]:
         """Return this process's running calls, of all endpoints, by the id of each instance that can be called now."""
-        return {instance.instance_id: peer.in_flight for instance, peer in self._ready}
+        return {instance.instance_id: pooled.in_flight for instance, pooled in self._ready}
 
     async def wait_for_instances(self, count: int = 1, timeout_s: float | None = None) -> list[int]:
         """Wait until `count` instances can be called. Raises NoInstancesError after `timeout_s`."""
@@ -167,12 +167,12 @@ class Client:
             for attempt in itertools.count(1):
                 left_s = context.time_left_s()
                 try:
-                    instance, peer = await self._pick(choice, refused, give_up, left_s)
+                    instance, pooled = await self._pick(choice, refused, give_up, left_s)
                     if self._over_nats:
                         await self._nats.wait_connected(min(give_up - time.monotonic(), left_s or PATIENCE_S))
                 except (NoInstancesError, TransportError) as error:
                     raise failure or error from None
-                connection = peer.connection
+                connection = pooled.connection
                 if connection is None:
                     continue  # lost since
                 try:
@@ -200,12 +200,12 @@ class Client:
 
         Raises the error it refused with, TransportError or WorkerLostError.
         """
-        incoming = connection.receive(decode, channel, left_s)
+        stream = connection.open_stream(decode, channel, left_s)
         channel.source = instance.id
         envelope = Request(
             id=context.request_id.get() or uuid.uuid4().hex,
             connection=connection.id,
-            sid=incoming.sid,
+            sid=stream.sid,
             timeout_s=left_s,
             body=msgspec.Raw(body),
         )
@@ -214,41 +214,41 @@ class Client:
             timeout_s = min(timeout_s, left_s)
         try:
             if self._over_nats:
-                await self._send_over_nats(instance, connection, incoming, envelope, timeout_s)
+                await self._send_over_nats(instance, connection, stream, envelope, timeout_s)
             else:
-                await connection.request(incoming, instance.subject, envelope, timeout_s)
+                await connection.request(stream, instance.subject, envelope, timeout_s)
         except DynamoError:
-            if not incoming.accepted:  # with items here, only the acceptance was lost: a retry would repeat them
-                connection.forget(incoming)
+            if not stream.accepted:  # with items here, only the acceptance was lost: a retry would repeat them
+                connection.cancel_stream(stream)
                 raise
         except BaseException as error:
-            connection.forget(incoming)
+            connection.cancel_stream(stream)
             if isinstance(error, ValueError):
                 raise RequestError(f"{self.name}: {error}", hint="a request may have 256 MiB") from None
             raise
-        incoming.accepted = True
-        channel.on_cancel = partial(connection.forget, incoming)
+        stream.accepted = True
+        channel.on_cancel = partial(connection.cancel_stream, stream)
 
     async def _send_over_nats(
         self,
         instance: Instance,
         connection: ClientConnection,
-        incoming: Incoming,
+        stream: ClientStream,
         envelope: Request,
         timeout_s: float,
     ) -> None:
         payload = codec.encode(envelope)
         if len(payload) > self._nats.max_payload_bytes:
-            connection.control(frames.BODY, (incoming.sid, bytes(envelope.body)))
+            connection.control(frames.BODY, (stream.sid, bytes(envelope.body)))
             envelope.body, envelope.body_ahead = _NIL, True
             payload = codec.encode(envelope)
-        answer = await self._nats.request(instance.subject, payload, timeout_s, incoming.reply)
+        answer = await self._nats.request(instance.subject, payload, timeout_s, stream.reply)
         if answer:
             raise unpack(_decode_failure(answer))
 
     async def _pick(
         self, choice: str | int, refused: set[InstanceId], give_up: float, left_s: float | None
-    ) -> tuple[Instance, Peer]:
+    ) -> tuple[Instance, PooledConnection]:
         """Pick an instance, waiting until `give_up` for one; instances that refused are tried again after a pause.
 
         Raises NoInstancesError.

@@ -1,11 +1,11 @@
-"""The stream plane: one persistent connection per pair of processes carries the calls between them, and their items.
+"""RPC connections: one persistent connection per pair of processes carries the calls between them, and their items.
 
-The caller connects to the callee's listener (a unix socket on one host, TCP between hosts), shows with HELLO the key that
-discovery told it, and numbers its requests, each of which opens a stream. Items wait in an outbox until the event loop
+The client connects to the server's listener (a unix socket on the same host, TCP between hosts), sends HELLO with the key
+that discovery published, and numbers its requests, each of which opens a stream. Items are collected until the event loop
 has run what is ready, then leave as one frame: an engine step that produces a token for 64 streams costs one encode, one
 write and one wake-up on the other side. Measured: a frame a step is 5 to 10 times cheaper than a message a token.
 
-Here is what both ends share; the callee's end is in `listener`, the caller's in `caller`.
+This file has what both ends share; see `server_connection` and `client_connection`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from dynamo.transport.network import keep_alive
 
 log = logging.getLogger(__name__)
 
+MAX_UNREAD_BYTES = frames.MAX_FRAME_BYTES
+"""A peer that is this far behind is not reading."""
+
 
 class Connection(asyncio.Protocol):
-    """One end: frames in, frames out."""
+    """One end of a connection: reads and writes frames. `reads` counts the reads, to see that data arrives."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
@@ -43,37 +46,39 @@ class Connection(asyncio.Protocol):
         try:
             self._reader.feed(data)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-            # a peer of another version, or a stray client: nothing that follows can be trusted
-            log.warning("dropped a stream connection: %s", error)
+            # another version or a stray client: nothing that follows can be trusted
+            log.warning("dropped an RPC connection: %s", error)
             self.abort()
         except Exception:
-            log.exception("dropped a stream connection")
+            log.exception("dropped an RPC connection")
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        self._lost()
+        self._on_lost()
 
     @property
     def alive(self) -> bool:
+        """True while the connection is open and not closing."""
         return self.transport is not None and not self.transport.is_closing()
 
     def control(self, kind: int, body: Any) -> None:
-        """Send a frame now. On a lost connection nothing happens."""
+        """Send a frame now. No-op if the connection is closed."""
         if self.transport is not None:
             self.transport.write(frames.pack(kind, codec.encode(body)))
 
     def close(self) -> None:
-        """Send what is written, then close."""
+        """Close once everything written has been sent."""
         if self.transport is not None:
             self.transport.close()
 
     def abort(self) -> None:
+        """Close now; what was not sent is lost."""
         if self.transport is not None:
             self.transport.abort()
 
     def _dispatch(self, kind: int, body: bytes | bytearray) -> None:
         raise NotImplementedError
 
-    def _lost(self) -> None:
+    def _on_lost(self) -> None:
         raise NotImplementedError

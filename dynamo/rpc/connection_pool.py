@@ -1,4 +1,4 @@
-"""Connections of this process to the processes that it calls: one each, opened when they join, kept until they leave."""
+"""Connections of this process to the processes that it calls: opened when they join, kept until they leave."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from dynamo.errors import ConfigError, TransportError
 from dynamo.rpc import heartbeat
 from dynamo.rpc.client_connection import ClientConnection, connect
 from dynamo.rpc.messages import Instance, InstanceId
+from dynamo.tasks import TaskSet
 from dynamo.transport.network import ADVERTISED, STREAM_PORTS, host_id, is_loopback, same_network
 
 log = logging.getLogger(__name__)
 
-RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+RECONNECT_PAUSES_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SILENCE_S = 5.0
 SILENCE_VARIABLE = "DYN_PEER_SILENCE_S"
-UNREACHED_S = 5.0
-"""How long a process on another host may be out of reach before that is told: its host may just have ended."""
-TELL_AGAIN_S = 600.0
+UNREACHABLE_S = 5.0
+"""How long a process on another host may be unreachable before that is logged: its host may have just been stopped."""
+LOG_INTERVAL_S = 600.0
 
 
 def silence_s() -> float:
-    """How long a process may show no sign of life before what it answers is taken for lost; 0: for ever."""
+    """Return how long a process may send no heartbeat before its running responses are given up; 0: unlimited.
+
+    Raises ConfigError for a value of `DYN_PEER_SILENCE_S` that is not a number of seconds.
+    """
     given = os.environ.get(SILENCE_VARIABLE, "")
     try:
         value = float(given or SILENCE_S)
@@ -38,74 +42,85 @@ def silence_s() -> float:
 
 
 class UnreachableHosts:
-    """Tells of hosts that cannot be reached: in one line for all processes of a host, and rarely again."""
+    """Logs unreachable hosts: once for all processes of a host, and again after LOG_INTERVAL_S."""
 
     def __init__(self) -> None:
-        self._told: dict[str, float] = {}
+        self._logged_at: dict[str, float] = {}
 
-    def tell(self, instance: Instance, fact: str, hint: str) -> None:
-        now, host = time.monotonic(), instance.host
-        if now - self._told.get(host, -TELL_AGAIN_S) >= TELL_AGAIN_S:
-            self._told[host] = now
+    def log_unreachable(self, instance: Instance, reason: str, hint: str) -> None:
+        """Log that the instance's host cannot be reached, unless that was logged within LOG_INTERVAL_S."""
+        now = time.monotonic()
+        if now - self._logged_at.get(instance.host, -LOG_INTERVAL_S) >= LOG_INTERVAL_S:
+            self._logged_at[instance.host] = now
             name = f"{instance.namespace}/{instance.component}"
-            log.warning("%s %x, on another host, cannot be reached: %s; %s", name, instance.id, fact, hint)
+            log.warning("%s %x, on another host, cannot be reached: %s; %s", name, instance.id, reason, hint)
 
-    def reached(self, instance: Instance) -> None:
-        if self._told.pop(instance.host, None) is not None:
-            log.info("%s/%s %x is reached now", instance.namespace, instance.component, instance.id)
+    def log_reached(self, instance: Instance) -> None:
+        """Log that the instance is connected, if its host was logged as unreachable."""
+        if self._logged_at.pop(instance.host, None) is not None:
+            log.info("connected to %s/%s %x", instance.namespace, instance.component, instance.id)
 
 
-class Peer:
-    """One process that may be called. `available` while connected and not stopping."""
+class PooledConnection:
+    """The connection to one process, reopened whenever it is lost. `available` while connected and not stopping."""
 
     def __init__(
-        self, instance: Instance, on_change: Callable[[], None], silence_s: float, unreached: UnreachableHosts
+        self,
+        instance: Instance,
+        on_change: Callable[[], None],
+        silence_s: float,
+        unreachable: UnreachableHosts,
+        tasks: TaskSet,
     ) -> None:
         self.id = instance.id
         self.instance = instance
         self.connection: ClientConnection | None = None
         self.stopping = False
-        self._on_change, self._silence_s, self._unreached = on_change, silence_s, unreached
-        self._elsewhere = bool(instance.host) and not same_network(instance.host)
-        self._missed_since: float | None = None
-        self._watch: heartbeat.Watch | None = None
+        """the process has asked for no new requests"""
+        self._on_change = on_change
+        self._silence_s = silence_s
+        self._unreachable = unreachable
+        self._on_other_host = bool(instance.host) and not same_network(instance.host)
+        self._unreachable_since: float | None = None
+        self._monitor: heartbeat.HeartbeatMonitor | None = None
         self._lost = asyncio.Event()
-        self.task = asyncio.get_running_loop().create_task(self._keep(), name=f"peer {instance.id:x}")
+        self._task = tasks.spawn(self._keep_connected(), name=f"{instance.id:x}")
 
     @property
     def available(self) -> bool:
+        """True if a call can be sent now."""
         return self.connection is not None and self.connection.alive and not self.stopping
 
     @property
     def in_flight(self) -> int:
         """Calls of this process that run there: sent, and neither ended, cancelled nor refused."""
-        return 0 if self.connection is None else len(self.connection.incoming)
+        return 0 if self.connection is None else len(self.connection.streams)
 
-    async def _keep(self) -> None:
-        """Connect, and again whenever the connection is lost, as long as the instance is registered."""
-        if self._elsewhere and is_loopback(self.instance.streams.get("tcp", "").rpartition(":")[0]):
-            self._unreached.tell(
+    async def _keep_connected(self) -> None:
+        """Connect, and again whenever the connection is lost, until cancelled."""
+        if self._on_other_host and is_loopback(self.instance.streams.get("tcp", "").rpartition(":")[0]):
+            self._unreachable.log_unreachable(
                 self.instance,
-                f"it says {self.instance.streams['tcp']}, which is its own loopback",
+                f"it advertises {self.instance.streams['tcp']}, its own loopback",
                 f"there, set NATS_SERVER to nats://<an address of the NATS host>:4222, not localhost, or {ADVERTISED}",
             )
-            return  # another process of this host may listen there
+            return  # connecting might reach another process, of this host
         failures = 0
         while True:
             self._lost.clear()
             started = time.monotonic()
             try:
-                self._watch = await self._watch_it()
+                self._monitor = await self._start_monitor()
                 self.connection = await self._connect()
                 self._on_change()
                 await self._lost.wait()
-                if time.monotonic() - started > RETRY_S[-1]:
+                if time.monotonic() - started > RECONNECT_PAUSES_S[-1]:
                     failures = 0
             except TransportError as error:
                 log.debug("%s/%s %x: %s", self.instance.component, self.instance.endpoint, self.id, error)
             self.connection = None
-            self._unwatch()
-            await asyncio.sleep(RETRY_S[min(failures, len(RETRY_S) - 1)])
+            self._stop_monitor()
+            await asyncio.sleep(RECONNECT_PAUSES_S[min(failures, len(RECONNECT_PAUSES_S) - 1)])
             failures += 1
 
     async def _connect(self) -> ClientConnection:
@@ -120,44 +135,46 @@ class Peer:
             )
         except TransportError as error:
             now = time.monotonic()
-            self._missed_since = self._missed_since or now
-            if self._elsewhere and now - self._missed_since >= UNREACHED_S:
+            self._unreachable_since = self._unreachable_since or now
+            if self._on_other_host and now - self._unreachable_since >= UNREACHABLE_S:
                 ports = f"{STREAM_PORTS[0]}-{STREAM_PORTS[-1]}"
-                self._unreached.tell(
-                    self.instance, error.message.rpartition(": ")[2], f"open its TCP ports {ports} to this host"
-                )
+                reason = error.message.rpartition(": ")[2]
+                self._unreachable.log_unreachable(self.instance, reason, f"open its TCP ports {ports} to this host")
             raise
-        self._missed_since = None
-        self._unreached.reached(self.instance)
+        self._unreachable_since = None
+        self._unreachable.log_reached(self.instance)
         return connection
 
-    async def _watch_it(self) -> heartbeat.Watch | None:
-        """Before the connection, which the kernel accepts for a stopped process too. Raises TransportError."""
+    async def _start_monitor(self) -> heartbeat.HeartbeatMonitor | None:
+        """Monitor the process's heartbeat, before connecting: the kernel accepts connections of a stopped process too.
+
+        None if that is switched off or not possible. Raises TransportError for a stopped process.
+        """
         address = self.instance.streams.get("pulse")
         if address is None or not self._silence_s:
             return None
-        return await heartbeat.watch(address, self._silence_s, self._on_silent)
+        return await heartbeat.monitor(address, self._silence_s, self._on_silent)
 
-    def _unwatch(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.close()
+    def _stop_monitor(self) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
 
     def _on_silent(self) -> None:
         if self.connection is None:
             return
         if self.connection.alive:
             log.warning(
-                "%s %x shows no sign of life for %g s: what it was answering is lost",
+                "no heartbeat from %s %x for %g s: its in-flight responses are lost",
                 self.instance.component, self.id, self._silence_s,
             )  # fmt: skip
-        self.connection.abort()  # a closing one too, which waits for what was written to be taken
+        self.connection.abort()  # a closing one too, which waits until the process has read what was written
 
     def _on_lost(self, connection: ClientConnection) -> None:
-        self._lost.set()  # if it is lost before `connect` returned it, `_keep` sees that then
+        self._lost.set()  # if lost before `connect` returned it, `_keep_connected` sees that when it waits
         if self.connection is connection:
             self.connection = None
-            self._unwatch()
+            self._stop_monitor()
             self._on_change()
 
     def _on_bye(self) -> None:
@@ -165,55 +182,61 @@ class Peer:
         self._on_change()
 
     def retire(self) -> None:
-        """Open no more connections; streams that still run on the present one finish, then it closes."""
-        self.task.cancel()
+        """Reconnect no more, and close once the running streams have ended."""
+        self._task.cancel()
         if self.connection is not None:
             self.connection.retire()
         else:
-            self._unwatch()
+            self._stop_monitor()
 
     async def close(self) -> None:
-        """Close the connection; what runs on it ends with WorkerLostError."""
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
-        self._unwatch()
+        """Close the connection. Running streams end with WorkerLostError."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._stop_monitor()
         if self.connection is not None:
             self.connection.abort()
 
 
 class ConnectionPool:
-    """All peers, shared by the clients of a process: several endpoints of one process share its connection."""
+    """All connections of a process, shared by its clients: the endpoints of one process are called over one connection."""
 
     def __init__(self) -> None:
-        self._peers: dict[InstanceId, tuple[Peer, int]] = {}
-        self._retired: weakref.WeakSet[Peer] = weakref.WeakSet()
+        self._connections: dict[InstanceId, tuple[PooledConnection, int]] = {}
+        """with the number of clients that use each"""
+        self._retired: weakref.WeakSet[PooledConnection] = weakref.WeakSet()
         self._listeners: list[Callable[[], None]] = []
         self._silence_s = silence_s()
-        self._unreached = UnreachableHosts()
+        self._unreachable = UnreachableHosts()
+        self._tasks = TaskSet("connection")
 
     def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` whenever a connection becomes available or unavailable."""
         self._listeners.append(listener)
 
-    def _changed(self) -> None:
+    def _notify_change(self) -> None:
         for listener in self._listeners:
             listener()
 
-    def join(self, instance: Instance) -> Peer:
-        peer, users = self._peers.get(instance.id, (None, 0))
-        if peer is None:
-            peer = Peer(instance, self._changed, self._silence_s, self._unreached)
-        self._peers[instance.id] = (peer, users + 1)
-        return peer
+    def acquire(self, instance: Instance) -> PooledConnection:
+        """Return the connection to the instance's process, opened at the first call. `release` it."""
+        pooled, users = self._connections.get(instance.id, (None, 0))
+        if pooled is None:
+            pooled = PooledConnection(instance, self._notify_change, self._silence_s, self._unreachable, self._tasks)
+        self._connections[instance.id] = (pooled, users + 1)
+        return pooled
 
-    def leave(self, instance_id: InstanceId) -> None:
-        peer, users = self._peers.pop(instance_id)
+    def release(self, instance_id: InstanceId) -> None:
+        """Give a connection back. When its last user does, it closes once its running streams have ended."""
+        pooled, users = self._connections.pop(instance_id)
         if users > 1:
-            self._peers[instance_id] = (peer, users - 1)
+            self._connections[instance_id] = (pooled, users - 1)
         else:
-            peer.retire()
-            self._retired.add(peer)  # its connection refers to it while it lives
+            pooled.retire()
+            self._retired.add(pooled)  # its ClientConnection keeps it alive while that is open
 
     async def close(self) -> None:
-        peers = [*(peer for peer, _ in self._peers.values()), *self._retired]
-        self._peers.clear()
-        await asyncio.gather(*(peer.close() for peer in peers))
+        """Close all connections."""
+        connections = [*(pooled for pooled, _ in self._connections.values()), *self._retired]
+        self._connections.clear()
+        await asyncio.gather(*(pooled.close() for pooled in connections))

@@ -1,4 +1,4 @@
-"""Which instances of an endpoint live: etcd's view, kept through its outages."""
+"""Discovery: the live instances of an endpoint as etcd has them, kept while etcd is unavailable."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dynamo.transport.etcd import Delete, Etcd, Event, Put, Snapshot
 log = logging.getLogger(__name__)
 
 RESET_GRACE_S = 8.0
-"""How long instances stay that are missing from an etcd which came back empty: their owners register again meanwhile."""
+"""How long instances are kept that are missing from an etcd which came back empty: they register again meanwhile."""
 
-RETRY_S = 0.5
+WATCH_RETRY_PAUSE_S = 0.5
 
 _decode = msgspec.json.Decoder(Instance).decode
 
 
 async def watch(etcd: Etcd, prefix: str) -> AsyncGenerator[Event, None]:
-    """`Etcd.watch_prefix` that also outlives an etcd which is away at the start, or refuses for a time."""
+    """Watch a prefix like `Etcd.watch_prefix`, and retry while etcd is unavailable at the start or refuses."""
     while True:
         try:
             async with aclosing(etcd.watch_prefix(prefix)) as events:
@@ -32,12 +32,15 @@ async def watch(etcd: Etcd, prefix: str) -> AsyncGenerator[Event, None]:
                     yield event
             return  # the client was closed
         except TransportError as error:
-            log.warning("cannot follow %s in etcd, trying again: %s", prefix, error)
-            await asyncio.sleep(RETRY_S)
+            log.warning("cannot watch %s in etcd, retrying: %s", prefix, error)
+            await asyncio.sleep(WATCH_RETRY_PAUSE_S)
 
 
 class Discovery:
-    """The live instances of one endpoint. `on_join(instance)` and `on_leave(id)` run on the event loop."""
+    """Follows the instances of one endpoint; calls `on_join(instance)` and `on_leave(id)` on the event loop.
+
+    `on_join` is called again for an instance that registers again.
+    """
 
     def __init__(
         self,
@@ -46,10 +49,12 @@ class Discovery:
         on_join: Callable[[Instance], None],
         on_leave: Callable[[InstanceId], None],
     ) -> None:
-        self._etcd, self._prefix = etcd, instances_prefix(*address)
-        self._on_join, self._on_leave = on_join, on_leave
-        self._known: dict[str, InstanceId] = {}
-        self._missing: dict[str, asyncio.TimerHandle] = {}
+        self._etcd = etcd
+        self._prefix = instances_prefix(*address)
+        self._on_join = on_join
+        self._on_leave = on_leave
+        self._instance_of: dict[str, InstanceId] = {}  # by etcd key
+        self._missing: dict[str, asyncio.TimerHandle] = {}  # by etcd key: runs out after RESET_GRACE_S
 
     async def run(self) -> None:
         """Follow etcd until cancelled, or until its client closes."""
@@ -67,28 +72,29 @@ class Discovery:
                 timer.cancel()
 
     def _join(self, key: str, value: bytes) -> None:
-        timer = self._missing.pop(key, None)
-        if timer is not None:
-            timer.cancel()
+        self._stop_missing(key)
         try:
             instance = _decode(value)
         except msgspec.MsgspecError as error:
             log.warning("etcd key %s is not an instance: %s", key, error)
             return
-        self._known[key] = instance.id
+        self._instance_of[key] = instance.id
         self._on_join(instance)
 
     def _leave(self, key: str) -> None:
+        self._stop_missing(key)
+        instance_id = self._instance_of.pop(key, None)
+        if instance_id is not None:
+            self._on_leave(instance_id)
+
+    def _stop_missing(self, key: str) -> None:
         timer = self._missing.pop(key, None)
         if timer is not None:
             timer.cancel()
-        found = self._known.pop(key, None)
-        if found is not None:
-            self._on_leave(found)
 
     def _reset(self, snapshot: Snapshot) -> None:
         loop = asyncio.get_running_loop()
-        for key in self._known.keys() - snapshot.items.keys() - self._missing.keys():
+        for key in self._instance_of.keys() - snapshot.items.keys() - self._missing.keys():
             self._missing[key] = loop.call_later(RESET_GRACE_S, self._leave, key)
         for key, value in snapshot.items.items():
             self._join(key, value)

@@ -1,16 +1,16 @@
-"""Frames of the stream plane: 4 bytes length (big-endian, of what follows), 1 byte kind, msgpack body.
+"""Frames of an RPC connection: 4 bytes length (big-endian, of what follows), 1 byte kind, msgpack body.
 
-HELLO   [str, str]               first, and once: an id for this connection, and the callee's key, which discovery tells
+HELLO   [str, str]               first frame: an id for this connection, and the server's key, from discovery
 REQUEST [subject, Request]       a request that does not go over NATS
 ACCEPT  [sid ...]                these requests were accepted: the method runs
-REFUSE  [sid, Failure]           this one was not, and may be tried elsewhere
-DATA    [[sid ...], [item ...]]  the items of one engine step for all streams of this peer, in columns
+REFUSE  [sid, Failure]           this one was not, and may be sent to another instance
+DATA    [[sid ...], [item ...]]  the items of one engine step for all streams of this client, in columns
 END     [sid ...]                these streams are complete
-ERROR   [sid, Failure]           this stream failed; its earlier items count
-CANCEL  sid                      the caller no longer wants this stream
-CREDIT  [sid, n]                 the caller has read n more items
+ERROR   [sid, Failure]           this stream failed, after the items sent before
+CANCEL  sid                      the client no longer wants this stream
+CREDIT  [sid, n]                 the client has read n more items
 BODY    [sid, bytes]             a request body that is too large for NATS, sent ahead of its request
-BYE     nil                      the peer is stopping: send it no new requests; running streams finish
+BYE     nil                      the server is stopping: send it no new requests; running streams finish
 """
 
 from __future__ import annotations
@@ -27,25 +27,27 @@ HEAD_BYTES = _HEAD.size
 
 
 def pack(kind: int, body: bytes) -> bytes:
-    """Raises ValueError for a body that no receiver would take."""
+    """Return a frame. Raises ValueError for a body that is too large for one."""
     if len(body) >= MAX_FRAME_BYTES:
         raise ValueError(f"{len(body)} bytes are too many for one message")
     return _HEAD.pack(len(body) + 1, kind) + body
 
 
 class FrameReader:
-    """Cuts received bytes into frames: `on_frame(kind, body)` for each complete one, in order.
-
-    `feed` raises ValueError for a length above `limit_bytes` or of zero: the peer does not speak this protocol.
-    """
+    """Cuts received bytes into frames and calls `on_frame(kind, body)` for each complete one, in order."""
 
     __slots__ = ("_on_frame", "_rest", "limit_bytes")
 
     def __init__(self, on_frame: Callable[[int, bytes | bytearray], None], limit_bytes: int = MAX_FRAME_BYTES) -> None:
         self._rest = bytearray()
-        self._on_frame, self.limit_bytes = on_frame, limit_bytes
+        self._on_frame = on_frame
+        self.limit_bytes = limit_bytes
 
     def feed(self, data: bytes | bytearray) -> None:
+        """Add received bytes.
+
+        Raises ValueError for a length of zero or above `limit_bytes`: the other end does not speak this protocol.
+        """
         if self._rest:
             self._rest += data
             data = self._rest

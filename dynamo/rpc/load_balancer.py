@@ -1,4 +1,4 @@
-"""Which of several instances takes a call, where that depends on the calls that run there."""
+"""Load balancing: choose the instance for a call by the number of calls that run on each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Protocol, TypeAlias
 
 
 class Loaded(Protocol):
+    """Something with a number of running calls."""
+
     @property
     def in_flight(self) -> int: ...
 
@@ -16,26 +18,30 @@ Ready: TypeAlias = Sequence[tuple[object, Loaded]]
 
 
 def lighter_of_two(ready: Ready) -> int:
-    """Position of the lighter of two random ones; of two that are alike, of either.
+    """Return the position of the less loaded of two random instances; either of them if they are equal.
 
-    Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing": nearly as even as asking all, and callers
-    that do not know of each other do not all run to the same one.
+    Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing": nearly as even as comparing all, and clients
+    that do not know of each other do not all choose the same one.
     """
     count = len(ready)
     if count == 1:
         return 0
-    first, second = int(random.random() * count), int(random.random() * (count - 1))
-    second += second >= first
+    first = int(random.random() * count)
+    second = int(random.random() * (count - 1))
+    if second >= first:  # two different ones, each pair as likely
+        second += 1
     return second if ready[second][1].in_flight < ready[first][1].in_flight else first
 
 
 def lightest(ready: Ready, start: int) -> int:
-    """Position of the lightest; of those that are alike, of the first from `start` on, then from the beginning."""
-    best, least = start, ready[start][1].in_flight
+    """Return the position of the least loaded instance; of equal ones, the first at or after `start`, wrapping around."""
+    best = start
+    least = ready[start][1].in_flight
     for position in (*range(start + 1, len(ready)), *range(start)):
         if not least:
             break
         load = ready[position][1].in_flight
         if load < least:
-            best, least = position, load
+            best = position
+            least = load
     return best

@@ -1,4 +1,4 @@
-"""Messages between processes, other than those of the LLM layer (`dynamo.llm.protocol`)."""
+"""The messages of RPC and discovery, and the keys and subjects under which instances are found."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from typing import NewType
 
 import msgspec
 
-InstanceId = NewType("InstanceId", int)  # the etcd lease of the process: unique in the deployment while it lives
+InstanceId = NewType("InstanceId", int)
+"""The etcd lease of a process: unique in the deployment while the process lives."""
 
 
 class Request(msgspec.Struct, array_like=True):
-    """What goes to an instance: over its stream connection, with its subject, or over NATS, to its subject."""
+    """A call to an instance, sent over its RPC connection with the instance's subject, or over NATS to that subject."""
 
     id: str
     connection: str
-    """id of the caller's stream connection: a request that outlives it must not answer on the next one"""
+    """id of the client's RPC connection: a request that outlives it must not be answered on the next one"""
     sid: int
-    """the caller's number for this stream, unique per connection"""
+    """the client's number for this stream, unique per connection"""
     timeout_s: float | None
     """time left until the request's deadline"""
     body: msgspec.Raw
@@ -32,12 +33,11 @@ class Instance(msgspec.Struct):
     endpoint: str
     instance_id: int
     transport: dict[str, str]
-    """`nats_tcp`: the NATS subject of requests; `stream`: the key that opens a stream connection to this process"""
+    """`nats_tcp`: the NATS subject of requests; `stream`: the key that opens an RPC connection to this process"""
     streams: dict[str, str] = {}
-    """addresses of the stream plane: `unix` path, `tcp` host:port; and `pulse` host:port, where the process shows that it
-    runs"""
+    """`unix`: path and `tcp`: host:port of the RPC listener; `pulse`: host:port of the heartbeat"""
     host: str = ""
-    """identity of the host, to know whether the unix socket can be reached"""
+    """`host_id()` there: the unix socket is reachable if it is the same as here"""
 
     @property
     def id(self) -> InstanceId:
@@ -53,9 +53,10 @@ class Instance(msgspec.Struct):
 
 
 def instances_prefix(namespace: str, component: str, endpoint: str) -> str:
-    """Ends in a colon, so that `generate` does not match `generate2`."""
+    """Return the etcd prefix of an endpoint's instances; its colon keeps `generate` from matching `generate2`."""
     return f"instances/{namespace}/{component}/{endpoint}:"
 
 
 def subject(namespace: str, component: str, endpoint: str, lease_id: int) -> str:
+    """Return the NATS subject of one instance's requests."""
     return f"{namespace}_{component.lower()}.{endpoint}-{lease_id:x}"

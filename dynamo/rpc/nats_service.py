@@ -1,7 +1,7 @@
-"""NATS' micro-service protocol, so that `nats micro ls` and dashboards see the endpoints of this process.
+"""NATS' micro-service protocol, which shows the endpoints of this process to `nats micro ls` and dashboards.
 
-A component is a service `<namespace>_<component>`; `$SRV.PING`, `.INFO` and `.STATS`, alone or followed by `.<name>` or
-`.<name>.<id>`, are answered by every process that serves it. (NATS ADR-32.)
+A component is a service `<namespace>_<component>`; every process that serves it answers `$SRV.PING`, `.INFO` and
+`.STATS`, alone or followed by `.<name>` or `.<name>.<id>`. (NATS ADR-32.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from dynamo.rpc.server import QUEUE_GROUP, Endpoint, Server
+from dynamo.rpc.served_endpoint import ServedEndpoint
+from dynamo.rpc.server import QUEUE_GROUP, RpcServer
 from dynamo.transport.nats import Nats
 
 log = logging.getLogger(__name__)
@@ -24,11 +25,12 @@ VERBS = ("PING", "INFO", "STATS")
 
 
 def service_name(namespace: str, component: str) -> str:
+    """Return the name of a component as a NATS service."""
     return f"{namespace}_{component}".lower()
 
 
-async def announce(nats: Nats, server: Server, instance_id: int) -> None:
-    """Answer for all endpoints that `server` has, now and later."""
+async def serve_service_info(nats: Nats, server: RpcServer, instance_id: int) -> None:
+    """Answer `$SRV` requests for the endpoints of `server`, those added later included."""
     identity = f"{instance_id:x}"
     started = datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
     for verb in VERBS:
@@ -38,7 +40,7 @@ async def announce(nats: Nats, server: Server, instance_id: int) -> None:
 
 
 async def _answer(
-    server: Server,
+    server: RpcServer,
     identity: str,
     started: str,
     verb: str,
@@ -47,7 +49,7 @@ async def _answer(
     respond: Callable[[bytes], Awaitable[None]],
 ) -> None:
     wanted = subject.split(".")[2:3]
-    services: dict[str, list[Endpoint]] = {}
+    services: dict[str, list[ServedEndpoint]] = {}
     for endpoint in server.endpoints.values():
         services.setdefault(service_name(*endpoint.address[:2]), []).append(endpoint)
     for name, endpoints in services.items():
@@ -68,8 +70,8 @@ async def _answer(
         await respond(msgspec.json.encode(body))
 
 
-def _info(endpoint: Endpoint, name: str, identity: str) -> dict[str, Any]:
-    """The endpoint's name is ai-dynamo's `<service>-<endpoint>-<lease>`, in the letters that NATS allows."""
+def _info(endpoint: ServedEndpoint, name: str, identity: str) -> dict[str, Any]:
+    """Describe an endpoint, named as in ai-dynamo `<service>-<endpoint>-<lease>`, in characters that NATS allows."""
     plain = endpoint.address[2].replace("/", "_")
     return {
         "name": f"{name}-{plain}-{identity}",
@@ -79,8 +81,8 @@ def _info(endpoint: Endpoint, name: str, identity: str) -> dict[str, Any]:
     }
 
 
-def _stats(endpoint: Endpoint) -> dict[str, Any]:
-    """Times in ns, of the calls that have ended."""
+def _stats(endpoint: ServedEndpoint) -> dict[str, Any]:
+    """Return an endpoint's counts and the processing times, in ns, of its ended calls."""
     ended = endpoint.requests - len(endpoint.running)
     processing_ns = int(endpoint.processing_s * 1e9)
     return {
@@ -89,16 +91,16 @@ def _stats(endpoint: Endpoint) -> dict[str, Any]:
         "last_error": endpoint.last_error,
         "processing_time": processing_ns,
         "average_processing_time": processing_ns // max(ended, 1),
-        "data": _data(endpoint),
+        "data": _service_data(endpoint),
     }
 
 
-def _data(endpoint: Endpoint) -> msgspec.Raw:
-    """What the service says of itself must not keep the rest from being told."""
-    known = {"in_flight": len(endpoint.running)}
+def _service_data(endpoint: ServedEndpoint) -> msgspec.Raw:
+    """Return the service's own stats and `in_flight`; `in_flight` alone if its `stats_data` fails."""
+    own = {"in_flight": len(endpoint.running)}
     if endpoint.stats_data is not None:
         try:
-            return msgspec.Raw(msgspec.json.encode({**endpoint.stats_data(), **known}))
+            return msgspec.Raw(msgspec.json.encode({**endpoint.stats_data(), **own}))
         except Exception:
             log.exception("%s: stats_data failed", endpoint.where)
-    return msgspec.Raw(msgspec.json.encode(known))
+    return msgspec.Raw(msgspec.json.encode(own))

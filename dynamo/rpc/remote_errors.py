@@ -1,6 +1,6 @@
-"""Exceptions as data: what one process raised comes back in another as the same class, with a note where it happened.
+"""Exceptions across processes: sent as data, raised again as the same class with a note where they were raised.
 
-Only classes that the receiving process has already imported are used; nothing is imported because a peer said so.
+Only classes that the receiving process has already imported are used; a sender cannot cause an import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NOTE = "raised in "
 
 
 class Failure(msgspec.Struct, array_like=True):
-    """An exception. `kind` is `module:qualname`; `args` are what its class is called with, where they are plain data."""
+    """An exception. `kind` is `module:qualname`; `args` are its constructor's, if they are plain data."""
 
     kind: str
     message: str
@@ -28,10 +28,11 @@ class Failure(msgspec.Struct, array_like=True):
     args: list[Any] = []
     where: str = ""
     base: str = ""
-    """the class of `dynamo.errors` that it derives from, for receivers that do not know `kind`"""
+    """the class of `dynamo.errors` that it derives from, for receivers that do not have `kind`"""
 
 
 def pack(error: BaseException, where: str = "") -> Failure:
+    """Return an exception as data. `where` is the process and endpoint, unless the exception came from another one."""
     cls = type(error)
     kind = f"{cls.__module__}:{cls.__qualname__}"
     note = next((n for n in getattr(error, "__notes__", ()) if n.startswith(_NOTE)), "")
@@ -52,11 +53,11 @@ def _text(error: BaseException) -> str:
 
 
 def _sendable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()  # half a surrogate pair has no UTF-8
+    return text.encode(errors="backslashreplace").decode()  # an unpaired surrogate has no UTF-8
 
 
 def _arguments(error: BaseException, message: str) -> list[Any]:
-    """As pickle would call the class: `args` alone lacks OSError's file name."""
+    """Return the constructor's arguments as pickle would pass them: `error.args` lacks OSError's file name."""
     try:
         reduced = error.__reduce__()
         arguments = list(reduced[1]) if isinstance(reduced, tuple) and reduced[0] is type(error) else [message]
@@ -77,6 +78,7 @@ def _find(kind: str) -> type[Exception] | None:
 
 
 def unpack(failure: Failure) -> Exception:
+    """Return the exception, as its own class if that is known here, else its class of `dynamo.errors` or RemoteError."""
     error = _build(_find(failure.kind), failure)
     if error is None and failure.base:
         error = _build(_find(f"{DynamoError.__module__}:{failure.base}"), failure)
@@ -87,8 +89,13 @@ def unpack(failure: Failure) -> Exception:
     return error
 
 
+def raised_in_another_process(error: BaseException) -> bool:
+    """Return True if the exception came through `unpack`. The process that raised it has logged it."""
+    return any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ()))
+
+
 def _build(cls: type[Exception] | None, failure: Failure) -> Exception | None:
-    """None if the class is unknown or its constructor has a shape of its own."""
+    """Return None if the class is unknown or its constructor takes other arguments."""
     if cls is None:
         return None
     try:

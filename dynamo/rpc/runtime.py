@@ -1,4 +1,4 @@
-"""`Runtime`: everything that one process of a graph has towards the others."""
+"""`Runtime`: the connections of one process of a graph to etcd, NATS and the other processes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from dynamo.rpc.discovery import Discovery, watch
 from dynamo.rpc.heartbeat import Heartbeat
 from dynamo.rpc.messages import Instance, instances_prefix, subject
 from dynamo.rpc.metrics import ProcessMetrics
-from dynamo.rpc.nats_service import announce
-from dynamo.rpc.server import Endpoint, Server
+from dynamo.rpc.nats_service import serve_service_info
+from dynamo.rpc.served_endpoint import ServedEndpoint
+from dynamo.rpc.server import RpcServer
 from dynamo.rpc.server_connection import StreamListener
-from dynamo.rpc.static_discovery import StaticDiscovery, static_subject, tell
+from dynamo.rpc.static_discovery import StaticDiscovery, serve_lookups, static_subject
+from dynamo.tasks import TaskSet
 from dynamo.transport.etcd import Delete, Etcd, Put
-from dynamo.transport.nats import DEFAULT_URL, Listening, Nats
-from dynamo.transport.network import STREAM_PORTS, advertised_host, bound_host, host_id
-from dynamo.transport.work_queue import Queue
+from dynamo.transport.nats import DEFAULT_URL, Nats, NatsListener
+from dynamo.transport.network import PORT_ATTEMPTS, STREAM_PORTS, advertised_host, bound_host, host_id
+from dynamo.transport.work_queue import JetStreamQueue
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +43,10 @@ DEFAULT_ETCD = "http://localhost:2379"
 
 
 class Runtime:
-    """Connects to etcd and NATS at the first use (`connect`), so that a process may fork before.
+    """The connections of one process. It connects at the first use (`connect`), so that a process may fork before.
 
-    `run_dir` holds the process's stream socket; without one, only TCP is offered. All work of the runtime ends in
-    `close`. With `is_static` there is no etcd: each endpoint has one instance, at a fixed address.
+    `run_dir` holds the process's unix socket for RPC; without one, it offers TCP only. `close` ends everything that the
+    runtime started. With `is_static` there is no etcd: each endpoint has one instance, at a fixed address.
     """
 
     def __init__(
@@ -61,24 +63,25 @@ class Runtime:
         self.name = name
         self.is_static = is_static
         self.instance_id = secrets.randbits(62) + 1
-        """Of this process as an instance, and of its lease in etcd; chosen here, so that it is known before it connects."""
+        """The id of this process as an instance and of its etcd lease, chosen here: known before the process connects."""
         self.serving = False
         self._stopped = asyncio.Event()
-        self._ending: asyncio.Task[None] | None = None
+        self._shutting_down = False
+        self._tasks = TaskSet(name)
         self._run_dir = run_dir
         self._connecting = asyncio.Lock()
         self._clients: dict[tuple[str, str, str], Client] = {}
-        self._watching: list[asyncio.Task[None]] = []
         self._registered: list[str] = []
-        self._queues: list[Queue] = []
-        self._ready = self._closed = False
+        self._queues: list[JetStreamQueue] = []
+        self._ready = False
+        self._closed = False
         self.metrics = ProcessMetrics(self.instance_id, self._clients)
-        self.peers = ConnectionPool()
+        self.connections = ConnectionPool()
         self.requests_over_nats = requests_over_nats()
         self.listener = StreamListener()
 
     async def connect(self) -> None:
-        """Connect to etcd and NATS and listen for streams; does nothing the second time. Raises TransportError."""
+        """Connect to etcd and NATS and listen for RPC connections. Later calls are no-ops. Raises TransportError."""
         async with self._connecting:
             if self._ready:
                 return
@@ -92,18 +95,19 @@ class Runtime:
                 opened.push_async_callback(self.nats.close)
                 if not self.is_static:
                     self.lease = await self.etcd.lease(LEASE_TTL_S, self.instance_id)
-                self.server = Server(self.nats, self.listener)
+                self.server = RpcServer(self.nats, self.listener)
                 await self._listen()
-                opened.callback(self._pulse.close)
-                await announce(self.nats, self.server, self.instance_id)
-                await self.metrics.answer(self.nats)
+                opened.callback(self._heartbeat.close)
+                await serve_service_info(self.nats, self.server, self.instance_id)
+                await self.metrics.serve(self.nats)
                 opened.pop_all()
             self._ready = True
 
     async def _listen(self) -> None:
-        host, advertised = bound_host(self.nats_url), advertised_host(self.nats_url)
-        self._pulse = Heartbeat(host, advertised)
-        for port in random.sample(STREAM_PORTS, 50):
+        host = bound_host(self.nats_url)
+        advertised = advertised_host(self.nats_url)
+        self._heartbeat = Heartbeat(host, advertised)
+        for port in random.sample(STREAM_PORTS, PORT_ATTEMPTS):
             try:
                 await self.listener.listen(tcp=(host, port))
             except OSError:
@@ -112,37 +116,36 @@ class Runtime:
             break
         else:
             raise TransportError(
-                f"no free port for streams on {host}", hint="set DYN_HOST_IP to an address of this host"
+                f"no free port for RPC connections on {host}", hint="set DYN_HOST_IP to an address of this host"
             )
         if self._run_dir is not None:
             unix = self._run_dir / f"{self.instance_id:x}.sock"
             try:
                 await self.listener.listen(unix=unix)
             except OSError as error:  # such as a path of more than 107 bytes
-                log.warning("streams go over TCP only: %s: %s", unix, error)
+                log.warning("cannot listen on unix socket %s, using TCP only: %s", unix, error)
 
     def etcd_client(self) -> Etcd | None:
-        """The client of etcd, once connected; None for a static runtime."""
+        """Return the etcd client; None before the runtime is connected, or if it is static."""
         return self.etcd if self._ready and not self.is_static else None
 
     @property
     def nats_away_s(self) -> float:
-        """How long NATS has been away; 0 while it is there, and before the first connection."""
+        """Seconds since the connection to NATS was lost; 0 while it is up, and before the first connection."""
         return self.nats.away_s if self._ready else 0.0
 
     async def client(self, namespace: str, component: str, endpoint: str) -> Client:
-        """The client of an endpoint, the same one at each call; it follows the instances from now on."""
+        """Return the client of an endpoint, the same one at each call. It follows the endpoint's instances from now on."""
         await self.connect()
         address = (namespace, component, endpoint)
         if address not in self._clients:
-            client = self._clients[address] = Client(address, self.nats, self.peers, self.requests_over_nats)
+            client = self._clients[address] = Client(address, self.nats, self.connections, self.requests_over_nats)
             discovery = (
                 StaticDiscovery(self.nats, address, client.join, client.leave)
                 if self.is_static
                 else Discovery(self.etcd, address, client.join, client.leave)
             )
-            task = asyncio.get_running_loop().create_task(discovery.run(), name=f"discovery of {client.name}")
-            self._watching.append(task)
+            self._tasks.spawn(discovery.run(), name=f"discovery of {client.name}")
         return self._clients[address]
 
     async def serve(
@@ -154,16 +157,16 @@ class Runtime:
         request_type: Any = Any,
         stats_data: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        """Serve a method under an address: subscribed on NATS first, then registered in etcd.
+        """Serve a method under an address: subscribe on NATS, then register the instance in etcd.
 
-        What `stats_data` gives is in the endpoint's entry of `$SRV.STATS`.
+        What `stats_data` returns is added to the endpoint's `$SRV.STATS`.
         """
         await self.connect()
         address = (namespace, component, endpoint)
         topic = static_subject(*address) if self.is_static else subject(*address, self.instance_id)
         where = f"{self.name} {endpoint}"
         decode = codec.decoder(request_type)
-        await self.server.add(Endpoint(address, topic, _with_argument(method), decode, where, stats_data))
+        await self.server.add(ServedEndpoint(address, topic, _with_argument(method), decode, where, stats_data))
         await self.nats.flush()
         instance = Instance(
             namespace=namespace,
@@ -171,17 +174,17 @@ class Runtime:
             endpoint=endpoint,
             instance_id=self.instance_id,
             transport={"nats_tcp": topic, "stream": self.listener.key},
-            streams={**self.listener.addresses, "pulse": self._pulse.address},
+            streams={**self.listener.addresses, "pulse": self._heartbeat.address},
             host=host_id(),
         )
         self.serving = True
         if self.is_static:
-            await tell(self.nats, instance)
+            await serve_lookups(self.nats, instance)
         else:
             await self.publish(f"{instances_prefix(*address)}{self.instance_id:x}", instance)
 
     async def publish(self, key: str, value: Any) -> None:
-        """Put a value (as JSON) under a key that lives as long as this process."""
+        """Put a value, as JSON, under an etcd key that lives as long as this process. Raises TransportError."""
         await self.connect()
         if self.is_static:
             raise TransportError(f"cannot publish {key}: this runtime is static and has no etcd")
@@ -190,29 +193,29 @@ class Runtime:
         await self.lease.put(key, msgspec.json.encode(value))
 
     async def send(self, subject: str, payload: bytes) -> None:
-        """Publish on a subject of NATS. Raises TransportError when it is away."""
+        """Publish on a NATS subject. Raises TransportError when NATS is unavailable."""
         if not self._ready:
             await self.connect()
         await self.nats.publish(subject, payload)
 
-    async def listen(self, subject: str, handler: Callable[[bytes], None]) -> Listening:
-        """Call `handler` for each message on a subject of NATS from now on, until closed; it must not raise."""
+    async def listen(self, subject: str, handler: Callable[[bytes], None]) -> NatsListener:
+        """Call `handler`, which must not raise, for each message on a NATS subject until the listener is closed."""
         await self.connect()
         return await self.nats.listen(subject, handler)
 
-    def work_queue(self, stream: str, subject: str, **limits: Any) -> Queue:
-        """A work queue of JetStream, with the limits that `Queue` takes; it connects at the first use."""
+    def work_queue(self, stream: str, subject: str, **limits: Any) -> JetStreamQueue:
+        """Return a work queue of JetStream with the `limits` of `JetStreamQueue`. It connects at the first use."""
 
         async def connected() -> Nats:
             await self.connect()
             return self.nats
 
-        queue = Queue(connected, stream, subject, **limits)
+        queue = JetStreamQueue(connected, stream, subject, **limits)
         self._queues.append(queue)
         return queue
 
     async def follow(self, prefix: str) -> AsyncIterator[dict[str, bytes]]:
-        """All keys of etcd under a prefix, again after every change; the last state while etcd is away."""
+        """Yield all etcd keys under a prefix, again after every change."""
         await self.connect()
         view: dict[str, bytes] = {}
         async with aclosing(watch(self.etcd, prefix)) as events:
@@ -226,17 +229,18 @@ class Runtime:
                 yield dict(view)
 
     def shutdown(self) -> None:
-        """Stop from anywhere, signal handlers included: `stopped` returns now, running calls finish meanwhile."""
+        """Start to stop: `stopped` returns, running calls may finish. May be called in a signal handler."""
         self._stopped.set()
-        if self._ready and self._ending is None:
-            self._ending = asyncio.get_running_loop().create_task(self.drain(SHUTDOWN_DRAIN_S))
+        if self._ready and not self._shutting_down:
+            self._shutting_down = True
+            self._tasks.spawn(self.drain(SHUTDOWN_DRAIN_S), name="drain")
 
     async def stopped(self) -> None:
-        """Returns when the runtime was told to stop, or closed."""
+        """Wait until `shutdown`, `drain` or `close` is called."""
         await self._stopped.wait()
 
     async def deregister(self) -> None:
-        """Take this process out of discovery; what runs here goes on."""
+        """Remove this process from discovery. Running calls are not affected."""
         if self._ready:
             for key in self._registered:
                 try:
@@ -247,7 +251,7 @@ class Runtime:
             self._registered.clear()
 
     async def drain(self, limit_s: float) -> None:
-        """Deregister and let running calls finish for up to `limit_s`; own calls to others still work."""
+        """Deregister and let running calls finish for up to `limit_s`. Calls to other processes still work."""
         self._stopped.set()
         if self._ready:
             self.server.draining = True
@@ -256,27 +260,22 @@ class Runtime:
             await self.server.drain(limit_s)
 
     async def close(self) -> None:
-        """Close everything, for ever; running calls are cut."""
+        """Close everything for good. Running calls end with UnavailableError."""
         async with self._connecting:
             self._closed = True
             self._stopped.set()
             if not self._ready:
                 return
             self._ready = False
-        if self._ending is not None:
-            self._ending.cancel()
-            await asyncio.gather(self._ending, return_exceptions=True)
+        await self._tasks.aclose()
         await self.server.close()
         await asyncio.gather(*(queue.close() for queue in self._queues))
         if not self.is_static:
             await self._revoke()
-        for task in self._watching:
-            task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in self._clients.values()))
-        await self.peers.close()
+        await self.connections.close()
         await self.listener.close()
-        self._pulse.close()
+        self._heartbeat.close()
         await self.nats.close()
         if not self.is_static:
             await self.etcd.close()
@@ -290,9 +289,9 @@ class Runtime:
 
 
 def _with_argument(method: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A method that takes no request is called without."""
+    """Return the method as a function of one argument, which is dropped if the method takes none."""
     try:
-        takes = len(inspect.signature(method).parameters)
+        parameters = inspect.signature(method).parameters
     except (TypeError, ValueError):  # a builtin
         return method
-    return method if takes else lambda _: method()
+    return method if parameters else lambda _: method()

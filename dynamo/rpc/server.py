@@ -1,26 +1,27 @@
-"""The callee's side of a call: a request in, over the stream plane or NATS, the endpoint method run, its items out."""
+"""The server's side of a call, over an RPC connection or NATS: admit, decode, run, send.
+
+`RpcServer` admits a request and decodes its argument; `ServerCall.run` calls the method and sends its items. A request
+that is refused before `run` may be sent to another instance.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 import logging
-import time
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Mapping
-from contextlib import aclosing, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
-from dynamo import codec, context
+from dynamo import codec
 from dynamo.context import request_id
-from dynamo.errors import DeadlineError, DynamoError, RequestError, TransportError, UnavailableError
+from dynamo.errors import BadCallError, DynamoError, RequestError, TransportError, UnavailableError
 from dynamo.rpc.messages import Request
 from dynamo.rpc.remote_errors import pack
-from dynamo.rpc.server_connection import Outgoing, ServerConnection, StreamListener
-from dynamo.streams import Stream
+from dynamo.rpc.served_endpoint import ServedEndpoint, ServerCall
+from dynamo.rpc.server_connection import ServerConnection, StreamListener
+from dynamo.tasks import TaskSet
 from dynamo.transport.nats import Nats
 
 log = logging.getLogger(__name__)
@@ -31,173 +32,133 @@ _decode_request = msgspec.msgpack.Decoder(Request).decode
 Respond = Callable[[bytes], Awaitable[None]]
 
 
-@dataclass
-class Endpoint:
-    """A method under an address. `method` gives an awaitable, an async iterator or a `Stream`."""
-
-    address: tuple[str, str, str]
-    """namespace, component, endpoint"""
-    subject: str
-    method: Callable[[Any], Any]
-    decode: codec.Decode
-    where: str
-    """for error notes: `VllmWorker:1 generate`"""
-    stats_data: Callable[[], Mapping[str, Any]] | None = None
-    """what the service says of itself in `$SRV.STATS`"""
-    requests: int = 0
-    errors: int = 0
-    last_error: str = ""
-    processing_s: float = 0.0
-    running: set[Call] = field(default_factory=set)
-
-    def failed(self, error: BaseException) -> None:
-        self.errors += 1
-        self.last_error = pack(error).message
-
-
-class Call:
-    """One request that was accepted: the method's run and the stream that takes its items to the caller."""
-
-    __slots__ = ("_context", "_server", "_started", "_stop", "_timer", "endpoint", "outgoing")
-
-    def __init__(self, server: Server, endpoint: Endpoint, request: Request, outgoing: Outgoing) -> None:
-        self.endpoint, self.outgoing = endpoint, outgoing
-        self._server = server
-        self._started = time.monotonic()
-        self._timer: asyncio.TimerHandle | None = None
-        self._stop: Callable[[], Any] | None = None
-        self._context = contextvars.copy_context()
-        self._context.run(request_id.set, request.id)
-        if request.timeout_s is None:
-            self._context.run(context.deadline.set, None)
-        else:
-            self._context.run(context.deadline.set, self._started + request.timeout_s)
-            self._timer = asyncio.get_running_loop().call_later(request.timeout_s, self._expire)
-        outgoing.on_cancel = self.cut
-        endpoint.running.add(self)
-
-    def run(self, argument: Any) -> None:
-        """Call the method. A `Stream` that it gives costs no task: its items are piped."""
-        if self not in self.endpoint.running:
-            return  # cut before it began
-        try:
-            self._take(self._context.run(self.endpoint.method, argument))
-        except Exception as error:
-            self.finish(error)
-
-    def _take(self, result: Any) -> None:
-        if isinstance(result, Stream):
-            self._stop = result.cancel
-            self.outgoing.on_read = result.consumed
-            result.pipe(self.outgoing.send, self.finish, counted=False)
-        elif inspect.isawaitable(result):
-            work = result if inspect.iscoroutine(result) else _wait_for(result)
-            self._spawn(work, self._returned)
-        elif isinstance(result, AsyncIterable):
-            self._spawn(self._send_all(result), self._ended)
-        else:
-            found = type(result).__name__
-            raise TypeError(f"{self.endpoint.where} returned a {found}, not an async iterator or awaitable")
-
-    def _spawn(self, work: Coroutine[Any, Any, Any], done: Callable[[asyncio.Task[Any]], None]) -> None:
-        task = self._server.spawn(work, self._context)
-        task.add_done_callback(done)
-        self._stop = task.cancel
-
-    def _returned(self, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and task.exception() is None:
-            self.outgoing.send(task.result())
-        self._ended(task)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self.finish(UnavailableError("the call was cancelled") if task.cancelled() else task.exception())
-
-    async def _send_all(self, items: AsyncIterable[Any]) -> None:
-        outgoing = self.outgoing
-        async with aclosing(items) if isinstance(items, AsyncGenerator) else nullcontext():
-            async for item in items:
-                outgoing.send(item)
-                if outgoing.full:
-                    await outgoing.room()
-                if outgoing.closed:
-                    return
-
-    def _expire(self) -> None:
-        self.cut(DeadlineError(f"{self.endpoint.where} did not finish within the request's deadline"))
-
-    def cut(self, error: Exception | None = None) -> None:
-        """End it before its time; `error` goes to the caller if it is still there."""
-        self.finish(error)
-        stop, self._stop = self._stop, None
-        if stop is not None:
-            try:
-                stop()
-            except Exception:  # the endpoint's own on_cancel
-                log.exception("%s: cancelling failed", self.endpoint.where)
-
-    def finish(self, error: BaseException | None = None) -> None:
-        """The end, whatever brought it about; a second one does nothing."""
-        endpoint = self.endpoint
-        if self not in endpoint.running:
-            return
-        endpoint.running.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
-        taken_s = time.monotonic() - self._started
-        endpoint.processing_s += taken_s
-        if error is not None:
-            endpoint.failed(error)
-            if not isinstance(error, DynamoError):
-                self._tell(logging.ERROR, "%s failed: %r", endpoint.where, error, exc_info=error)
-        if log.isEnabledFor(logging.DEBUG):
-            self._tell(logging.DEBUG, "%s ended in %.3f s: %s", endpoint.where, taken_s, error or "ok")
-        self.outgoing.end(error, endpoint.where)
-        self._server.ended()
-
-    def _tell(self, level: int, text: str, *facts: object, exc_info: BaseException | None = None) -> None:
-        """Log with the request's id. In a copy of the context: the call's own may be entered now."""
-        self._context.copy().run(log.log, level, text, *facts, exc_info=exc_info)
-
-
-class Server:
+class RpcServer:
     """All endpoints of one process."""
 
     def __init__(self, nats: Nats, listener: StreamListener) -> None:
-        self._nats, self._listener = nats, listener
-        listener.on_request = self._asked
-        self.endpoints: dict[str, Endpoint] = {}  # by subject
+        self._nats = nats
+        self._listener = listener
+        self.endpoints: dict[str, ServedEndpoint] = {}  # by subject
         self.draining = False
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = TaskSet("rpc server")
         self._idle = asyncio.Event()
+        listener.on_request = self._on_request
 
-    async def add(self, endpoint: Endpoint) -> None:
-        """Take requests on the endpoint's subject; they may arrive before this returns."""
+    async def add(self, endpoint: ServedEndpoint) -> None:
+        """Serve the endpoint. Requests may arrive before this returns."""
         self.endpoints[endpoint.subject] = endpoint
 
         async def handle(_: str, data: bytes, respond: Respond) -> None:
             try:
                 request = _decode_request(data)
-            except (msgspec.MsgspecError, ValueError) as error:  # a caller of another version
+            except (msgspec.MsgspecError, ValueError) as error:  # a client of another version
                 await respond(codec.encode(pack(RequestError(f"{endpoint.where}: bad envelope: {error}"))))
                 return
             connection = self._listener.connections.get(request.connection)
             if connection is None or (request.body_ahead and not connection.has_body(request.sid)):
-                # something is still on its way; other requests must not wait behind it
-                self.spawn(self._accept(endpoint, request, respond))
+                # HELLO or the body is still on its way: do not block the requests behind this one
+                self._tasks.spawn(self._on_nats_request(endpoint, request, respond), name="early request")
             else:
-                await self._accept(endpoint, request, respond)
+                await self._on_nats_request(endpoint, request, respond)
 
         await self._nats.subscribe(endpoint.subject, handle, queue=QUEUE_GROUP)
 
+    def _on_request(self, connection: ServerConnection, subject: str, request: Request) -> None:
+        """Handle a request that came over an RPC connection."""
+        endpoint = self.endpoints.get(subject)
+        try:
+            if endpoint is None:
+                raise UnavailableError(f"{subject} is not served here", hint="it is starting or was redeployed")
+            self._admit(endpoint)
+            argument = self._decode_argument(endpoint, request, request.body)
+        except DynamoError as error:
+            connection.refuse(request.sid, pack(error, endpoint.where if endpoint is not None else ""))
+            return
+        call = self._start_call(endpoint, request, connection)
+        connection.accept(request.sid)
+        try:
+            call.run(argument)
+        except Exception as error:  # must not end the other calls of this connection
+            log.exception("%s failed", endpoint.where)
+            call.stream.end(error, endpoint.where)
+
+    async def _on_nats_request(self, endpoint: ServedEndpoint, request: Request, respond: Respond) -> None:
+        """Handle a request that came over NATS: its acceptance goes back over NATS, its items over the connection."""
+        try:
+            connection = await self._listener.connection(request.connection)
+            if connection is None:
+                raise TransportError(f"{endpoint.where}: the client's RPC connection did not arrive")
+            body: Any = await connection.receive_body(request.sid) if request.body_ahead else request.body
+            if body is None:
+                raise TransportError(f"{endpoint.where}: the request's body did not arrive")
+            self._admit(endpoint)
+            argument = self._decode_argument(endpoint, request, body)
+        except DynamoError as error:
+            await respond(codec.encode(pack(error, endpoint.where)))
+            return
+        call = self._start_call(endpoint, request, connection)
+        try:
+            await respond(b"")
+        except Exception as error:
+            call.cut(TransportError(f"{endpoint.where}: cannot answer over NATS: {error}"))
+            return
+        call.run(argument)
+
+    def _admit(self, endpoint: ServedEndpoint) -> None:
+        """Raise UnavailableError while draining."""
+        if self.draining:
+            raise UnavailableError(f"{endpoint.where} is stopping")
+
+    def _decode_argument(self, endpoint: ServedEndpoint, request: Request, body: codec.Data) -> Any:
+        """Return the method's argument.
+
+        Raises BadCallError if the data does not fit the declared type: a bug of the calling service, logged here.
+        A DynamoError that the type itself raises (in its `__post_init__`) is passed on: that is validation.
+        """
+        try:
+            return endpoint.decode(body)
+        except codec.DecodeError as error:
+            raise self._bad_call(endpoint, request, error.message) from None
+        except DynamoError as error:
+            endpoint.requests += 1
+            endpoint.count_error(error)
+            raise
+        except Exception as error:
+            raise self._bad_call(endpoint, request, repr(error), exc_info=error) from error
+
+    def _bad_call(
+        self, endpoint: ServedEndpoint, request: Request, fact: str, exc_info: Exception | None = None
+    ) -> BadCallError:
+        error = BadCallError(f"{endpoint.method_name}: invalid request: {fact}")
+        endpoint.requests += 1
+        endpoint.count_error(error)
+        in_request = contextvars.copy_context()
+        in_request.run(request_id.set, request.id)
+        in_request.run(log.error, "%s refused a call: %s", endpoint.where, error.message, exc_info=exc_info)
+        return error
+
+    def _start_call(self, endpoint: ServedEndpoint, request: Request, connection: ServerConnection) -> ServerCall:
+        stream = connection.open_stream(request.sid)
+        call = ServerCall(endpoint, request, stream, self._tasks, self._on_call_finished)
+        if stream.closed:  # cancelled before it was accepted
+            call.finish()
+        else:
+            endpoint.requests += 1
+        return call
+
+    def _on_call_finished(self) -> None:
+        if self.draining and not self.active:
+            self._idle.set()
+
     @property
     def active(self) -> int:
-        """Calls that are running."""
+        """Number of running calls."""
         return sum(len(endpoint.running) for endpoint in self.endpoints.values())
 
     async def drain(self, limit_s: float) -> None:
-        """Refuse new requests, tell the callers, and wait until the running ones are done, at most `limit_s`."""
+        """Refuse new requests, announce that to all clients, and wait up to `limit_s` for the running calls."""
         self.draining = True
-        self._listener.bye()
+        self._listener.announce_stop()
         if self.active and limit_s > 0:
             log.info("draining: %d requests are running", self.active)
             self._idle.clear()
@@ -209,86 +170,9 @@ class Server:
         await self.close()
 
     async def close(self) -> None:
-        """Cut what runs."""
+        """Refuse new requests and cut the running calls."""
         self.draining = True
         for endpoint in self.endpoints.values():
             for call in list(endpoint.running):
                 call.cut(UnavailableError("the service is stopping"))
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def ended(self) -> None:
-        if self.draining and not self.active:
-            self._idle.set()
-
-    def spawn(self, work: Coroutine[Any, Any, Any], context: contextvars.Context | None = None) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work, context=context)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _accept(self, endpoint: Endpoint, request: Request, respond: Respond) -> None:
-        try:
-            connection = await self._listener.connection(request.connection)
-            if connection is None:
-                raise TransportError(f"{endpoint.where}: the caller's stream connection did not arrive")
-            body: Any = await connection.body(request.sid) if request.body_ahead else request.body
-            if body is None:
-                raise TransportError(f"{endpoint.where}: the request's body did not arrive")
-            argument = self._admit(endpoint, body)
-        except DynamoError as error:
-            await respond(codec.encode(pack(error, endpoint.where)))
-            return
-        call = self._begin(endpoint, request, connection)
-        try:
-            await respond(b"")
-        except Exception as error:
-            call.cut(TransportError(f"{endpoint.where}: cannot answer over NATS: {error}"))
-            return
-        call.run(argument)
-
-    def _asked(self, connection: ServerConnection, subject: str, request: Request) -> None:
-        """A request over the stream plane."""
-        endpoint = self.endpoints.get(subject)
-        try:
-            if endpoint is None:
-                raise UnavailableError(f"{subject} is not served here", hint="it is starting, or was deployed anew")
-            argument = self._admit(endpoint, request.body)
-        except DynamoError as error:
-            connection.refuse(request.sid, pack(error, endpoint.where if endpoint is not None else ""))
-            return
-        call = self._begin(endpoint, request, connection)
-        connection.accept(request.sid)
-        try:
-            call.run(argument)
-        except Exception as error:  # what others have on this connection must not suffer
-            log.exception("%s failed", endpoint.where)
-            call.outgoing.end(error, endpoint.where)
-
-    def _begin(self, endpoint: Endpoint, request: Request, connection: ServerConnection) -> Call:
-        call = Call(self, endpoint, request, connection.open(request.sid))
-        if call.outgoing.closed:
-            call.finish()
-        else:
-            endpoint.requests += 1
-        return call
-
-    def _admit(self, endpoint: Endpoint, body: codec.Data) -> Any:
-        """The method's argument. Raises what the request is refused with."""
-        if self.draining:
-            raise UnavailableError(f"{endpoint.where} is stopping")
-        try:
-            return endpoint.decode(body)
-        except Exception as error:
-            endpoint.requests += 1
-            endpoint.failed(error)
-            if isinstance(error, DynamoError):
-                raise
-            log.exception("%s: the request's type failed", endpoint.where)  # a __post_init__ of its own
-            raise RequestError(f"{endpoint.where}: invalid request: {error!r}") from error
-
-
-async def _wait_for(result: Awaitable[Any]) -> Any:
-    return await result
+        await self._tasks.aclose()

@@ -1,4 +1,4 @@
-"""The callee's end of the stream plane: who is connected, and the streams that go out to them."""
+"""The server's end of the RPC connections: the listener, its clients, and the streams that are sent to them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import msgspec
 
 from dynamo import codec
 from dynamo.rpc import frames
-from dynamo.rpc.connection import Connection
+from dynamo.rpc.connection import MAX_UNREAD_BYTES, Connection
 from dynamo.rpc.messages import Request
 from dynamo.rpc.remote_errors import Failure, pack
 from dynamo.streams import CREDIT_BATCH
 
-WINDOW_ITEMS = 4 * CREDIT_BATCH  # items a generator may be ahead of its reader
-PAUSE_BYTES = 1 << 20  # written and not yet taken by the caller's process: generators wait above
-MAX_UNREAD_BYTES = frames.MAX_FRAME_BYTES  # a caller that is this far behind is not reading
+WINDOW_ITEMS = 4 * CREDIT_BATCH
+"""Items that a generator may be ahead of its reader."""
+PAUSE_BYTES = 1 << 20
+"""Written and not yet read by the client's process: generators wait above that."""
 EARLY_CANCELS = 1024
 HELLO_TIMEOUT_S = 2.0
 MAX_HELLO_BYTES = 256
@@ -34,86 +35,95 @@ _decode_hello = msgspec.msgpack.Decoder(tuple[str, str]).decode
 _decode_request = msgspec.msgpack.Decoder(tuple[str, Request]).decode
 
 
-class Outgoing:
-    """One stream: `send` items, then `end`. Both do nothing once the caller has gone.
+class ServerStream:
+    """One stream of items to a client: `send` them, then `end`. Both are no-ops once the client has cancelled.
 
-    `on_cancel` runs when the caller goes away first, or with the error when an item cannot be sent; `on_read(n)` when
-    the caller has read n more items.
+    `on_cancel` is called with None when the client cancels or is lost first, and with the error when an item cannot be
+    sent; `on_read(n)` when the client has read n more items.
     """
 
-    __slots__ = ("_ahead", "_connection", "_ready", "closed", "on_cancel", "on_read", "sid")
+    __slots__ = ("_ahead", "_connection", "_writable", "closed", "on_cancel", "on_read", "sid")
 
     def __init__(self, connection: ServerConnection, sid: int) -> None:
-        self._connection, self.sid = connection, sid
+        self._connection = connection
+        self.sid = sid
         self.on_cancel: Callable[[Exception | None], None] | None = None
         self.on_read: Callable[[int], None] | None = None
         self.closed = False
         self._ahead = 0
-        self._ready: asyncio.Event | None = None
+        self._writable: asyncio.Event | None = None
 
     def send(self, item: Any) -> None:
+        """Send an item with the connection's next DATA frame."""
         if self.closed:
             return
         connection = self._connection
-        connection.sids.append(self.sid)
-        connection.items.append(item)
+        connection.pending_sids.append(self.sid)
+        connection.pending_items.append(item)
         self._ahead += 1
-        if not connection.scheduled:
-            connection.schedule()
+        if not connection.flush_scheduled:
+            connection.schedule_flush()
 
     def end(self, error: BaseException | None = None, where: str = "") -> None:
+        """End the stream, behind its items; with `error`, which was raised in `where`, the client raises it."""
         if self.closed:
             return
         self.closed = True
-        self._connection.ended(self.sid, None if error is None else pack(error, where))
+        self._connection.end_stream(self.sid, None if error is None else pack(error, where))
 
     @property
     def full(self) -> bool:
-        """The reader is `WINDOW_ITEMS` behind, or its process does not read at all."""
+        """True if the reader is `WINDOW_ITEMS` behind, or its process does not read at all."""
         return self._ahead >= WINDOW_ITEMS or self._connection.paused
 
-    async def room(self) -> None:
-        """Wait while `full`: what keeps a fast generator from filling memory."""
+    async def wait_until_writable(self) -> None:
+        """Wait while `full`. This keeps a fast generator from filling memory."""
         while self.full and not self.closed:
-            self._ready = asyncio.Event()
-            await self._ready.wait()
+            self._writable = asyncio.Event()
+            await self._writable.wait()
 
     def wake(self) -> None:
-        if self._ready is not None:
-            self._ready.set()
+        """Let `wait_until_writable` check again."""
+        if self._writable is not None:
+            self._writable.set()
 
     def credit(self, items: int) -> None:
+        """Note that the client has read `items` more."""
         self._ahead -= items
         self.wake()
         if self.on_read is not None:
             self.on_read(items)
 
     def cancel(self, error: Exception | None = None) -> None:
+        """Close the stream without an END frame and call `on_cancel(error)`. No-op if it is closed."""
         if self.closed:
             return
         self.closed = True
-        self._connection.outgoing.pop(self.sid, None)
+        self._connection.streams.pop(self.sid, None)
         self.wake()
         if self.on_cancel is not None:
             self.on_cancel(error)
 
 
 class ServerConnection(Connection):
-    """One caller's connection; `outgoing` are the streams that it is being sent."""
+    """The connection of one client; `streams` are those that are being sent to it, by stream id."""
 
     def __init__(self, listener: StreamListener) -> None:
         super().__init__()
         self.id = ""
-        self.outgoing: dict[int, Outgoing] = {}
-        self.sids: list[int] = []
-        self.items: list[Any] = []
-        self.scheduled = self.paused = False
+        """chosen by the client, in its HELLO; empty until then"""
+        self.streams: dict[int, ServerStream] = {}
+        self.pending_sids: list[int] = []
+        """the stream of each of `pending_items`, which the next flush sends"""
+        self.pending_items: list[Any] = []
+        self.flush_scheduled = False
+        self.paused = False
         self._reader.limit_bytes = MAX_HELLO_BYTES
         self._listener = listener
         self._loop = asyncio.get_running_loop()
-        self._accepted: list[int] = []
-        self._ended: list[int] = []
-        self._failed: list[tuple[int, Failure]] = []
+        self._pending_accepts: list[int] = []
+        self._pending_ends: list[int] = []
+        self._pending_errors: list[tuple[int, Failure]] = []
         self._bodies: dict[int, asyncio.Future[bytes]] = {}
         self._early_cancels: dict[int, None] = {}
 
@@ -122,26 +132,27 @@ class ServerConnection(Connection):
         assert self.transport is not None
         self.transport.set_write_buffer_limits(PAUSE_BYTES)
         self._listener.accepted.add(self)
-        self._loop.call_later(HELLO_TIMEOUT_S, self._strange)
+        self._loop.call_later(HELLO_TIMEOUT_S, self._check_hello)
 
-    def _strange(self) -> None:
-        if not self.id:  # whoever it is
+    def _check_hello(self) -> None:
+        if not self.id:
             self.abort()
 
-    def open(self, sid: int) -> Outgoing:
-        """A stream to that caller; closed already if it does not want it any more."""
-        outgoing = Outgoing(self, sid)
-        if not self.alive or sid in self._early_cancels or sid in self.outgoing:
-            outgoing.closed = True
+    def open_stream(self, sid: int) -> ServerStream:
+        """Open the stream that the client numbered `sid`. It is closed already if the client has cancelled it."""
+        stream = ServerStream(self, sid)
+        if not self.alive or sid in self._early_cancels or sid in self.streams:
+            stream.closed = True
         else:
-            self.outgoing[sid] = outgoing
-        return outgoing
+            self.streams[sid] = stream
+        return stream
 
     def has_body(self, sid: int) -> bool:
+        """Return True if the BODY frame of that stream has arrived."""
         return sid in self._bodies and self._bodies[sid].done()
 
-    async def body(self, sid: int) -> bytes | None:
-        """The BODY frame of that stream, which may be still on its way; None if it does not come."""
+    async def receive_body(self, sid: int) -> bytes | None:
+        """Wait for the BODY frame of that stream. None if it was cancelled or did not come in `BODY_TIMEOUT_S`."""
         waiter = self._bodies.setdefault(sid, self._loop.create_future())
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -154,59 +165,64 @@ class ServerConnection(Connection):
         finally:
             self._bodies.pop(sid, None)
 
-    # -- out
+    # -- sending
 
     def accept(self, sid: int) -> None:
-        """Tell the caller that its request is being answered, ahead of what is sent now."""
-        self._accepted.append(sid)
-        self.schedule()
+        """Acknowledge a request, with the next flush and ahead of its items."""
+        self._pending_accepts.append(sid)
+        self.schedule_flush()
 
     def refuse(self, sid: int, failure: Failure) -> None:
+        """Refuse a request: the client may send it to another instance."""
         self.control(frames.REFUSE, (sid, failure))
 
-    def schedule(self) -> None:
-        if not self.scheduled:
-            self.scheduled = True
+    def schedule_flush(self) -> None:
+        """Flush once the event loop has run what is ready now."""
+        if not self.flush_scheduled:
+            self.flush_scheduled = True
             self._loop.call_soon(self.flush)
 
-    def ended(self, sid: int, failure: Failure | None) -> None:
-        self.outgoing.pop(sid, None)
+    def end_stream(self, sid: int, failure: Failure | None) -> None:
+        """Send END, or ERROR with a failure, with the next flush and behind the stream's items."""
+        self.streams.pop(sid, None)
         if failure is None:
-            self._ended.append(sid)
+            self._pending_ends.append(sid)
         else:
-            self._failed.append((sid, failure))
-        self.schedule()
+            self._pending_errors.append((sid, failure))
+        self.schedule_flush()
 
     def flush(self) -> None:
-        """Write the outbox: items first, then what ended behind them."""
-        self.scheduled = False
+        """Write what is pending: acceptances, then items, then the ends of streams."""
+        self.flush_scheduled = False
         transport = self.transport
         if transport is None:
             return
         out = b""
-        if self._accepted:
-            out = frames.pack(frames.ACCEPT, codec.encode(self._accepted))
-            self._accepted = []
-        if self.sids:
-            sids, items = self.sids, self.items
-            self.sids, self.items = [], []
+        if self._pending_accepts:
+            out = frames.pack(frames.ACCEPT, codec.encode(self._pending_accepts))
+            self._pending_accepts = []
+        if self.pending_sids:
+            sids = self.pending_sids
+            items = self.pending_items
+            self.pending_sids = []
+            self.pending_items = []
             try:
                 out += frames.pack(frames.DATA, codec.encode((sids, items)))
-            except Exception:  # one item cannot be sent, or all are too much for one frame
-                out += b"".join(self._one_by_one(sids, items))
-        if self._ended:
-            out += frames.pack(frames.END, codec.encode(self._ended))
-            self._ended = []
-        if self._failed:
-            out += b"".join(frames.pack(frames.ERROR, codec.encode(failed)) for failed in self._failed)
-            self._failed = []
+            except Exception:  # an item that cannot be encoded, or too many bytes for one frame
+                out += b"".join(self._pack_each(sids, items))
+        if self._pending_ends:
+            out += frames.pack(frames.END, codec.encode(self._pending_ends))
+            self._pending_ends = []
+        if self._pending_errors:
+            out += b"".join(frames.pack(frames.ERROR, codec.encode(error)) for error in self._pending_errors)
+            self._pending_errors = []
         if out:
             transport.write(out)
         if self.paused and transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
             self.abort()
 
-    def _one_by_one(self, sids: list[int], items: list[Any]) -> list[bytes]:
-        """A frame an item. A stream whose item cannot be sent fails there; the others do not."""
+    def _pack_each(self, sids: list[int], items: list[Any]) -> list[bytes]:
+        """Return one DATA frame for each item. An item that cannot be encoded ends its own stream with the error."""
         out: list[bytes] = []
         broken: set[int] = set()
         for sid, item in zip(sids, items, strict=True):
@@ -216,11 +232,11 @@ class ServerConnection(Connection):
                 out.append(frames.pack(frames.DATA, codec.encode(((sid,), (item,)))))
             except Exception as error:
                 broken.add(sid)
-                self._ended = [ended for ended in self._ended if ended != sid]
-                outgoing = self.outgoing.get(sid)
-                self.ended(sid, pack(error))
-                if outgoing is not None:
-                    outgoing.cancel(error)
+                self._pending_ends = [ended for ended in self._pending_ends if ended != sid]
+                stream = self.streams.get(sid)
+                self.end_stream(sid, pack(error))
+                if stream is not None:
+                    stream.cancel(error)
         return out
 
     def pause_writing(self) -> None:
@@ -228,20 +244,14 @@ class ServerConnection(Connection):
 
     def resume_writing(self) -> None:
         self.paused = False
-        for outgoing in self.outgoing.values():
-            outgoing.wake()
+        for stream in self.streams.values():
+            stream.wake()
 
-    # -- in
+    # -- receiving
 
     def _dispatch(self, kind: int, body: bytes | bytearray) -> None:
         if kind == frames.HELLO:
-            if self.id:
-                raise ValueError("HELLO came twice")
-            name, key = _decode_hello(body)
-            if not hmac.compare_digest(key.encode(), self._listener.key.encode()):
-                raise ValueError("HELLO without the key of this process")
-            self.id, self._reader.limit_bytes = name, frames.MAX_FRAME_BYTES
-            self._listener.hello(self)
+            self._on_hello(body)
         elif not self.id:
             raise ValueError(f"frame of kind {kind} before HELLO")
         elif kind == frames.REQUEST:
@@ -249,41 +259,57 @@ class ServerConnection(Connection):
             self._listener.on_request(self, subject, request)
         elif kind == frames.CREDIT:
             sid, items = _decode_credit(body)
-            if sid in self.outgoing:
-                self.outgoing[sid].credit(items)
+            if sid in self.streams:
+                self.streams[sid].credit(items)
         elif kind == frames.CANCEL:
-            self._cancel(_decode_sid(body))
+            self._on_cancel(_decode_sid(body))
         elif kind == frames.BODY:
             sid, data = _decode_body(body)
             waiter = self._bodies.setdefault(sid, self._loop.create_future())
             if not waiter.done():
                 waiter.set_result(data)
 
-    def _cancel(self, sid: int) -> None:
+    def _on_hello(self, body: bytes | bytearray) -> None:
+        if self.id:
+            raise ValueError("HELLO came twice")
+        connection_id, key = _decode_hello(body)
+        if not hmac.compare_digest(key.encode(), self._listener.key.encode()):
+            raise ValueError("HELLO without the key of this process")
+        self.id = connection_id
+        self._reader.limit_bytes = frames.MAX_FRAME_BYTES
+        self._listener.add(self)
+
+    def _on_cancel(self, sid: int) -> None:
         waiter = self._bodies.pop(sid, None)
         if waiter is not None:
             waiter.cancel()
-        if sid in self.outgoing:
-            self.outgoing[sid].cancel()
+        if sid in self.streams:
+            self.streams[sid].cancel()
             return
-        # It may have overtaken its request, which took the way over NATS; or met the end of the stream on the way.
+        # CANCEL came before its request, which went over NATS, or crossed the end of the stream.
         self._early_cancels[sid] = None
         if len(self._early_cancels) > EARLY_CANCELS:
             del self._early_cancels[next(iter(self._early_cancels))]
 
-    def _lost(self) -> None:
-        self._listener.gone(self)
+    def _on_lost(self) -> None:
+        self._listener.remove(self)
         for waiter in self._bodies.values():
             waiter.cancel()
         self._bodies.clear()
-        for outgoing in list(self.outgoing.values()):
-            outgoing.cancel()
-        self.sids, self.items, self._accepted, self._ended, self._failed = [], [], [], [], []
+        for stream in list(self.streams.values()):
+            stream.cancel()
+        self.pending_sids = []
+        self.pending_items = []
+        self._pending_accepts = []
+        self._pending_ends = []
+        self._pending_errors = []
 
 
 class StreamListener:
-    """Accepts connections from those who know its `key`, and finds them by the id that a request over NATS names.
-    `on_request(connection, subject, request)` gets the other requests; it must not raise."""
+    """Accepts RPC connections from clients that know its `key`, and keeps them by id, which requests over NATS name.
+
+    `on_request(connection, subject, request)` handles the requests that come over a connection; it must not raise.
+    """
 
     def __init__(self) -> None:
         self.key = secrets.token_hex(16)
@@ -291,12 +317,16 @@ class StreamListener:
         self.addresses: dict[str, str] = {}
         self.connections: dict[str, ServerConnection] = {}
         self.accepted: set[ServerConnection] = set()
+        """all connections, including those that have not sent HELLO yet"""
         self._stopping = False
-        self._hello = asyncio.Event()
-        self._servers: list[asyncio.Server] = []  # uvloop closes a listening server that nobody refers to
+        self._added = asyncio.Event()
+        self._servers: list[asyncio.Server] = []  # uvloop closes a listening server that is garbage-collected
 
     async def listen(self, *, unix: Path | None = None, tcp: tuple[str, int] | None = None) -> None:
-        """Listen on a unix socket path, on TCP (port 0: any), or on both. `addresses` tells the outcome."""
+        """Listen on a unix socket path, on TCP (port 0: any), or on both, and note them in `addresses`.
+
+        Raises OSError.
+        """
         loop = asyncio.get_running_loop()
         if unix is not None:
             unix.unlink(missing_ok=True)
@@ -304,40 +334,43 @@ class StreamListener:
             os.chmod(unix, 0o600)
             self.addresses["unix"] = str(unix)
         if tcp is not None:
-            server = await loop.create_server(lambda: ServerConnection(self), tcp[0], tcp[1])
+            host, port = tcp
+            server = await loop.create_server(lambda: ServerConnection(self), host, port)
             self._servers.append(server)
-            self.addresses["tcp"] = f"{tcp[0]}:{server.sockets[0].getsockname()[1]}"
+            self.addresses["tcp"] = f"{host}:{server.sockets[0].getsockname()[1]}"
 
     async def connection(self, connection_id: str) -> ServerConnection | None:
-        """The connection of that id; a request may arrive before its HELLO. None when that does not come in time."""
+        """Return the connection of that id; wait for its HELLO, at most `HELLO_TIMEOUT_S`. None if it does not come."""
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 while connection_id not in self.connections:
-                    self._hello.clear()
-                    await self._hello.wait()
+                    self._added.clear()
+                    await self._added.wait()
         except TimeoutError:
             return None
         return self.connections[connection_id]
 
-    def bye(self) -> None:
-        """Tell every caller, later ones too, that no new request should come here."""
+    def announce_stop(self) -> None:
+        """Ask every client, later ones too, to send no new requests here."""
         self._stopping = True
         for connection in self.connections.values():
             connection.control(frames.BYE, None)
 
-    def hello(self, connection: ServerConnection) -> None:
+    def add(self, connection: ServerConnection) -> None:
+        """Keep a connection that has sent its HELLO."""
         self.connections[connection.id] = connection
-        self._hello.set()
+        self._added.set()
         if self._stopping:
             connection.control(frames.BYE, None)
 
-    def gone(self, connection: ServerConnection) -> None:
+    def remove(self, connection: ServerConnection) -> None:
+        """Drop a connection that was lost."""
         self.accepted.discard(connection)
         if self.connections.get(connection.id) is connection:
             del self.connections[connection.id]
 
     async def close(self) -> None:
-        """Send what is in the outboxes, then close all connections."""
+        """Stop listening, flush and close all connections."""
         for server in self._servers:
             server.close()
         for connection in list(self.accepted):

@@ -6,7 +6,7 @@
         async for event in etcd.watch_prefix("instances/"):
             ...
 
-What it sends goes through `etcd_cluster.py`.
+`etcd_cluster` makes the calls and retries them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from dynamo.errors import ConfigError, TransportError
-from dynamo.transport.etcd_cluster import PAUSE_S, Again, Cluster, StatusCode, Tls, aio, rpc
+from dynamo.tasks import TaskSet
+from dynamo.transport.etcd_cluster import PAUSE_S, Cluster, RetryableError, StatusCode, Tls, aio, rpc
 from dynamo.transport.etcd_lease import Lease, LeaseId
 
 
@@ -59,12 +60,12 @@ Event = Snapshot | Put | Delete
 
 
 class Etcd:
-    """A connection to etcd, over one or several endpoints of one cluster, taken in turn when one fails.
+    """A client of etcd, over one or several endpoints of one cluster: when one fails, the next one is used.
 
-    Every call is tried again, on a refused connection, a lost leader or a token that died, until its `timeout_s` is
-    over (a client that never reached etcd: at most 2 s) and then raises `TransportError`; what etcd itself refuses
-    (permission, a full disk, a lease that does not exist) raises it at once. `close()` ends every lease's keep-alive
-    and every watch; leases then lapse after their TTL, so `Lease.revoke()` what others should see gone.
+    Every call is retried, on a refused connection, a lost leader or an invalid token, for `timeout_s` (a client that never
+    reached etcd: at most 2 s) and then raises `TransportError`; what etcd itself refuses (permission, a full disk, a
+    lease that does not exist) raises it without a retry. `close()` ends every lease's keep-alive and every watch. Leases
+    then expire after their TTL: call `Lease.revoke()` if their keys should be deleted right away.
 
     It belongs to the event loop that first used it. **Never fork afterwards**: a child forked from a process with an
     open gRPC channel hangs as soon as it opens one of its own. Fork first, or spawn.
@@ -72,7 +73,7 @@ class Etcd:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._keepers: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet("etcd")
 
     @classmethod
     def connect(
@@ -86,11 +87,11 @@ class Etcd:
         key_file: str | Path | None = None,
         timeout_s: float = 5.0,
     ) -> Self:
-        """A client of `endpoints`, as in ETCD_ENDPOINTS: "http://host:2379,https://..."; connects at the first call.
+        """Return a client of `endpoints`, as in ETCD_ENDPOINTS: "http://host:2379,https://...".
 
-        `https://` means TLS, checked against `ca_file` (else the system's authorities); `cert_file` and `key_file`
-        identify this client. `timeout_s` is each call's unless it says otherwise. An address that is none or a file
-        that cannot be read is a `ConfigError`.
+        It connects at the first call. `https://` means TLS, verified with `ca_file` (else the system's authorities);
+        `cert_file` and `key_file` identify this client. `timeout_s` is the default of every call. Raises ConfigError for
+        an invalid address or a file that cannot be read.
         """
         try:
             ca, cert, key = (Path(name).read_bytes() if name else None for name in (ca_file, cert_file, key_file))
@@ -107,9 +108,7 @@ class Etcd:
     async def close(self) -> None:
         """End all tasks, watches and connections of this client; calls in flight raise `TransportError`."""
         self._cluster.closed = True
-        for task in self._keepers:
-            task.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await self._tasks.aclose()
         await self._cluster.close()
 
     # -- keys
@@ -117,7 +116,7 @@ class Etcd:
     async def put(self, key: str, value: bytes, lease: int | None = None, *, timeout_s: float | None = None) -> None:
         """Write a key, bound to `lease` if given (`TransportError` if there is no such lease).
 
-        When etcd dies between writing and answering, it is written again: a watch sees that as two events.
+        When etcd fails between writing and answering, the key is written again: a watch sees that as two events.
         """
         request = rpc.PutRequest(key=key.encode(), value=value, lease=lease or 0)
         await self._cluster.call(lambda stubs: stubs.kv.Put, request, timeout_s)
@@ -129,76 +128,67 @@ class Etcd:
         put = rpc.RequestOp(request_put=rpc.PutRequest(key=name, value=value, lease=lease or 0))
         get = rpc.RequestOp(request_range=rpc.RangeRequest(key=name))
         request = rpc.TxnRequest(compare=[absent], success=[put], failure=[get])
-        reply, tries = await self._cluster.call(lambda stubs: stubs.kv.Txn, request, timeout_s)
-        if reply.succeeded or tries == 1:
+        reply, attempts = await self._cluster.call(lambda stubs: stubs.kv.Txn, request, timeout_s)
+        if reply.succeeded or attempts == 1:
             return bool(reply.succeeded)
-        there = reply.responses[0].response_range.kvs  # an earlier try may have written it without our seeing the reply
-        return bool(there and there[0].value == value and there[0].lease == (lease or 0))
+        present = reply.responses[0].response_range.kvs  # perhaps written by an earlier attempt whose reply was lost
+        return bool(present and present[0].value == value and present[0].lease == (lease or 0))
 
     async def get(self, key: str, *, timeout_s: float | None = None) -> bytes | None:
-        """The value of a key; None if it does not exist."""
+        """Return the value of a key; None if it does not exist."""
         reply, _ = await self._cluster.call(lambda stubs: stubs.kv.Range, rpc.RangeRequest(key=key.encode()), timeout_s)
         return bytes(reply.kvs[0].value) if reply.kvs else None
 
     async def get_prefix(self, prefix: str, *, timeout_s: float | None = None) -> tuple[list[KeyValue], int]:
-        """All keys that begin with `prefix` ("" for all), by key, and the revision at which this was the state."""
+        """Return all keys that begin with `prefix` ("" for all), sorted, and the revision of that state."""
         return await self._range(prefix, 0, timeout_s)
 
     async def delete(self, key: str, *, timeout_s: float | None = None) -> bool:
-        """Delete a key; False if it did not exist (or if a try whose reply was lost deleted it)."""
+        """Delete a key; False if it did not exist (or an attempt whose reply was lost deleted it)."""
         request = rpc.DeleteRangeRequest(key=key.encode())
         reply, _ = await self._cluster.call(lambda stubs: stubs.kv.DeleteRange, request, timeout_s)
         return bool(reply.deleted)
-
-    async def delete_prefix(self, prefix: str, *, timeout_s: float | None = None) -> int:
-        """Delete all keys that begin with `prefix` ("" for all); how many there were."""
-        first, end = _range_of(prefix)
-        request = rpc.DeleteRangeRequest(key=first, range_end=end)
-        reply, _ = await self._cluster.call(lambda stubs: stubs.kv.DeleteRange, request, timeout_s)
-        return int(reply.deleted)
 
     # -- leases
 
     async def lease(self, ttl_s: int = 10, lease_id: int | None = None, *, timeout_s: float | None = None) -> Lease:
         """Grant a lease (see `grant`) that keeps itself alive until it is revoked or this client closes."""
-        lease = Lease(self._cluster, await self.grant(ttl_s, lease_id, timeout_s=timeout_s), ttl_s)
-        self._keepers.add(lease.keeper)
-        lease.keeper.add_done_callback(self._keepers.discard)
-        return lease
+        return Lease(self._cluster, self._tasks, await self.grant(ttl_s, lease_id, timeout_s=timeout_s), ttl_s)
 
     async def grant(self, ttl_s: int, lease_id: int | None = None, *, timeout_s: float | None = None) -> LeaseId:
-        """Grant a lease of `ttl_s` seconds (etcd raises less than 1.5 election timeouts) that nobody keeps alive.
+        """Grant a lease of `ttl_s` seconds (at least 1.5 election timeouts of etcd) that is not kept alive.
 
-        Its id is `lease_id`, or a random one of 63 bits; TransportError if a lease of that id exists.
+        Its id is `lease_id`, or a random one of 63 bits. Raises TransportError if a lease of that id exists.
         """
         wanted = lease_id or secrets.randbits(62) + 1
         request = rpc.LeaseGrantRequest(TTL=ttl_s, ID=wanted)
         exists = StatusCode.FAILED_PRECONDITION
-        reply, tries = await self._cluster.call(lambda stubs: stubs.lease.LeaseGrant, request, timeout_s, exists)
-        if reply is None and tries == 1:  # at a later try it is ours: the reply to an earlier one was lost
+        reply, attempts = await self._cluster.call(lambda stubs: stubs.lease.LeaseGrant, request, timeout_s, exists)
+        if reply is None and attempts == 1:  # at a later attempt it is ours: the reply to an earlier one was lost
             raise TransportError(f"cannot grant etcd lease {wanted:x}: it exists", hint="revoke it first")
         return LeaseId(wanted)
 
     async def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
-        """End a lease and delete its keys at once; a lease that does not exist is no error."""
+        """End a lease and delete its keys. No-op for a lease that does not exist."""
         request = rpc.LeaseRevokeRequest(ID=lease_id)
         await self._cluster.call(lambda stubs: stubs.lease.LeaseRevoke, request, timeout_s, StatusCode.NOT_FOUND)
 
     # -- watches
 
     async def watch_prefix(self, prefix: str) -> AsyncGenerator[Event, None]:
-        """The keys under `prefix` as a `Snapshot`, then every `Put` and `Delete` in etcd's order, without a gap.
+        """Yield the keys under `prefix` as a `Snapshot`, then every `Put` and `Delete` in etcd's order, without a gap.
 
-        It outlives etcd: after a restart it goes on behind the last event, nothing lost and nothing twice. Where that
-        cannot be (the events were compacted away, etcd came back empty or with another history) there is a fresh
+        It outlives etcd: after a restart it continues behind the last event, with nothing lost and nothing repeated. If
+        that is impossible (the events were compacted, etcd came back empty or with another history) there is a new
         `Snapshot`. Raises `TransportError` if etcd cannot be reached at first, or refuses; ends when this client
         closes. Wrap it in `aclosing` to leave it early.
         """
-        view: dict[str, KeyValue] = {}  # what the caller knows: the keys under the prefix at `revision`
-        revision, timeout_s = 0, self._cluster.timeout_s
+        view: dict[str, KeyValue] = {}  # what has been yielded: the keys under the prefix at `revision`
+        revision = 0
+        timeout_s = self._cluster.timeout_s
         try:
             while True:
-                # Revisions alone cannot tell a wiped etcd that has counted up to ours again: compare the state too.
+                # A wiped etcd may have counted up to our revision again: compare the state too.
                 if not revision or await self._range(prefix, revision, math.inf) != (sorted(view.values()), revision):
                     items, revision = await self.get_prefix(prefix, timeout_s=timeout_s)
                     view = {item.key: item for item in items}
@@ -223,35 +213,39 @@ class Etcd:
                 raise
 
     async def _watch(self, prefix: str, start: int) -> AsyncGenerator[Any, None]:
-        """Replies of one watch with events from revision `start` on, until it breaks or etcd cancels it."""
-        first, end = _range_of(prefix)
-        create = rpc.WatchCreateRequest(key=first, range_end=end, start_revision=start, progress_notify=True)
-        with suppress(Again):
-            async with self._cluster.attempt() as (member, metadata):
-                call = member.stubs.watch.Watch(metadata=metadata)
-                try:
-                    await call.write(rpc.WatchRequest(create_request=create))
-                    while (reply := await call.read()) is not aio.EOF and not reply.canceled:
-                        if not reply.created:
-                            yield reply
-                finally:
-                    call.cancel()
+        """Yield the replies of one watch, with events from revision `start` on, until it breaks or etcd cancels it."""
+        with suppress(RetryableError):
+            attempt = await self._cluster.start_attempt()
+            call = attempt.member.stubs.watch.Watch(metadata=attempt.metadata)
+            try:
+                await attempt.run(call.write(_watch_request(prefix, start)))
+                while (reply := await attempt.run(call.read())) is not aio.EOF and not reply.canceled:
+                    if not reply.created:
+                        yield reply
+            finally:
+                call.cancel()
 
     # -- calls
 
     async def _range(self, prefix: str, revision: int, timeout_s: float | None) -> tuple[list[KeyValue], int]:
-        """The keys under `prefix` at `revision` (0: now) and that revision; `([], 0)` if etcd does not have it."""
+        """Return the keys under `prefix` at `revision` (0: now) and that revision; `([], 0)` if etcd does not have it."""
         first, end = _range_of(prefix)
         request = rpc.RangeRequest(key=first, range_end=end, revision=revision)
-        gone = StatusCode.OUT_OF_RANGE  # compacted, or not reached yet by an etcd that was wiped
-        reply, _ = await self._cluster.call(lambda stubs: stubs.kv.Range, request, timeout_s, gone)
+        no_revision = StatusCode.OUT_OF_RANGE  # compacted, or not reached yet by an etcd that was wiped
+        reply, _ = await self._cluster.call(lambda stubs: stubs.kv.Range, request, timeout_s, no_revision)
         if reply is None:
             return [], 0
         return [_key_value(item) for item in reply.kvs], revision or reply.header.revision
 
 
+def _watch_request(prefix: str, start: int) -> Any:
+    first, end = _range_of(prefix)
+    create = rpc.WatchCreateRequest(key=first, range_end=end, start_revision=start, progress_notify=True)
+    return rpc.WatchRequest(create_request=create)
+
+
 def _range_of(prefix: str) -> tuple[bytes, bytes]:
-    """etcd's half-open range of the keys that begin with `prefix`; `(0, 0)` is all keys."""
+    """Return etcd's half-open range of the keys that begin with `prefix`; `(0, 0)` is all keys."""
     if not prefix:
         return b"\0", b"\0"
     name = prefix.encode()

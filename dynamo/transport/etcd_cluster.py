@@ -1,22 +1,25 @@
 """The endpoints of an etcd cluster, and calls that try one after the other until etcd answers.
 
-gRPC comes in through `grpc.aio`, etcd's messages from the generated stubs of `aetcd`; no other file imports either.
+A unary call is `Cluster.call`, which retries. For a streaming call, `start_attempt` chooses the endpoint and
+`Attempt.run` awaits each step; its user retries on RetryableError.
+
+gRPC is used through `grpc.aio`, etcd's messages through the generated stubs of `aetcd`; no other file imports either.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it does not help, and gRPC complains at every subprocess
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it does not help here, and gRPC warns at every subprocess
 
 import aetcd.rpc
 import grpc
@@ -26,16 +29,20 @@ from dynamo.errors import ConfigError, TransportError
 from dynamo.transport.network import without_credentials
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 aio: Any = grpc.aio
 StatusCode: Any = grpc.StatusCode
 rpc: Any = aetcd.rpc  # protobuf makes these classes at run time: no type checker sees them
 
-TRY_S = 1.5  # one try of a call; a call may take several, on one endpoint after the other
-PAUSE_S = 0.1  # between two tries
-FIRST_CONTACT_S = 2.0  # a client that never reached etcd gives up sooner: the address may be wrong
+ATTEMPT_TIMEOUT_S = 1.5
+"""Of one attempt of a call; a call may take several, on one endpoint after the other."""
+PAUSE_S = 0.1
+"""Between two attempts."""
+FIRST_CONTACT_S = 2.0
+"""A client that never reached etcd gives up after that: the address may be wrong."""
 _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own limit is two minutes
+    ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's default is two minutes
     ("grpc.min_reconnect_backoff_ms", 1500),  # despite its name: how long one attempt to connect may take
     ("grpc.keepalive_time_ms", 6000),  # etcd refuses clients that ping more often than every 5 s
     ("grpc.keepalive_timeout_ms", 3000),
@@ -54,35 +61,74 @@ _NEW_TOKEN_NEEDED = ("invalid auth token", "revision of auth store is old", "use
 
 
 class Tls(NamedTuple):
-    """Of `https://` endpoints, in PEM: authorities (None: the system's), and what identifies this client, if anything."""
+    """TLS files of `https://` endpoints, in PEM: authorities (None: the system's) and, if any, a client certificate."""
 
     ca: bytes | None = None
     cert: bytes | None = None
     key: bytes | None = None
 
 
+class RetryableError(Exception):
+    """An attempt failed, and the next one may succeed: it uses another endpoint or a new token."""
+
+
+class Attempt:
+    """One attempt of a call: on one endpoint, with one token. `run` awaits gRPC and translates its errors."""
+
+    def __init__(self, cluster: Cluster, member: Member, token: str | None) -> None:
+        self.member = member
+        self.token = token
+        """empty: etcd has no users; None: not logged in yet"""
+        self._cluster = cluster
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The metadata for every call of this attempt."""
+        require_leader = ("hasleader", "true")  # a member cut off from the others refuses: the next one may not
+        return (require_leader, ("token", self.token)) if self.token else (require_leader,)
+
+    async def run(self, work: Awaitable[T]) -> T:
+        """Await gRPC.
+
+        Raises RetryableError if the next attempt may succeed, after selecting another endpoint or dropping the token;
+        TransportError if etcd refuses, or the client is closed.
+        """
+        try:
+            return await work
+        except (aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
+            raise self._cluster.failed(self, error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._cluster.closed and task is not None and not task.cancelling():  # gRPC's own, for a closed channel
+                raise TransportError("etcd client is closed") from None
+            raise
+
+
 class Cluster:
-    """One or several endpoints of one cluster, taken in turn when one fails.
+    """One or several endpoints of one etcd cluster. When one fails, the next one is used.
 
     After `closed` is set, every call raises `TransportError`.
     """
 
     def __init__(self, endpoints: str, tls: Tls, username: str, password: str, timeout_s: float) -> None:
-        """Raises ConfigError for an address that is none. `timeout_s` is each call's unless it says otherwise."""
+        """Raises ConfigError for an invalid address. `timeout_s` is the default of every call."""
         shown = without_credentials(endpoints)
         self._members = [Member(url, tls, shown) for url in filter(None, map(str.strip, endpoints.split(",")))]
-        """The first is the one in use."""
+        """the first is the one in use"""
         if not self._members:
             raise ConfigError("no etcd endpoint given", hint="set ETCD_ENDPOINTS, such as http://127.0.0.1:2379")
         self._urls = ",".join(member.url for member in self._members)
-        self.timeout_s, self.closed = timeout_s, False
-        self._username, self._password = username, password
-        self._token = None if username else ""  # None: log in first; tokens die with etcd
+        self.timeout_s = timeout_s
+        self.closed = False
+        self._username = username
+        self._password = password
+        self._token = None if username else ""  # None: log in first; tokens are lost when etcd restarts
         self._login_lock = asyncio.Lock()
-        self._reached = self._down = False
+        self._was_reached = False
+        self._is_down = False
 
     async def close(self) -> None:
-        """End the connections; calls in flight raise `TransportError`."""
+        """Close all connections. Calls in flight raise `TransportError`."""
         self.closed = True
         await asyncio.gather(*(member.close() for member in self._members))
 
@@ -93,92 +139,93 @@ class Cluster:
         timeout_s: float | None = None,
         accept: Any = None,
     ) -> tuple[Any, int]:
-        """The reply, and at which try it came; the reply is None if etcd refuses with the status `accept`."""
+        """Call etcd until it answers; return the reply and the number of attempts.
+
+        The reply is None if etcd refuses with the status `accept`. Raises TransportError if it refuses with another one,
+        or has not answered after `timeout_s`.
+        """
         allowed_s = self.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + (allowed_s if self._reached else min(allowed_s, FIRST_CONTACT_S))
-        tries = 0
-        while True:
-            tries += 1
+        deadline = time.monotonic() + (allowed_s if self._was_reached else min(allowed_s, FIRST_CONTACT_S))
+        for attempts in itertools.count(1):
             try:
-                async with self.attempt() as (member, metadata):
-                    left_s = max(deadline - time.monotonic(), PAUSE_S)
-                    reply = await method(member.stubs)(request, metadata=metadata, timeout=min(left_s, TRY_S))
-                if self._down:
-                    log.info("etcd answers again at %s", member.url)
-                self._reached, self._down = True, False
-                return reply, tries
-            except Again as again:
+                return await self._call_once(method, request, deadline), attempts
+            except RetryableError as error:
                 if time.monotonic() + PAUSE_S > deadline:
                     raise TransportError(
-                        f"etcd does not answer at {self._urls}: {again}",
+                        f"etcd does not answer at {self._urls}: {error}",
                         hint="start etcd, or set ETCD_ENDPOINTS to where it answers",
-                    ) from again
+                    ) from error
             except TransportError as error:
                 if accept is None or _status(error.__cause__)[0] != accept:
                     raise
-                return None, tries
+                return None, attempts
             await asyncio.sleep(PAUSE_S)
+        raise AssertionError("unreachable")
 
-    @asynccontextmanager
-    async def attempt(self) -> AsyncIterator[tuple[Member, tuple[tuple[str, str], ...]]]:
-        """The endpoint in use, and the metadata for a call on it. What gRPC raises inside becomes `Again` (the next
-        attempt may succeed: it has another endpoint or a new token) or `TransportError`."""
+    async def _call_once(self, method: Callable[[Any], Any], request: Any, deadline: float) -> Any:
+        attempt = await self.start_attempt()
+        left_s = max(deadline - time.monotonic(), PAUSE_S)
+        call = method(attempt.member.stubs)(request, metadata=attempt.metadata, timeout=min(left_s, ATTEMPT_TIMEOUT_S))
+        reply = await attempt.run(call)
+        if self._is_down:
+            log.info("etcd answers again at %s", attempt.member.url)
+        self._was_reached = True
+        self._is_down = False
+        return reply
+
+    async def start_attempt(self) -> Attempt:
+        """Return an attempt on the endpoint in use, logged in. Raises what `Attempt.run` does."""
         if self.closed:
             raise TransportError("etcd client is closed")
-        member, token = self._members[0], self._token
-        try:
-            if token is None:
-                async with self._login_lock:
-                    if self._token is None:
-                        self._token = await self._login(member)
-                    token = self._token
-            require_leader = ("hasleader", "true")  # a member cut off from the others refuses: the next one may not
-            yield member, (require_leader, ("token", token)) if token else (require_leader,)
-        except (aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
-            code, text = _status(error)
-            if self._username and text.endswith(_NEW_TOKEN_NEEDED):
-                self._token = None if self._token == token else self._token
-            elif code not in _TRANSIENT:
-                access = any(word in text for word in ("user name", "authentication", "permission"))
-                hint = "check the user name and password for etcd" if access else None
-                raise TransportError(f"etcd refused at {member.url}: {text}", hint=hint) from error
-            else:
-                if self._reached and not self._down:
-                    log.warning("etcd does not answer at %s: %s; trying on", member.url, text)
-                    self._down = True
-                if self._members[0] is member:
-                    self._members.append(self._members.pop(0))
-            raise Again(text) from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self.closed and task is not None and not task.cancelling():  # gRPC's own, for a channel that closed
-                raise TransportError("etcd client is closed") from None
-            raise
+        attempt = Attempt(self, self._members[0], self._token)
+        if attempt.token is None:
+            async with self._login_lock:
+                if self._token is None:
+                    self._token = await attempt.run(self._log_in(attempt.member))
+                attempt.token = self._token
+        return attempt
 
-    async def _login(self, member: Member) -> str:
+    async def _log_in(self, member: Member) -> str:
+        """Return a token; empty if this etcd has no users."""
         request = rpc.AuthenticateRequest(name=self._username, password=self._password)
         try:
-            return str((await member.stubs.auth.Authenticate(request, timeout=TRY_S)).token)
+            return str((await member.stubs.auth.Authenticate(request, timeout=ATTEMPT_TIMEOUT_S)).token)
         except aio.AioRpcError as error:
             if error.code() == StatusCode.FAILED_PRECONDITION:
-                return ""  # this etcd has no users
+                return ""
             raise
 
-
-class Again(Exception):
-    """An attempt failed in a way that another may not."""
+    def failed(self, attempt: Attempt, error: Exception) -> RetryableError | TransportError:
+        """Return what a failed attempt raises; prepare the next one, with a new token or on the next endpoint."""
+        code, text = _status(error)
+        if self._username and text.endswith(_NEW_TOKEN_NEEDED):
+            if self._token == attempt.token:
+                self._token = None
+            return RetryableError(text)
+        if code not in _TRANSIENT:
+            access = any(word in text for word in ("user name", "authentication", "permission"))
+            hint = "check the user name and password for etcd" if access else None
+            return TransportError(f"etcd refused at {attempt.member.url}: {text}", hint=hint)
+        if self._was_reached and not self._is_down:
+            log.warning("etcd does not answer at %s: %s; retrying", attempt.member.url, text)
+            self._is_down = True
+        if self._members[0] is attempt.member:
+            self._members.append(self._members.pop(0))
+        return RetryableError(text)
 
 
 class Member:
-    """One endpoint of the cluster; its channel opens when first used."""
+    """One endpoint of the cluster. Its channel opens at the first use."""
 
     def __init__(self, url: str, tls: Tls, shown: str) -> None:
-        """`shown`: all of them, as errors may tell."""
+        """Raises ConfigError, which names all endpoints as `shown`, for an invalid address."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
-            host, port = parts.hostname, parts.port or 2379
+            host = parts.hostname
+            port = parts.port or 2379
         except ValueError:
-            host, port = None, 0
+            host = None
+            port = 0
         if not host or parts.scheme not in ("http", "https"):
             raise ConfigError(
                 f"not an etcd endpoint: {shown!r}", hint="write it as http://host:2379 or https://host:2379"
@@ -189,6 +236,7 @@ class Member:
 
     @cached_property
     def stubs(self) -> Any:
+        """The channel and etcd's services on it: `kv`, `lease`, `watch`, `auth`."""
         if self._tls is None:
             channel = aio.insecure_channel(self._target, options=_CHANNEL_OPTIONS)
         else:
@@ -197,12 +245,13 @@ class Member:
         return SimpleNamespace(channel=channel, **{name: stub(channel) for name, stub in services.items()})
 
     async def close(self) -> None:
+        """Close the channel, if it is open."""
         if "stubs" in self.__dict__:
             await self.stubs.channel.close()
 
 
 def _status(error: Any) -> tuple[Any, str]:
-    """The gRPC status of what gRPC raised, and what it says."""
+    """Return the gRPC status and message of an error; UNAVAILABLE for a timeout."""
     if not isinstance(error, aio.AioRpcError):
         return StatusCode.UNAVAILABLE, "no answer"
     text = str(error.details() or "no answer")

@@ -1,7 +1,7 @@
-"""nats-py, imported without aiohttp.
+"""The names of nats-py that are used, imported without aiohttp.
 
-It imports that where it happens to be installed, as with vLLM, for NATS over WebSockets: 0.15 s of the start of every
-process. It gets it only where NATS_SERVER names a WebSocket.
+nats-py imports aiohttp, if it is installed (as with vLLM), for NATS over WebSockets: 0.15 s of the start of every process.
+Here it is imported only if NATS_SERVER names a WebSocket.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 
 @contextmanager
 def _without(package: str) -> Iterator[None]:
-    """Importing it fails, unless it has been imported."""
+    """Make imports of a package fail, unless it has been imported already."""
     if package in sys.modules:
         yield
         return

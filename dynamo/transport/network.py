@@ -1,6 +1,8 @@
-"""Which host this is, and where others reach it.
+"""The identity and addresses of this host, its ports, and listening TCP sockets.
 
-A container is a host of its own here: it has the kernel of its machine, and neither its network nor its files.
+A container counts as a host of its own: it shares the kernel of its machine, but neither its network nor its files.
+
+To listen, use `listening_at` for a given port and `listening_socket` for a free one of `STREAM_PORTS`.
 """
 
 from __future__ import annotations
@@ -24,18 +26,23 @@ from dynamo.errors import ConfigError, TransportError
 ADVERTISED = "DYN_HOST_IP"
 BOUND = "DYN_BIND_IP"
 METRICS_ADDRESS = "DYNAMO_METRICS_ADDRESS"
-"""`host:port` where this host's processes are scraped, which each of them has from whoever started it"""
+"""Variable with the `host:port` where the metrics of this host's processes are scraped; set by the launcher."""
 STREAM_PORTS = range(20000, 32768)
-"""where processes listen for others: below the range that the kernel gives to outgoing connections"""
+"""The ports that processes listen on for each other: below 32768, where Linux's range for outgoing connections begins
+(net.ipv4.ip_local_port_range), so that no outgoing connection holds one."""
+PORT_ATTEMPTS = 50
+"""Ports that are tried, at random, before there is none."""
 
-SIOCGIFADDR = 0x8915  # linux/sockios.h
+SIOCGIFADDR = 0x8915
+"""ioctl that reads an interface's address (linux/sockios.h)."""
 _ADDRESS = re.compile(r"(\[[^\]]*\]|[^\s:/?#\[\]]+)(:\d+)?/?")
 
 
 @functools.cache
 def host_id() -> str:
-    """`<network>-<files>`: equal for processes that see the same network and the same files, so that unix sockets and
-    memory may be shared between them. The first part alone is equal where loopback addresses mean the same.
+    """Return `<network>-<files>`, equal for processes that see the same network and the same files.
+
+    Those may share unix sockets and memory. If only the first part is equal, they share loopback addresses.
     """
     try:
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -48,17 +55,17 @@ def host_id() -> str:
 def _namespace(kind: str) -> str:
     try:
         return os.readlink(f"/proc/self/ns/{kind}")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return kind
 
 
 def same_network(host: str) -> bool:
-    """Whether an address of loopback means the same on the host of this id as here."""
+    """Return True if the host with this id shares loopback addresses with this one."""
     return host.partition("-")[0] == host_id().partition("-")[0]
 
 
 def advertised_host(nats_url: str) -> str:
-    """The address on which other processes reach this one: DYN_HOST_IP, else the one that faces the NATS server."""
+    """Return the address at which other hosts reach this one: DYN_HOST_IP, else the one on the route to the NATS server."""
     given = os.environ.get(ADVERTISED)
     if given:
         return given
@@ -78,29 +85,31 @@ def advertised_host(nats_url: str) -> str:
 
 
 def bound_host(nats_url: str) -> str:
-    """The address to listen on: DYN_BIND_IP, else the advertised one.
+    """Return the address to listen on: DYN_BIND_IP, else the advertised one.
 
-    Raises ConfigError for a DYN_HOST_IP that nobody can listen on here, unless DYN_BIND_IP says where to.
+    Raises ConfigError for a DYN_BIND_IP, or without one a DYN_HOST_IP, that is no address of this host.
     """
-    advertised, bound = advertised_host(nats_url), os.environ.get(BOUND)
+    advertised = advertised_host(nats_url)
+    bound = os.environ.get(BOUND)
     if is_address(advertised) and ipaddress.ip_address(advertised).is_unspecified:
         raise ConfigError(
-            f"{ADVERTISED}={advertised}: nobody reaches a host under this address",
+            f"{ADVERTISED}={advertised}: other hosts cannot connect to this address",
             hint=f"give an address of this host, and {BOUND}={advertised} to listen on all of them",
         )
     if bound:
-        _try_to_bind(
-            bound, BOUND, f"give an address of this host, or 0.0.0.0 for all; {ADVERTISED} is what others are told"
+        _check_bindable(
+            bound, BOUND, f"give an address of this host, or 0.0.0.0 for all; {ADVERTISED} is the one for other hosts"
         )
     elif os.environ.get(ADVERTISED):
-        _try_to_bind(
+        _check_bindable(
             advertised, ADVERTISED,
-            f"give an address of this host; if others reach it there by address translation, set {BOUND}=0.0.0.0 too",
+            f"give an address of this host; if other hosts reach it by address translation, set {BOUND}=0.0.0.0 too",
         )  # fmt: skip
     return bound or advertised
 
 
-def _try_to_bind(host: str, variable: str, hint: str) -> None:
+def _check_bindable(host: str, variable: str, hint: str) -> None:
+    """Raise ConfigError, naming the variable, if this host has no such address."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
@@ -114,25 +123,26 @@ def _try_to_bind(host: str, variable: str, hint: str) -> None:
 def listening_at(
     host: str, port: int, backlog: int = 128, *, reuse_port: bool = False, dual_stack: bool = False
 ) -> socket.socket:
-    """Return a listening TCP socket, of IPv6 where the host is an IPv6 address. Raises OSError.
+    """Return a listening TCP socket, of IPv6 if the host is an IPv6 address. Raises OSError.
 
-    With `reuse_port`, several sockets may listen on the port; with `dual_stack`, an IPv6 socket accepts IPv4 too.
+    With `reuse_port`, several sockets may listen on the port and the kernel spreads connections over them. With
+    `dual_stack`, or on `::`, an IPv6 socket accepts IPv4 too.
     """
     return socket.create_server(
         (host, port),
         family=socket.AF_INET6 if ":" in host else socket.AF_INET,
         backlog=backlog,
         reuse_port=reuse_port,
-        dualstack_ipv6=dual_stack,
+        dualstack_ipv6=dual_stack or host == "::",
     )
 
 
 def listening_socket(
     host: str, backlog: int = 128, *, reuse_port: bool = False, dual_stack: bool = False
 ) -> socket.socket:
-    """Return a listening TCP socket on a random port of `STREAM_PORTS`, as `listening_at`. Raises TransportError."""
+    """Return a `listening_at` socket on a random free port of `STREAM_PORTS`. Raises TransportError if there is none."""
     reason = ""
-    for port in random.sample(STREAM_PORTS, 50):
+    for port in random.sample(STREAM_PORTS, PORT_ATTEMPTS):
         try:
             return listening_at(host, port, backlog, reuse_port=reuse_port, dual_stack=dual_stack)
         except OSError as error:
@@ -141,7 +151,7 @@ def listening_socket(
 
 
 def interface_of(address: str) -> str:
-    """Name of the network interface that has this IPv4 address as its first; empty where none has, or off Linux."""
+    """Return the name of the network interface whose first IPv4 address this is; empty if there is none, or off Linux."""
     for _, name in socket.if_nameindex():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
             answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
@@ -151,9 +161,10 @@ def interface_of(address: str) -> str:
 
 
 def without_credentials(urls: str) -> str:
-    """`"nats://user:secret@a:4222, b"` -> `"nats://a:4222,b"`, for errors, which clients may read, and for logs.
+    """Remove credentials from URLs, for logs and for errors, which clients may read.
 
-    Beside credentials, what is no address is `?`: it may be a piece of a password.
+    `"nats://user:secret@a:4222, b"` becomes `"nats://a:4222,b"`. If there are credentials, a piece that is no address
+    becomes `?`: it may be part of a password.
     """
     each = filter(None, map(str.strip, urls.split(",")))
     return ",".join(map(_public, each) if "@" in urls else each)
@@ -166,7 +177,7 @@ def _public(url: str) -> str:
 
 
 def is_address(host: str) -> bool:
-    """Whether it is written as an IP address, not as a name."""
+    """Return True for an IP address, False for a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -175,18 +186,18 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address reaches its own host only."""
+    """Return True for an address that reaches its own host only."""
     return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 KEEPALIVE = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 9000}
-"""A host that vanished without a word is noticed in 9 s, which is less than the life of its lease."""
+"""A host that is cut off is noticed after 9 s, less than the TTL of its etcd lease."""
 
 
 def keep_alive(opened: socket.socket) -> None:
-    """Have the kernel notice when the other end of a TCP connection has vanished: see `KEEPALIVE`."""
+    """Make the kernel close a TCP connection whose other end is no longer reachable; see `KEEPALIVE`."""
     with contextlib.suppress(OSError):
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEPALIVE.items():
-            if hasattr(socket, option):  # not everywhere
+            if hasattr(socket, option):  # some platforms lack some
                 opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

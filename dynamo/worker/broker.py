@@ -10,7 +10,7 @@ from dynamo.rpc.runtime import Runtime
 from dynamo.sdk.broker import Limits, Subscription
 from dynamo.sdk.channels import WorkQueue
 from dynamo.sdk.spec import spec_of
-from dynamo.transport.work_queue import Queue
+from dynamo.transport.work_queue import JetStreamQueue
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class ServiceBroker:
         self._runtime = runtime
         self._namespace = namespace
         self._service = service
-        self._queues: dict[str, Queue] = {}
+        self._queues: dict[str, JetStreamQueue] = {}
         self._prefix = f"namespace.{namespace}.component.{service}."
 
     async def publish(self, topic: str, payload: bytes) -> None:
@@ -31,7 +31,7 @@ class ServiceBroker:
     async def subscribe(self, topic: str, handler: Callable[[bytes], None]) -> Subscription:
         return await self._runtime.listen(self._prefix + topic, handler)
 
-    def queue(self, name: str, limits: Limits) -> Queue:
+    def queue(self, name: str, limits: Limits) -> JetStreamQueue:
         if name not in self._queues:
             subject = self._prefix + name
             self._queues[name] = self._runtime.work_queue(

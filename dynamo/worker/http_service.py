@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo.config.environment import get_system_app_host_port, str_to_bool
-from dynamo.config.provenance import alike, shown
+from dynamo.config.provenance import canonical, preview
 from dynamo.config.settings import declared
+from dynamo.environment import enabled, get_system_app_host_port
 from dynamo.errors import ConfigError, StartError
 from dynamo.sdk.endpoint import LIVENESS_PATH, READINESS_PATH, Hook, probes
 from dynamo.sdk.spec import spec_of
@@ -65,7 +65,7 @@ class HttpService:
 
         It runs before the start hooks do. Raises StartError when the port is in use.
         """
-        if not _enabled(SYSTEM_APP):
+        if not enabled(SYSTEM_APP):
             return
         from dynamo.http.api_app import create_api
         from dynamo.http.server import HttpServer, listen
@@ -122,7 +122,7 @@ class HttpService:
             methods: dict[str, list[str]] = {}
             for method, route in probes(self._cls, kind).items():
                 methods.setdefault(route, []).append(method)
-            if not methods and _enabled(DEFAULT_CHECKS):
+            if not methods and enabled(DEFAULT_CHECKS):
                 methods[path] = []
             checks |= {route: self._check(kind, names) for route, names in methods.items()}
         return checks
@@ -158,14 +158,6 @@ async def _stop(server: HttpServer | None, limit_s: float) -> None:
             await asyncio.wait_for(server.stop(), limit_s)
 
 
-def _enabled(variable: str) -> bool:
-    value = os.environ.get(variable, "")
-    try:
-        return bool(value) and str_to_bool(value)
-    except ConfigError as error:
-        raise ConfigError(f"{variable}: {error.message}", hint=error.hint) from None
-
-
 def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) -> tuple[str, int | None]:
     """Return the host and port of a service's HTTP server; port None means any free one.
 
@@ -181,7 +173,7 @@ def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) ->
     if entry:
         given = {"host": os.environ.get("DYNAMO_HOST"), "port": os.environ.get("DYNAMO_PORT")}
         values |= {key: value for key, value in given.items() if value}
-    values |= {alike(key): value for key, value in settings.items() if alike(key) in ("host", "port")}
+    values |= {canonical(key): value for key, value in settings.items() if canonical(key) in ("host", "port")}
     port = values.get("port", DEFAULT_PORT if entry else None)
     try:
         number = None if port is None else int(port)
@@ -189,7 +181,7 @@ def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) ->
             raise ValueError
     except (TypeError, ValueError):
         raise ConfigError(
-            f"{cls.__name__}.port: expected a port number, found {shown(port)}", hint="give a number up to 65535"
+            f"{cls.__name__}.port: expected a port number, found {preview(port)}", hint="give a number up to 65535"
         ) from None
     return str(values.get("host") or DEFAULT_HOST), number
 

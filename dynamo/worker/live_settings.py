@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from dynamo.config.overrides import parse_value
-from dynamo.config.provenance import alike, suggestion
-from dynamo.config.settings import Setting, converted, declared, expectation
+from dynamo.config.provenance import canonical, suggestion
+from dynamo.config.settings import Setting, convert, declared, expectation
 from dynamo.errors import DynamoError, GraphError, TransportError
 from dynamo.tasks import TaskSet
 
@@ -66,12 +66,12 @@ def live_settings(cls: type[Any]) -> dict[str, Setting]:
     found = declared(cls)
     known = found.settings if found is not None else {}
     for name in names:
-        if alike(name) not in known:
+        if canonical(name) not in known:
             raise GraphError(
                 f"{cls.__name__}.live_settings: {name!r} is not a constructor parameter",
-                hint=suggestion(name, (alike(key) for key in known), f"settings of {cls.__name__}"),
+                hint=suggestion(name, (canonical(key) for key in known), f"settings of {cls.__name__}"),
             )
-    return {name: known[alike(name)] for name in names}
+    return {name: known[canonical(name)] for name in names}
 
 
 class LiveSettings:
@@ -148,7 +148,7 @@ class LiveSettings:
         try:
             value = self._configured[name]
             if given is not None:
-                value = converted(setting, parse_value(given), lambda: what)
+                value = convert(setting, parse_value(given), lambda: what)
             setattr(self._instance, setting.name, value)
         except Exception as error:  # wrong type, or raised by a property of the class
             message, hint = (error.message, error.hint) if isinstance(error, DynamoError) else (repr(error), None)

@@ -138,7 +138,7 @@ class ServiceProcess:
             self.instance.__init__(**constructor_arguments(self.cls, settings))
             self._constructed = True
             entry = self.cls is self.graph.entry
-            text = partial(runtime.metrics.text, lent=True)
+            text = partial(runtime.metrics.text, shared=True)
             self.http = HttpService(
                 self.instance, settings, entry=entry, workers=self.workers, run_dir=run_dir, metrics=text
             )
@@ -164,7 +164,7 @@ class ServiceProcess:
         """Serve metrics to the supervisor or, without one, on the metrics port."""
 
         async def metrics() -> bytes:
-            return runtime.metrics.text(lent=True)
+            return runtime.metrics.text(shared=True)
 
         async def targets() -> bytes:
             from dynamo.http.prometheus_text import http_sd
@@ -180,7 +180,7 @@ class ServiceProcess:
 
     def _enter_context(self, runtime: Runtime) -> ServiceContext:
         graph = [(namespace_of(cls, self.config), name) for name, cls in self.graph.services.items()]
-        runtime.metrics.belong(self.namespace, self.name, graph, self.worker_id)
+        runtime.metrics.identify(self.namespace, self.name, graph, self.worker_id)
         endpoints = sorted(spec_of(self.cls).endpoints.values(), key=lambda endpoint: endpoint.method)
         context = ServiceContext(
             service_name=self.name,

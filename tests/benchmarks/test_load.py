@@ -66,7 +66,7 @@ async def test_counts_the_tokens_and_chunks_of_every_request(piece: int) -> None
         _stream(b'{"error": {}}', status=b"503 Service Unavailable"),
     ],
 )
-async def test_refuses_what_is_not_exact(answer: bytes) -> None:
+async def test_refuses_inexact_answers(answer: bytes) -> None:
     with pytest.raises(LoadError):
         await _load(answer, Load(streams=1, requests=1, output_tokens=1))
 

@@ -102,7 +102,7 @@ def test_generated_traces_are_determined_by_their_seed(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", DEFAULTS)
 @pytest.mark.parametrize("block", [16, 512])
-def test_generated_traces_have_the_lengths_and_the_rate_asked_for(kind: str, block: int) -> None:
+def test_generated_traces_have_the_requested_lengths_and_rate(kind: str, block: int) -> None:
     shape = dataclasses.replace(DEFAULTS[kind], requests=3000, rate=20.0, block=block, output_tokens=100, seed=3)
     requests = list(generate(kind, shape))
     assert all(len(request.hash_ids) == -(-request.input_length // block) for request in requests)
@@ -161,7 +161,7 @@ def _traces(draw: st.DrawFn) -> list[Request]:
 
 @given(_traces())
 def test_the_oracle_counts_tokens_of_the_longest_prefix_seen_before(requests: list[Request]) -> None:
-    """Of whole prompts of tokens, where a block's token is its id and place, and prefixes are compared one by one."""
+    """Compare with whole prompts of tokens, where a token of a block is its id and place."""
 
     def tokens(request: Request) -> list[tuple[int, ...]]:
         return [(*request.hash_ids[: at // BLOCK + 1], at) for at in range(request.input_length)]
@@ -178,7 +178,7 @@ def test_the_oracle_counts_tokens_of_the_longest_prefix_seen_before(requests: li
 
 
 @given(_traces(), st.integers(1, 12))
-def test_a_bounded_cache_is_the_one_that_sorts_by_last_use(requests: list[Request], capacity_blocks: int) -> None:
+def test_a_bounded_cache_evicts_by_last_use(requests: list[Request], capacity_blocks: int) -> None:
     used: dict[tuple[int, ...], tuple[int, int]] = {}  # chain -> when, and how near to the beginning
     size: dict[tuple[int, ...], int] = {}
     hit = 0
@@ -198,7 +198,7 @@ def test_a_bounded_cache_is_the_one_that_sorts_by_last_use(requests: list[Reques
 
 
 @given(_traces())
-def test_more_cache_is_never_worse_and_at_last_ideal(requests: list[Request]) -> None:
+def test_more_cache_is_never_worse_and_finally_ideal(requests: list[Request]) -> None:
     rates = [hit_rate(requests, BLOCK, size) for size in (1, 2, 4, 8, 1000)]
     assert rates == sorted(rates)
     assert rates[-1] == hit_rate(requests, BLOCK)
@@ -289,8 +289,8 @@ REQUEST = Request(0, 8, 3, [1])
     [
         (HEAD + _chunked(TEXT, _usage(8, 3, 4), DONE), ""),
         (HEAD + _chunked(TEXT, _usage(8, 3, None), DONE), ""),
-        (HEAD + _chunked(TEXT, _usage(8, 2, 4), DONE), "another number of tokens than asked for"),
-        (HEAD + _chunked(TEXT, _usage(9, 3, 4), DONE), "another number of tokens than asked for"),
+        (HEAD + _chunked(TEXT, _usage(8, 2, 4), DONE), "wrong number of tokens"),
+        (HEAD + _chunked(TEXT, _usage(9, 3, 4), DONE), "wrong number of tokens"),
         (HEAD + _chunked(TEXT, _usage(8, 3, 4)), "stream without [DONE]"),
         (HEAD + _chunked(TEXT, DONE), "answer that is not a stream with usage"),
         (HEAD + _chunked(_event(error={"message": "lost"}), DONE), "error in the stream"),
@@ -370,7 +370,7 @@ async def test_connections_are_used_again_and_lost_ones_are_errors() -> None:
 
 
 async def test_times_count_from_when_a_request_was_due() -> None:
-    """The client is held up for a second; the figures say so although the server answers at once."""
+    """The client is blocked for a second; the figures show it although the server answers immediately."""
 
     async def reply(writer: asyncio.StreamWriter, connection: int, body: Any) -> None:
         writer.write(HEAD + _chunked(TEXT, _usage(8, 3, 0), DONE))
@@ -421,7 +421,7 @@ def test_figures_of_a_replay() -> None:
     assert found["errors"] == {"HTTP 503 busy": 1}
 
 
-def test_hits_come_from_metrics_where_answers_do_not_tell() -> None:
+def test_hits_come_from_metrics_if_answers_lack_them() -> None:
     goal = Goal(1, 1)
     counted = report.summarise(_replay(None, 0.5), goal)
     assert (counted["hit_rate"], counted["hit_rate_source"]) == (0.5, "metrics")
@@ -448,7 +448,7 @@ def test_spread_and_cdf() -> None:
     assert picture.cdf([3, 1, 2, 2]) == ([1, 2, 2, 3], [0.25, 0.5, 0.75, 1.0])
 
 
-def test_pictures_without_their_library_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_without_matplotlib_are_refused_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(StartError, match="matplotlib"):
         picture.require()
@@ -510,7 +510,7 @@ def test_wrong_options_are_refused(
     assert message in capfd.readouterr().err
 
 
-async def test_replays_to_a_server_that_runs(tmp_path: Path) -> None:
+async def test_replays_to_a_running_server(tmp_path: Path) -> None:
     async def reply(writer: asyncio.StreamWriter, connection: int, body: Any) -> None:
         usage = _usage(len(body["prompt"]), body["max_tokens"], len(body["prompt"]) // 2)
         writer.write(HEAD + _chunked(TEXT, usage, DONE))

@@ -1,4 +1,4 @@
-"""One graph with mock engines for all tests of the command line, in a temporary directory that hides other graphs."""
+"""A graph with mock engines, shared by all tests of the command line; its temporary directory hides other graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cli.terminal import COMMAND, ROOT, environment
 
 
 class Graph(NamedTuple):
-    """`env` makes a command see this graph alone."""
+    """A running graph. With `env`, a command finds only this one."""
 
     url: str
     env: dict[str, str]
@@ -29,7 +29,7 @@ class Graph(NamedTuple):
 
 @pytest.fixture
 def nothing_runs() -> Iterator[dict[str, str]]:
-    """Environment in which no graph is found."""
+    """An environment in which no graph is found."""
     directory = tempfile.mkdtemp(prefix="dt-")
     yield {"TMPDIR": directory, "ETCD_ENDPOINTS": f"http://127.0.0.1:{free_ports(1)[0]}"}
     shutil.rmtree(directory)
@@ -37,8 +37,8 @@ def nothing_runs() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def graph() -> Iterator[Graph]:
-    directory = Path(tempfile.mkdtemp(prefix="dt-"))  # short: unix sockets go below it
-    port = free_ports(1, range(10000, 20000))[0]  # not one that the graph may take for something else
+    directory = Path(tempfile.mkdtemp(prefix="dt-"))  # short, because paths of unix sockets below it are limited
+    port = free_ports(1, range(10000, 20000))[0]  # outside the range that the graph itself uses
     arguments = ("serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--infra", "embedded")
     output = directory / "output"
     with output.open("wb") as file:

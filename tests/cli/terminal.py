@@ -1,4 +1,4 @@
-"""The command line as users have it: a pipe, or a terminal of its own (a pty) in which Ctrl-C is a key."""
+"""Run commands as users do: with pipes, or in a terminal (a pty) in which Ctrl-C is a key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 def environment(**env: str) -> dict[str, str]:
-    """This process's, without the variables that steer the commands, and with `env`."""
+    """Return the environment of this process, without the variables that configure the commands, and with `env`."""
     steering = ("DYN", "NO_COLOR", "NATS_SERVER", "ETCD_ENDPOINTS")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(steering)}
     return {**kept, "PYTHONPATH": str(ROOT), **env}
@@ -39,7 +39,7 @@ def command(
 
 
 class Terminal:
-    """A command in a terminal. `wait_for` reads what it shows from where the last wait ended."""
+    """A command in a terminal of its own."""
 
     def __init__(self, *arguments: str, cwd: Path = ROOT, **env: str) -> None:
         self._master, slave = pty.openpty()
@@ -61,15 +61,16 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def wait_for(self, text: str, timeout_s: float = 30) -> str:
-        """What came up to and with `text`."""
+        """Return the output since the last wait, up to and including `text`."""
         deadline = time.monotonic() + timeout_s
         while (at := self.output.find(text, self._read_to)) < 0:
             assert self._read(deadline), f"no {text!r} in {self.output!r}"
-        begin, self._read_to = self._read_to, at + len(text)
+        begin = self._read_to
+        self._read_to = at + len(text)
         return self.output[begin : self._read_to]
 
     def wait(self, timeout_s: float = 30) -> int:
-        """The exit code; nothing of its session is left."""
+        """Wait for the exit code, and check that no process of its session is left."""
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None:
             assert time.monotonic() < deadline, self.output
@@ -80,7 +81,7 @@ class Terminal:
         return self.process.returncode
 
     def others(self) -> list[int]:
-        """Processes of its session beside itself, but zombies."""
+        """Return the other processes of its session, zombies excepted."""
         found = []
         for entry in filter(str.isdigit, os.listdir("/proc")):
             try:

@@ -1,4 +1,4 @@
-"""Completion in a shell: bash runs the script and asks, as it does when Tab is pressed."""
+"""Shell completion: bash runs the script as it does when Tab is pressed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 def completed(*words: str, **variables: str) -> set[str]:
-    """What bash offers for the last word."""
+    """Return the completions that bash offers for the last word."""
     env = environment(PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin", **variables)
     result = subprocess.run(
         ["bash", "--norc", "-c", SCRIPT, "bash", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60

@@ -1,4 +1,4 @@
-"""`dynamo serve --depends` and `--target`: what is not started here."""
+"""`dynamo serve --depends` and `--target`: services that run elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ AGG = ("serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml")
         (["--target", "kubernetes"], 2, "Invalid value for '--target': 'kubernetes' is not 'dynamo'."),
     ],
 )
-def test_what_is_wrong_is_one_line_and_a_hint(arguments, code, message):
+def test_errors_are_one_line_and_a_hint(arguments, code, message):
     result = command(*AGG, *arguments)
     assert (result.returncode, result.stdout) == (code, "")
     error, hint = result.stderr.splitlines()
@@ -40,15 +40,15 @@ def test_what_is_wrong_is_one_line_and_a_hint(arguments, code, message):
     assert hint.startswith("hint: ")
 
 
-def planned(told: str) -> list[str]:
-    """Names of the processes that a dry run tells."""
-    return [line.split()[0] for line in told.partition("Where each value comes from:")[0].splitlines()[1:]]
+def planned(stderr: str) -> list[str]:
+    """Return the names of the processes that a dry run lists."""
+    return [line.split()[0] for line in stderr.partition("Where each value comes from:")[0].splitlines()[1:]]
 
 
-def test_a_dry_run_names_what_starts():
+def test_dry_run_lists_the_processes_that_would_start():
     whole = command(*AGG, "--dry-run", "--target", "dynamo")
     part = command(*AGG, "--dry-run", "--depends", "VllmWorker=elsewhere")
-    assert part.stdout == whole.stdout  # the configuration of all services: those here know of the others
+    assert part.stdout == whole.stdout  # the configuration of all services, also of those elsewhere
     assert planned(part.stderr) == ["Processor", "Frontend"]
     least = command(*AGG, "--dry-run", DYNAMO_SERVE_DEPENDS="VllmWorker=a Processor=b")
     assert planned(least.stderr) == ["Frontend"]

@@ -1,4 +1,4 @@
-"""`dynamo serve --dry-run` and the command line around it, as a user's shell sees them."""
+"""`dynamo serve --dry-run` and the command line around it, run as from a shell."""
 
 import itertools
 import json
@@ -102,7 +102,7 @@ def graph(tmp_path_factory) -> Path:
 
 
 def settings(result: subprocess.CompletedProcess[str]) -> dict:
-    """The configuration of a dry run, from its JSON and, the same, from its last line."""
+    """Return the configuration of a dry run, after checking that its JSON and its last line agree."""
     assert result.returncode == 0, result.stderr
     head, _, last = result.stdout.removesuffix("\n").partition(
         "\n\nEnvironment Variable that would be set:\nDYNAMO_SERVICE_CONFIG="
@@ -131,7 +131,7 @@ def test_standard_output_is_the_contract(overrides, router, columns):
     assert settings(result)["Processor"]["router"] == router
 
 
-def test_standard_error_says_where_values_come_from():
+def test_standard_error_names_the_source_of_each_value():
     result = command(*AGG, "--Processor.router=random")
     lines = [re.split(r" {2,}", line.strip()) for line in result.stderr.splitlines()]
     assert ["Processor.router", '"random"', "--Processor.router"] in lines
@@ -160,13 +160,19 @@ def test_every_key_of_a_configuration_has_a_comment(path):
             assert above.strip().startswith("#"), f"{path.name}: {line}"
 
 
-def test_a_dry_run_loads_nothing_heavy():
+@pytest.mark.parametrize(("explain", "heavy"), [("json", HEAVY), ("table", set(HEAVY) - {"rich"})])  # rich draws tables
+def test_a_dry_run_loads_nothing_heavy(explain, heavy):
     code = (
         "import sys; from dynamo.cli.main import main; code = main(sys.argv[1:]);"
-        f"print('heavy:', *(m for m in {HEAVY!r} if m in sys.modules), file=sys.stderr); sys.exit(code)"
+        f"print('heavy:', *(m for m in {heavy!r} if m in sys.modules), file=sys.stderr); sys.exit(code)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, *AGG], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code, *AGG, "--explain", explain],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert result.stderr.endswith("heavy:\n")
 
@@ -192,7 +198,7 @@ def test_version_and_help():
         assert part in text
 
 
-def test_module_of_the_command_runs_too():
+def test_the_module_runs_as_a_command():
     result = subprocess.run(
         [sys.executable, "-m", "dynamo.cli.main", "-v"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -211,7 +217,7 @@ def test_port_and_host_are_settings_of_the_entry(graph):
     assert settings(command(*base, "--Entry.port=9002", "-p", "1", cwd=graph))["Entry"] == {"port": 9002}
 
 
-def test_without_a_file_only_what_was_given_is_shown(graph):
+def test_without_a_file_only_given_values_are_shown(graph):
     base = ("serve", "small:Entry", "--dry-run")
     assert settings(command(*base, cwd=graph)) == {}
     assert settings(command(*base, "--Backend.size=-1", "--Old.a.b=x", cwd=graph)) == {
@@ -227,7 +233,7 @@ def test_a_dependency_may_be_the_entry(graph):
     assert result.stderr.startswith("error: small:Entry.nope: Entry has no dependency 'nope'\nhint: dependencies: ")
 
 
-def test_a_variable_may_hold_the_configuration(graph):
+def test_configuration_in_a_variable(graph):
     base = ("serve", "small:Entry", "--dry-run")
     given = {"DYN_DEPLOYMENT_CONFIG": '{"Entry": {"port": 7}}'}
     assert settings(command(*base, cwd=graph, **given)) == {"Entry": {"port": 7}}
@@ -235,10 +241,10 @@ def test_a_variable_may_hold_the_configuration(graph):
     (graph / "c.yaml").write_text("Entry: {port: 1}\n")
     both = command(*base, "-f", "c.yaml", cwd=graph, **given)
     assert settings(both) == {"Entry": {"port": 7}}
-    assert both.stderr.startswith("warning: DYN_DEPLOYMENT_CONFIG is set: c.yaml is not read\n")
+    assert both.stderr.startswith("warning: DYN_DEPLOYMENT_CONFIG is set: c.yaml is ignored\n")
     as_json = command(*base, "-f", "c.yaml", cwd=graph, DYN_LOGGING_JSONL="true", **given)
     told = json.loads(as_json.stderr.splitlines()[0])
-    assert (told["level"], told["message"]) == ("WARNING", "DYN_DEPLOYMENT_CONFIG is set: c.yaml is not read")
+    assert (told["level"], told["message"]) == ("WARNING", "DYN_DEPLOYMENT_CONFIG is set: c.yaml is ignored")
     bad = command(*base, cwd=graph, DYN_DEPLOYMENT_CONFIG="Entry: {port: x}")
     assert bad.stderr.startswith('error: DYN_DEPLOYMENT_CONFIG:1 Entry.port: expected int, found "x"')
 
@@ -289,7 +295,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_a_hint(case, graph):
+def test_bad_input_gives_one_line_and_a_hint(case, graph):
     arguments, text, code, message = BAD[case]
     (graph / "c.yaml").write_text(text)
     file = [] if "-f" in arguments else ["-f", "c.yaml"]
@@ -311,7 +317,7 @@ def test_bad_input_is_one_line_and_a_hint(case, graph):
         (["serve", "small:Nope", "--dry-run"], 1),
     ],
 )
-def test_a_bad_command_is_one_line_and_a_hint(arguments, code, graph):
+def test_a_usage_error_gives_one_line_and_a_hint(arguments, code, graph):
     result = command(*arguments, cwd=graph)
     assert result.returncode == code
     error, hint = result.stderr.splitlines()
@@ -327,7 +333,7 @@ def test_a_bug_in_the_graph_keeps_its_traceback(graph):
     assert "ZeroDivisionError" in result.stderr
 
 
-def test_a_reader_that_leaves_is_no_error():
+def test_a_closed_pipe_is_no_error():
     script = f"{sys.executable} -m dynamo {' '.join(AGG)} 2>/dev/null | head -1"
     result = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.stdout == "Service Configuration:\n"

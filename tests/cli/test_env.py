@@ -1,4 +1,4 @@
-"""`dynamo env`: complete, honest about what is missing, and silent about secrets."""
+"""`dynamo env`: its fields, missing parts, and hidden secrets."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ def test_it_imports_nothing_heavy():
     assert result.stdout.endswith("heavy:\n")
 
 
-def test_a_probe_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_failing_probe_becomes_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def broken() -> command_env.Lines:
         yield "first", "1"
         raise RuntimeError("no /proc here")
 
-    assert list(command_env._safely(broken)) == [("first", "1"), ("broken", "unknown (RuntimeError: no /proc here)")]
+    assert list(command_env._run_probe(broken)) == [("first", "1"), ("broken", "unknown (RuntimeError: no /proc here)")]
     monkeypatch.setattr(command_env, "PACKAGES", ("no-such-package",))
     command_env.env.main([], standalone_mode=False)
     assert "no-such-package: Not installed\n" in capsys.readouterr().out
 
 
-def test_gpus_are_those_of_nvidia_smi(tmp_path):
+def test_gpus_of_nvidia_smi_are_listed(tmp_path):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho '0, NVIDIA H100 80GB HBM3, 81559 MiB, 570.1'\necho '1, Other, 1 MiB, 570.1'\n")
     program.chmod(0o755)

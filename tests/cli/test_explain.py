@@ -1,4 +1,4 @@
-"""What a dry run tells on standard error, beside the contract on standard output."""
+"""The process plan and the sources of values, which a dry run prints on standard error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def explained(*arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_each_value_has_its_source_and_defaults_are_told_too() -> None:
+def test_sources_of_values_and_defaults() -> None:
     values = {row["key"]: (row["value"], row["source"]) for row in explained("--Processor.router=random")["values"]}
     assert values["Processor.router"] == ("random", "--Processor.router")
     assert values["VllmWorker.engine"] == ("mock", "configs/agg_mock.yaml:26")
@@ -34,7 +34,7 @@ def test_each_value_has_its_source_and_defaults_are_told_too() -> None:
     assert values["VllmWorker.block-size"][0] == 32
 
 
-def test_the_plan_has_every_process_with_what_is_added_to_its_environment() -> None:
+def test_the_plan_lists_every_process_with_its_environment() -> None:
     found = explained("--VllmWorker.ServiceArgs.workers=2", "--VllmWorker.ServiceArgs.envs.NOTE=7")["plan"]
     assert [process["name"] for process in found] == ["VllmWorker:1", "VllmWorker:2", "Processor", "Frontend"]
     assert found[1]["command"].endswith("--service-name VllmWorker --worker-id 2 --workers 2")
@@ -42,31 +42,31 @@ def test_the_plan_has_every_process_with_what_is_added_to_its_environment() -> N
     assert all(process["gpus"] == [] for process in found)
 
 
-def test_too_few_gpus_are_told_and_the_configuration_is_printed_all_the_same() -> None:
+def test_too_few_gpus_are_reported_beside_the_configuration() -> None:
     found = explained("--VllmWorker.ServiceArgs.resources.gpu=99")
-    assert "VllmWorker wants 99 GPUs" in found["plan_error"]
+    assert "VllmWorker needs 99 GPUs" in found["plan_error"]
     assert "plan" not in found
 
 
 def test_the_table_is_readable() -> None:
-    told = dry_run("-f", "configs/agg_mock.yaml").stderr.splitlines()
-    assert told[0] == "Processes:"
-    assert told[1].split()[:3] == ["VllmWorker", "no", "GPU"]
-    assert "Where each value comes from:" in told
+    lines = dry_run("-f", "configs/agg_mock.yaml").stderr.splitlines()
+    assert lines[0] == "Processes:"
+    assert lines[1].split()[:3] == ["VllmWorker", "no", "GPU"]
+    assert "Where each value comes from:" in lines
 
 
-def test_gpus_are_given_in_order_shared_by_fractions_and_respect_a_visible_list() -> None:
+def test_gpus_are_assigned_in_order_and_shared_by_fractions() -> None:
     graph = load("graphs.agg:Frontend", ROOT)
 
     def gpus(visible: list[str], **arguments: Any) -> list[str]:
         services = {"VllmWorker": {"ServiceArgs": arguments}}
-        found = plan(graph, services, working_dir=ROOT, visible_gpus=visible, environment={})
+        found = plan(graph, services, working_dir=ROOT, visible_gpus=visible)
         return [process.env["CUDA_VISIBLE_DEVICES"] for process in found if process.service == "VllmWorker"]
 
     assert gpus(["0", "1", "2", "3"], workers=2, resources={"gpu": 2}) == ["0,1", "2,3"]
     assert gpus(["5", "7"], workers=2, resources={"gpu": 1}) == ["5", "7"]
     assert gpus(["3", "4"], workers=3, resources={"gpu": 0.5}) == ["3", "3", "4"]
     shared = {"VllmWorker": {"ServiceArgs": {"workers": 2, "resources": {"gpu": 0.5}}}}
-    found = plan(graph, shared, working_dir=ROOT, visible_gpus=["0"], environment={})
+    found = plan(graph, shared, working_dir=ROOT, visible_gpus=["0"])
     assert [process.env["DYNAMO_GPU_SHARE"] for process in found if process.service == "VllmWorker"] == ["0.5", "0.5"]
     assert gpus([], workers=2, resources={"gpu": 0}) == ["", ""]

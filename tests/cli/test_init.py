@@ -1,4 +1,4 @@
-"""`dynamo init`: a project that runs and whose tests pass, from a wheel too."""
+"""`dynamo init`: its project runs and passes its own tests, with dynamo installed from a wheel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cli.terminal import ROOT, command, environment
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as a wheel has it, unpacked: what a user without the repository imports."""
+    """The unpacked wheel, which a user without the repository imports."""
     directory = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=60)
@@ -52,7 +52,7 @@ def test_a_project_from_the_wheel_passes_its_own_tests(wheel: Path, tmp_path: Pa
 
 def test_nothing_is_overwritten(tmp_path: Path):
     (tmp_path / "mine").mkdir()
-    assert command("init", "mine", cwd=tmp_path).returncode == 0  # an empty directory is as good as none
+    assert command("init", "mine", cwd=tmp_path).returncode == 0  # an existing directory that is empty
     (tmp_path / "mine" / "graph.py").write_text("# mine\n")
     (tmp_path / "file").touch()
     for name in ("mine", "file"):
@@ -63,7 +63,7 @@ def test_nothing_is_overwritten(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["", "9lives", "a b", "a/b", "../up", "a.b", "é", "x" * 51, "-x"])
-def test_names_that_cannot_be(name, tmp_path: Path):
+def test_invalid_names_are_rejected(name, tmp_path: Path):
     result = command("init", "--", name, cwd=tmp_path)
     assert result.returncode == 1
     error, hint = result.stderr.splitlines()
@@ -72,7 +72,7 @@ def test_names_that_cannot_be(name, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_project_is_clean_and_does_without_the_repository():
+def test_a_project_does_not_depend_on_the_repository():
     files = project("parrot")
     for text in files.values():
         assert MARK not in text
@@ -82,7 +82,7 @@ def test_a_project_is_clean_and_does_without_the_repository():
         compile(files[name], name, "exec")
 
 
-def test_a_directory_that_cannot_be_made(tmp_path: Path):
+def test_a_directory_that_cannot_be_created(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
     result = command("init", "link", cwd=tmp_path)
     assert result.returncode == 1

@@ -1,4 +1,4 @@
-"""`dynamo llmctl`: names of models in etcd, and that the Frontend serves them."""
+"""`dynamo llmctl`: names of models in etcd, which the Frontend serves."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_a_model_is_added_listed_served_and_removed(graph: Graph):
     wait_until_served(graph, "helper", False)
 
 
-def test_removing_what_is_not_there_is_silent(graph: Graph):
-    removed = llmctl(graph, "http", "remove", "chat", "nobody")
+def test_removing_a_name_without_an_entry_is_silent(graph: Graph):
+    removed = llmctl(graph, "http", "remove", "chat", "no-such-model")
     assert (removed.returncode, removed.stdout, removed.stderr) == (0, "", "")
     kept = llmctl(graph, "http", "remove", "chat", "dynamo-tiny")
     assert kept.returncode == 0
@@ -68,7 +68,7 @@ def test_removing_what_is_not_there_is_silent(graph: Graph):
     assert "dynamo-tiny" in served(graph)
 
 
-def test_an_endpoint_that_nobody_serves_is_noted(graph: Graph):
+def test_an_endpoint_without_instances_is_noted(graph: Graph):
     added = llmctl(graph, "-n", "elsewhere", "http", "add", "embedding", "vectors", "Embedder.embed")
     assert added.returncode == 0
     assert added.stderr == "note: nothing serves elsewhere.Embedder.embed now\n"
@@ -92,7 +92,7 @@ FORM = "Format should be 'component.endpoint' or 'namespace.component.endpoint'"
         (["list"], 1, "etcd does not answer at "),
     ],
 )
-def test_what_is_wrong_is_one_line_and_a_hint(arguments, code, message, nothing_runs):
+def test_errors_are_one_line_and_a_hint(arguments, code, message, nothing_runs):
     result = command("llmctl", "http", *arguments, **nothing_runs)
     assert (result.returncode, result.stdout) == (code, "")
     error, hint = result.stderr.splitlines()
@@ -100,7 +100,7 @@ def test_what_is_wrong_is_one_line_and_a_hint(arguments, code, message, nothing_
     assert hint.startswith("hint: ")
 
 
-def test_it_is_a_command_of_its_own(graph: Graph):
+def test_llmctl_is_a_command_of_its_own(graph: Graph):
     for arguments, code in ((("http", "list"), 0), (("http", "nonsense"), 2)):
         result = subprocess.run(
             [sys.executable, "-c", "import sys; from dynamo.cli.llmctl import main; sys.exit(main())", *arguments],

@@ -1,4 +1,4 @@
-"""`dynamo run`: in a pipe, in a terminal, with a model in its process, behind a URL and in a graph of its own."""
+"""`dynamo run`: in a pipe and in a terminal; with a model in its process, behind a URL and in a temporary graph."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 @pytest.fixture(scope="module")
 def long_question() -> str:
-    """One that the mock engine answers with more than 300 tokens: two seconds, to stop it in."""
+    """A question that the mock engine answers with more than 300 tokens: two seconds, enough time to stop it."""
 
     async def find() -> str:
         engine = MockEngine("dynamo-tiny", {"speedup-ratio": 0}, lambda _: None)
@@ -72,12 +72,12 @@ def test_a_prompt_is_answered_once():
     assert "\x1b" not in first.stdout
     piped = command(*MOCK, "--max-tokens", "8", stdin="hello there\n")
     assert piped.stdout == first.stdout
-    told = command(*MOCK, "--max-tokens", "8", "--system", "Be short.", "hello there")
-    assert told.returncode == 0
-    assert told.stdout != first.stdout
+    with_system = command(*MOCK, "--max-tokens", "8", "--system", "Be short.", "hello there")
+    assert with_system.returncode == 0
+    assert with_system.stdout != first.stdout
 
 
-def test_figures_go_to_standard_error():
+def test_statistics_go_to_standard_error():
     result = command(*MOCK, "hello", "--max-tokens", "8", "--stats")
     found = re.fullmatch(
         r"(\d+) prompt tokens, 8 output tokens, TTFT (\d\.\d{3}) s, (\d+\.\d) tokens/s\n", result.stderr
@@ -97,7 +97,7 @@ BAD = {
     "graph and engine": (["graphs.agg:Frontend", "--engine", "mock"], 2, "GRAPH and --engine do not go together"),
     "engine and URL": (["--engine", "mock", "--url", "127.0.0.1:1"], 2, "--engine and --url do not go together"),
     "not a URL": (["--url", "ftp://here", "x"], 1, "--url ftp://here: not a URL"),
-    "nobody there": (["--url", "http://127.0.0.1:9", "x"], 1, "cannot reach 127.0.0.1:9: Connection refused"),
+    "no server": (["--url", "http://127.0.0.1:9", "x"], 1, "cannot reach 127.0.0.1:9: Connection refused"),
     "no such graph": (["graphs.nosuch:Frontend", "x"], 1, "graph module 'graphs.nosuch' not found"),
     "too long": (["--engine", "mock", "--context-length", "8", "word " * 20], 1, "This model's maximum context length"),
     "bad temperature": (["--temperature", "3", "x"], 2, "Invalid value for '--temperature'"),
@@ -105,7 +105,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_is_one_line_and_a_hint(case):
+def test_errors_are_one_line_and_a_hint(case):
     arguments, code, message = BAD[case]
     result = command("run", *arguments)
     assert (result.returncode, result.stdout) == (code, ""), result.stderr
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_one_line_and_a_hint(case):
     assert hint.startswith("hint: ")
 
 
-def test_a_reader_that_leaves_is_no_error(long_question):
+def test_a_closed_pipe_is_no_error(long_question):
     script = f"{' '.join([*COMMAND, *MOCK])} {long_question} | head -c 1"
     result = subprocess.run(["sh", "-c", script], cwd=ROOT, env=environment(), capture_output=True, timeout=60)
     assert result.stderr == b""
@@ -131,7 +131,7 @@ def test_a_conversation(terminal, tmp_path):
     chat.wait_for(" tokens/s")
     chat.wait_for(">>> ")
     chat.type("/system Be kind.\n")
-    chat.wait_for("the system text is set")
+    chat.wait_for("system message set")
     chat.type("second question\n")
     chat.wait_for(" tokens/s")
     chat.type("/nonsense\n")
@@ -145,7 +145,7 @@ def test_a_conversation(terminal, tmp_path):
     chat.type(f"/save {tmp_path / 'talk.md'}\n")
     chat.wait_for("the file exists")
     chat.type("/clear\n")
-    chat.wait_for("the conversation is forgotten")
+    chat.wait_for("started a new conversation")
     chat.type(f"/save {tmp_path / 'after.json'}\n")
     chat.wait_for("1 messages saved")
     chat.wait_for(">>> ")
@@ -162,14 +162,14 @@ def test_a_conversation(terminal, tmp_path):
     )
 
 
-def test_ctrl_c_stops_an_answer_and_then_leaves(terminal, long_question, tmp_path):
+def test_ctrl_c_stops_an_answer_and_then_quits(terminal, long_question, tmp_path):
     chat = terminal(*MOCK)
     chat.wait_for(">>> ")
     chat.type(f"{long_question}\n")
     chat.wait_for("\n")  # the echo of the question
     time.sleep(0.3)
     chat.type(CTRL_C)
-    chat.wait_for("stopped; Ctrl-C again leaves", 2)
+    chat.wait_for("stopped; Ctrl-C again quits", 2)
     chat.wait_for(">>> ")
     chat.type(f"/save {tmp_path / 'talk.json'}\n")
     chat.wait_for("2 messages saved")
@@ -184,7 +184,7 @@ def test_ctrl_c_stops_an_answer_and_then_leaves(terminal, long_question, tmp_pat
     assert len(answered["content"]) < len(whole) - 100
 
 
-def test_quit_leaves(terminal):
+def test_quit_command(terminal):
     chat = terminal(*MOCK)
     chat.wait_for(">>> ")
     chat.type("/quit\n")
@@ -199,7 +199,7 @@ def test_a_running_graph_answers(graph: Graph, terminal):
     for url in (graph.url, graph.url.removeprefix("http://"), f"{graph.url}/v1/"):
         result = command("run", "--url", url, "--max-tokens", "8", "--stats", "hello there")
         assert result.stdout == direct.stdout, result.stderr  # the same engine, the same tokens
-        assert re.search(r", [2-8] output tokens, ", result.stderr)  # as many as the engine makes up
+        assert re.search(r", [2-8] output tokens, ", result.stderr)  # the mock engine chooses the length
     chat = terminal("run", DYNAMO_URL=graph.url)
     chat.wait_for("dynamo-tiny; /help lists the commands")
     chat.wait_for(">>> ")
@@ -210,7 +210,7 @@ def test_a_running_graph_answers(graph: Graph, terminal):
     assert chat.wait() == 0
 
 
-def test_flags_win_over_the_variable():
+def test_flags_override_the_variable():
     away = {"DYNAMO_URL": "http://127.0.0.1:9"}
     assert command("run", "hi", **away).returncode == 1
     assert command(*MOCK, "--max-tokens", "2", "hi", **away).returncode == 0
@@ -224,11 +224,11 @@ def test_a_model_that_the_graph_does_not_have(graph: Graph):
 
 
 class _Scripted(http.server.BaseHTTPRequestHandler):
-    """A server that answers /v1/models, and chats with the lines of `script`; None in it waits for the client to go."""
+    """A server that answers /v1/models, and chat requests with the lines of `script`; None waits for the client to leave."""
 
     script: tuple[bytes | None, ...] = ()
     status = 200
-    gone = threading.Event()
+    client_left = threading.Event()
 
     def do_GET(self) -> None:
         self._head(200)
@@ -240,7 +240,7 @@ class _Scripted(http.server.BaseHTTPRequestHandler):
         for line in self.script:
             if line is None:
                 self.rfile.read(1)
-                self.gone.set()
+                self.client_left.set()
             else:
                 self.wfile.write(line)
                 self.wfile.flush()
@@ -259,8 +259,10 @@ def scripted() -> Iterator[Callable[..., str]]:
     servers: list[http.server.ThreadingHTTPServer] = []
 
     def serve(*script: bytes | None, status: int = 200) -> str:
-        handler = type("Handler", (_Scripted,), {"script": script, "status": status, "gone": _Scripted.gone})
-        _Scripted.gone.clear()
+        handler = type(
+            "Handler", (_Scripted,), {"script": script, "status": status, "client_left": _Scripted.client_left}
+        )
+        _Scripted.client_left.clear()
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", free_ports(1)[0]), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}"
@@ -278,15 +280,15 @@ HELLO = b'data: {"choices": [{"delta": {"content": "Hello"}}]}\n\n'
     ("script", "status", "output", "error"),
     [
         ((HELLO, b": ping\n\n", b"data: [DONE]\n\n"), 200, "Hello\n", ""),
-        ((HELLO,), 200, "Hello\n", "broke off in the middle of the answer"),
-        ((HELLO, b"data: {oops\n\n"), 200, "Hello\n", "broke off"),
+        ((HELLO,), 200, "Hello\n", "closed the connection before the end of the answer"),
+        ((HELLO, b"data: {oops\n\n"), 200, "Hello\n", "failed to read the answer of "),
         ((HELLO, b'data: {"error": {"message": "out of luck"}}\n\n'), 200, "Hello\n", "error: out of luck"),
         ((b'{"error": {"message": "no such thing"}}',), 400, "", "error: no such thing"),
         ((b'{"error": {"message": "who are you"}}',), 401, "", "hint: set DYN_API_KEY"),
         ((b"<html>proxy</html>",), 502, "", "error: HTTP 502 Bad Gateway: <html>proxy</html>"),
     ],
 )
-def test_what_a_server_may_do(scripted, script, status, output, error):
+def test_answers_and_errors_of_a_server(scripted, script, status, output, error):
     result = command("run", "--url", scripted(*script, status=status), "x")
     assert result.stdout == output
     assert result.returncode == (1 if error else 0)
@@ -301,7 +303,7 @@ def test_stopping_an_answer_closes_the_connection(scripted, terminal):
     chat.wait_for("Hello")
     chat.type(CTRL_C)
     chat.wait_for("stopped")
-    assert _Scripted.gone.wait(2)
+    assert _Scripted.client_left.wait(2)
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.wait() == 0
@@ -318,8 +320,8 @@ def test_a_graph_for_one_question(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killing_it_ends_its_graph(tmp_path):
-    """`kill -9` leaves no time to tidy up; the graph ends all the same."""
+def test_killing_the_command_ends_its_graph(tmp_path):
+    """After `kill -9`, which leaves no time to clean up, the graph still ends."""
     process = subprocess.Popen(
         [*COMMAND, "run", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "hello", "--max-tokens", "2000"],
         cwd=ROOT,
@@ -339,7 +341,7 @@ def test_killing_it_ends_its_graph(tmp_path):
 
 
 def _processes_with(text: str) -> list[str]:
-    """Those whose environment has the text."""
+    """Return the processes whose environment contains the text."""
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -364,7 +366,7 @@ def test_the_tiny_model_answers_and_can_be_stopped(terminal, tmp_path):
     assert result.stdout == f"{answer}\n"
     chat = terminal("run")
     chat.wait_for(">>> ", 120)
-    assert chat.others()  # the engine core, which must not hear the Ctrl-C
+    assert chat.others()  # the engine core, which must not receive the Ctrl-C
     chat.type(f"{question}\n")
     chat.wait_for(answer[:10])
     chat.type(CTRL_C)
@@ -380,7 +382,7 @@ def test_the_tiny_model_answers_and_can_be_stopped(terminal, tmp_path):
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("what", ["importing vLLM", "loading the model"])
-def test_ctrl_c_while_loading_leaves_nothing(terminal, what):
+def test_ctrl_c_while_loading_leaves_no_process(terminal, what):
     chat = terminal("run")
     chat.wait_for(what, 100)
     if what == "loading the model":

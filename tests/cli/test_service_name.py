@@ -1,4 +1,4 @@
-"""`dynamo serve --service-name`: services of a graph beside those that run elsewhere."""
+"""`dynamo serve --service-name`: some services of a graph, beside others that run elsewhere."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WORKER = ("--service-name", "VllmWorker")
             "--service-name needs the NATS and etcd of the services",
             "NATS_SERVER and",
         ),
-        ([*WORKER, "--VllmWorker.ServiceArgs.resources.gpu=1"], 1, "VllmWorker wants 1 GPU, 0 of 0", ""),
+        ([*WORKER, "--VllmWorker.ServiceArgs.resources.gpu=1"], 1, "VllmWorker needs 1 GPU, 0 of 0", ""),
         (["--supervise"], 2, "--supervise needs --service-name", ""),
         (
             [*WORKER, "--service-name", "Processor", "--system-app-port", "1"],
@@ -53,7 +53,7 @@ WORKER = ("--service-name", "VllmWorker")
         ),
     ],
 )
-def test_what_is_wrong_is_one_line_and_a_hint(arguments: list[str], code: int, message: str, hint: str) -> None:
+def test_errors_are_one_line_and_a_hint(arguments: list[str], code: int, message: str, hint: str) -> None:
     result = command(*DISAGG, *arguments, CUDA_VISIBLE_DEVICES="")
     assert (result.returncode, result.stdout) == (code, "")
     assert message in result.stderr
@@ -72,7 +72,7 @@ def test_without_nats_and_etcd_both_variables_are_named(many: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize("many", [(), ("--VllmWorker.ServiceArgs.workers=2",)])
-def test_where_lines_are_json_the_hint_is_a_field(many: tuple[str, ...]) -> None:
+def test_the_hint_is_a_field_of_json_lines(many: tuple[str, ...]) -> None:
     port = free_ports(1)[0]
     result = command(*AGG, *WORKER, *many, NATS_SERVER=f"nats://127.0.0.1:{port}", DYN_LOGGING_JSONL="true")
     assert result.returncode == 1
@@ -80,10 +80,10 @@ def test_where_lines_are_json_the_hint_is_a_field(many: tuple[str, ...]) -> None
     assert failed["level"] == "ERROR"
     assert failed["message"].endswith(f"nats does not answer at 127.0.0.1:{port} (NATS_SERVER)")
     assert failed["hint"] == "start it, or set NATS_SERVER and ETCD_ENDPOINTS to where they run"
-    assert [line["level"] for line in rest] == (["INFO"] if many else [])  # where the logs are
+    assert [line["level"] for line in rest] == (["INFO"] if many else [])  # the directory of the logs
 
 
-def test_a_dry_run_names_what_starts_here() -> None:
+def test_dry_run_lists_the_processes_that_would_start_here() -> None:
     whole = command(*DISAGG, "--dry-run")
     part = command(*DISAGG, *WORKER, "--service-name", "PrefillWorker", "--dry-run")
     assert part.stdout == whole.stdout
@@ -93,7 +93,7 @@ def test_a_dry_run_names_what_starts_here() -> None:
     assert planned(by_variable.stderr) == ["VllmWorker:1", "VllmWorker:2"]
 
 
-def test_gpus_are_those_of_the_plan() -> None:
+def test_gpus_of_the_plan() -> None:
     given = ("--VllmWorker.ServiceArgs.resources.gpu=1", "--VllmWorker.ServiceArgs.workers=2")
     told = command(*AGG, *WORKER, *given, "--dry-run", CUDA_VISIBLE_DEVICES="5,7").stderr
     assert re.search(r"VllmWorker:1 +GPU 5 ", told)
@@ -113,8 +113,8 @@ class Show:
 """
 
 
-def test_the_foreground_gets_the_gpus_of_the_plan_too(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
-    """And its exit code is the command's."""
+def test_a_foreground_process_gets_the_gpus_of_the_plan(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
+    """Its exit code becomes the exit code of the command."""
     (tmp_path / "show.py").write_text(SHOW)
     env = {"NATS_SERVER": nats_server, "ETCD_ENDPOINTS": etcd_server, "CUDA_VISIBLE_DEVICES": "5,7,9"}
     result = command("serve", "show.py:Show", "--service-name", "Show", "--metrics-port", "0", cwd=tmp_path, **env)
@@ -123,7 +123,7 @@ def test_the_foreground_gets_the_gpus_of_the_plan_too(nats_server: str, etcd_ser
 
 
 class Joined:
-    """A command that joins a graph at the servers of the tests, under a namespace of its own."""
+    """Run a command that joins a graph on the servers of the tests, in a namespace of its own."""
 
     def __init__(self, log: Path, nats: str, etcd: str, *arguments: str, **env: str) -> None:
         self.log = log
@@ -143,7 +143,7 @@ class Joined:
         return self.log.read_text()
 
 
-def test_one_process_is_in_the_foreground(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
+def test_a_single_process_runs_in_the_foreground(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
     joined = Joined(tmp_path / "output", nats_server, etcd_server)
     output = joined.wait_for(f"joined joined/VllmWorker of the graph at {nats_server}")
     first, *_, ready = output.splitlines()
@@ -154,7 +154,7 @@ def test_one_process_is_in_the_foreground(nats_server: str, etcd_server: str, tm
     assert joined.process.wait(30) == 0
 
 
-def test_the_foreground_writes_json_too(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
+def test_a_foreground_process_logs_json(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
     port = str(free_ports(1)[0])
     variables = {"DYN_LOGGING_JSONL": "true", "DYN_LOG": "debug"}
     joined = Joined(tmp_path / "output", nats_server, etcd_server, "--metrics-port", port, **variables)
@@ -169,21 +169,21 @@ def test_the_foreground_writes_json_too(nats_server: str, etcd_server: str, tmp_
     assert "VllmWorker" in {line["service"] for line in lines}
 
 
-def test_the_exit_code_of_the_foreground_is_the_process_s(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
+def test_exit_code_of_a_foreground_process(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
     joined = Joined(tmp_path / "output", nats_server, etcd_server, "--VllmWorker.block-size=0")
     assert joined.process.wait(60) == 1
     assert "block-size" in (tmp_path / "output").read_text()
 
 
 @pytest.mark.parametrize("arguments", [("--supervise",), ("--VllmWorker.ServiceArgs.workers=2",)])
-def test_supervised_ones_are_restarted(
+def test_supervised_processes_are_restarted(
     arguments: tuple[str, ...], nats_server: str, etcd_server: str, tmp_path: Path
 ) -> None:
     joined = Joined(tmp_path / "output", nats_server, etcd_server, *arguments)
     joined.wait_for(f"s: joined joined/VllmWorker of the graph at {nats_server}")
     from dynamo.launcher.guard import descendants
 
-    served = [pid for pid in descendants(joined.process.pid) if b"serve.process" in cmdline(pid)]
+    served = [pid for pid in descendants(joined.process.pid) if b"worker.process" in cmdline(pid)]
     assert len(served) == (1 if arguments == ("--supervise",) else 2)
     os.kill(served[0], signal.SIGKILL)
     joined.wait_for("ready again")

@@ -1,4 +1,4 @@
-"""`dynamo set`: what it changes, lists and refuses. The processes of the service are objects of this test."""
+"""`dynamo set`: changes, lists and refusals. The service's processes are objects in the test's own process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Voice:
     live_settings = ("mode", "max-words")
 
     def __init__(self, mode: Literal["loud", "quiet"] = "quiet", max_words: int = 3) -> None:
-        self.mode, self.max_words = mode, max_words
+        self.mode = mode
+        self.max_words = max_words
 
 
 @service
@@ -35,11 +36,12 @@ class Ear:
 
 
 class Running:
-    """Two Voices and an Ear of namespace `a`, and the environment in which they are found."""
+    """Two Voices and an Ear in namespace `a`, and the environment in which commands find them."""
 
     def __init__(self, infra: Infra) -> None:
         self.env = infra.env
-        self.voices, self.ear = [Voice(), Voice()], Ear()
+        self.voices = [Voice(), Voice()]
+        self.ear = Ear()
         self._started: list[tuple[Runtime, LiveSettings]] = []
 
     async def start(self, instance: object, namespace: str = "a") -> LiveSettings:
@@ -57,7 +59,7 @@ class Running:
             await runtime.close()
 
     async def command(self, *arguments: str) -> tuple[int, str, list[str]]:
-        """Exit code of `dynamo set`, standard output, lines of standard error."""
+        """Run `dynamo set`; return its exit code, standard output, and lines of standard error."""
         result = await asyncio.to_thread(self._command, "set", *arguments)
         return result.returncode, result.stdout, result.stderr.splitlines()
 
@@ -112,7 +114,7 @@ async def test_change_list_and_unset(running: Running) -> None:
         ("Front.port=1", "Front.port: no service Front", "live settings: Ear.range, Voice.max-words, Voice.mode"),
     ],
 )
-async def test_what_is_refused_changes_nothing(running: Running, argument: str, error: str, hint: str) -> None:
+async def test_a_refused_change_changes_nothing(running: Running, argument: str, error: str, hint: str) -> None:
     assert (await running.command("Voice.mode=loud"))[0] == 0
     code, output, errors = await running.command("Ear.range=30", argument)
     assert (code, output) == (1, "")
@@ -125,14 +127,14 @@ async def test_what_is_refused_changes_nothing(running: Running, argument: str, 
     assert running.modes() == ["loud", "loud"]
 
 
-async def test_a_process_that_says_nothing(running: Running) -> None:
+async def test_a_process_that_does_not_report(running: Running) -> None:
     stuck = await running.start(Voice())
-    await stuck.stop()  # it runs, and looks at etcd no more
+    await stuck.stop()  # it runs, but no longer watches etcd
     code, output, errors = await running.command("Voice.mode=loud")
     assert (code, output) == (1, "")
     assert errors == [
-        "error: Voice.mode: 2 of 3 processes took it over in 2 s",
-        "hint: it is written: the others follow when they reach etcd",
+        "error: Voice.mode: 2 of 3 processes applied the change within 2 s",
+        "hint: the change is stored: the others apply it when they reach etcd",
     ]
     assert running.modes() == ["loud", "loud"]
 
@@ -143,7 +145,7 @@ async def test_a_setting_given_twice(running: Running) -> None:
     assert running.modes() == ["quiet", "quiet"]
 
 
-async def test_what_is_not_of_this_version_is_left_out(running: Running) -> None:
+async def test_states_of_other_versions_are_skipped(running: Running) -> None:
     async with Etcd.connect(running.env["ETCD_ENDPOINTS"]) as etcd:
         for key, value in (("settings/a/Voice", b"{}"), ("settings/a/Voice/1", b"{"), ("settings/a/Voice/2", b"[1]")):
             await etcd.put(key, value)
@@ -160,13 +162,13 @@ async def test_one_service_in_two_namespaces(running: Running) -> None:
     assert (other.mode, running.modes()) == ("loud", ["quiet", "quiet"])
 
 
-async def test_names_are_completed(running: Running) -> None:
+async def test_setting_names_are_completed(running: Running) -> None:
     offered = await asyncio.to_thread(lambda: completed("dynamo", "set", "Voice.m", **running.env))
     assert offered == {"Voice.max-words=", "Voice.mode="}
 
 
 @pytest.mark.parametrize("arguments", [("Voice",), ("mode=loud",), (".mode=loud",), ("--unset",), ("--unset", "A.b=c")])
-def test_how_it_is_used_wrongly(arguments: tuple[str, ...]) -> None:
+def test_usage_errors(arguments: tuple[str, ...]) -> None:
     result = command("set", *arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 2

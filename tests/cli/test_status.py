@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.cli.deployments import Deployment, Load, Seen, look
+from dynamo.cli.deployments import Deployment, EndpointStats, Snapshot, take_snapshot
 from dynamo.cli.status import render
 from dynamo.launcher.embedded_servers import Infra
 from dynamo.launcher.run_dir import FILE, announce, running
@@ -23,7 +23,7 @@ from tests.cli.terminal import COMMAND, ROOT, command, environment
 
 
 def cells(output: str, head: str) -> list[list[str]]:
-    """The rows of the table whose head begins with that word, cut at the head's columns."""
+    """Return the rows of the table whose head begins with that word, cut at the columns of the head."""
     lines = output.splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith(f"{head} "))
     starts = [i for i, c in enumerate(lines[at]) if c != " " and (i == 0 or lines[at][i - 2 : i] == "  ")]
@@ -65,7 +65,7 @@ def test_tables_of_a_running_graph(graph: Graph):
     assert ["dynamo-tiny", "chat,completion", "4096", "mock", "dynamo-tiny", "dynamo.VllmWorker", "1"] in models
 
 
-def test_json_says_the_same(graph: Graph):
+def test_json_output(graph: Graph):
     result = command("status", "--json", **graph.env)
     assert result.returncode == 0
     (deployment,) = json.loads(result.stdout)["deployments"]
@@ -75,8 +75,8 @@ def test_json_says_the_same(graph: Graph):
     assert "dynamo-tiny" in {m["name"] for m in deployment["models"]}
 
 
-def test_an_etcd_that_is_named(graph: Graph, nothing_runs: dict[str, str]):
-    """From another machine there is no run directory to find."""
+def test_etcd_endpoints_name_the_deployment(graph: Graph, nothing_runs: dict[str, str]):
+    """As seen from another machine, where there is no run directory."""
     result = command("status", **(nothing_runs | graph.servers))
     assert result.returncode == 0
     assert "pid" not in result.stdout
@@ -95,7 +95,7 @@ def test_nothing_runs(nothing_runs: dict[str, str]):
     assert hint.startswith("hint: start a graph with `dynamo serve`")
 
 
-def test_watch_looks_again_until_ctrl_c(graph: Graph):
+def test_watch_refreshes_until_ctrl_c(graph: Graph):
     process = subprocess.Popen(
         [*COMMAND, "status", "--watch", "--json"],
         cwd=ROOT,
@@ -118,7 +118,7 @@ def test_watch_looks_again_until_ctrl_c(graph: Graph):
 # -- announcements
 
 
-def test_only_graphs_that_run_are_found(tmp_path: Path):
+def test_only_running_graphs_are_found(tmp_path: Path):
     env = {"NATS_SERVER": "nats://127.0.0.1:1", "ETCD_ENDPOINTS": "http://127.0.0.1:9"}
     with ExitStack() as opened:
         for number, address in enumerate([("0.0.0.0", 8000), ("::1", 8001), None]):
@@ -140,16 +140,16 @@ def test_only_graphs_that_run_are_found(tmp_path: Path):
             ("g2:F", ""),
         ]
         assert found[0].env == env
-        result = command("status", TMPDIR=str(tmp_path))  # it runs, though its etcd is away
+        result = command("status", TMPDIR=str(tmp_path))  # found, although its etcd is not reachable
         assert result.returncode == 0
         assert "old:F" in result.stdout
         assert "g0:F" in result.stdout
         assert "g1:F" in result.stdout
         assert "error: etcd does not answer at http://127.0.0.1:9" in result.stdout
-    assert running(tmp_path) == []  # the files are there, nobody holds them
+    assert running(tmp_path) == []  # the files exist, but no process holds their lock
 
 
-def test_several_graphs_come_one_after_the_other(graph: Graph, tmp_path: Path):
+def test_several_deployments_are_shown_in_turn(graph: Graph, tmp_path: Path):
     (running,) = Path(graph.env["TMPDIR"]).glob("dynamo-*")
     link = tmp_path / running.name
     link.symlink_to(running)
@@ -173,30 +173,30 @@ def test_a_bad_flag(arguments, code):
     assert len(result.stderr.splitlines()) == 2
 
 
-# -- what workers tell of their KV caches
+# -- statistics of KV caches
 
 
-async def test_kv_usage_and_prefix_hits_are_shown(private_infra: Infra):
+async def test_kv_usage_and_prefix_hit_rate_are_shown(private_infra: Infra):
     servers = {"nats_url": private_infra.nats_url, "etcd_endpoints": private_infra.etcd_endpoints}
     runtime = Runtime(**servers)
-    told = {"gpu_cache_usage_perc": 0.254, "gpu_prefix_cache_hit_rate": 1, "kv_total_blocks": 100}
-    await runtime.serve("dynamo", "Worker", "generate", str, str, lambda: told)
+    stats = {"gpu_cache_usage_perc": 0.254, "gpu_prefix_cache_hit_rate": 1, "kv_total_blocks": 100}
+    await runtime.serve("dynamo", "Worker", "generate", str, str, lambda: stats)
     await runtime.serve("dynamo", "Worker", "other", str, str, lambda: {"gpu_cache_usage_perc": "much"})
-    seen = await look(Deployment(**servers))
+    snapshot = await take_snapshot(Deployment(**servers))
     await runtime.close()
-    rows = {row[2]: row for row in cells(render([seen]), "SERVICE")}
+    rows = {row[2]: row for row in cells(render([snapshot]), "SERVICE")}
     assert rows["generate"][10:] == ["25%", "100%"]
     assert rows["other"][10:] == ["", ""]
-    loads = {instance.endpoint: load for instance, load in seen.instances}
-    assert (loads["generate"].kv_usage, loads["generate"].prefix_hit_rate) == (0.254, 1.0)
+    found = {instance.endpoint: stats for instance, stats in snapshot.instances}
+    assert (found["generate"].kv_usage, found["generate"].prefix_hit_rate) == (0.254, 1.0)
 
 
-def test_no_columns_where_no_worker_tells():
+def test_no_cache_columns_if_no_worker_reports_them():
     instance = Instance("dynamo", "Worker", "generate", 10, {"nats_tcp": "dynamo_worker.generate-a"}, {})
-    seen = Seen(Deployment("http://etcd", "nats://nats"), [(instance, Load(1, 0, 0, 0.5, 0.0))])
-    head = next(line for line in render([seen]).splitlines() if line.startswith("SERVICE "))
+    snapshot = Snapshot(Deployment("http://etcd", "nats://nats"), [(instance, EndpointStats(1, 0, 0, 0.5, 0.0))])
+    head = next(line for line in render([snapshot]).splitlines() if line.startswith("SERVICE "))
     assert head.split()[-1] == "AVERAGE"
 
 
-def test_nothing_is_rendered_of_nothing():
+def test_no_snapshots_render_as_empty_text():
     assert render([]) == ""

@@ -33,7 +33,7 @@ each = pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.
 
 
 def instructions(dockerfile: Path) -> list[tuple[str, str]]:
-    """(name, arguments), in order; comments are left out and lines joined."""
+    """Return (name, arguments) of each instruction in order, without comments and with lines joined."""
     lines = [line for line in dockerfile.read_text().splitlines() if not line.lstrip().startswith("#")]
     found = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in found if line)]
@@ -44,7 +44,7 @@ def last(dockerfile: Path, name: str) -> str:
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore keeps a path out of the build: the last line that matches it, or a folder above it, decides."""
+    """Return True if .dockerignore excludes a path: the last line that matches it or a folder above it decides."""
     above = ["/".join(path.split("/")[: count + 1]) for count in range(path.count("/") + 1)]
     out = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
@@ -56,7 +56,7 @@ def ignored(path: str) -> bool:
 
 
 def copied(dockerfile: Path) -> list[str]:
-    """What COPY takes from the repository."""
+    """Return the paths of the repository that COPY instructions use."""
     words = [rest.split() for name, rest in instructions(dockerfile) if name == "COPY" and "--from" not in rest]
     return [source for sources in words for source in sources[:-1]]
 
@@ -69,7 +69,7 @@ def test_it_passes_hadolint(dockerfile: Path) -> None:
 
 
 @each
-def test_what_it_copies_is_there_and_not_ignored(dockerfile: Path) -> None:
+def test_copied_paths_exist_and_are_not_ignored(dockerfile: Path) -> None:
     for source in copied(dockerfile):
         assert (ROOT / source).exists(), source
         below = [path for path in (ROOT / source).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
@@ -82,12 +82,12 @@ def test_what_it_copies_is_there_and_not_ignored(dockerfile: Path) -> None:
 @pytest.mark.parametrize(
     "path", [".git/config", ".venv/bin/python", "tests/conftest.py", "dynamo/llm/__pycache__/x.pyc", "a.env"]
 )
-def test_nothing_else_goes_into_the_build(path: str) -> None:
+def test_other_paths_are_excluded_from_the_build(path: str) -> None:
     assert ignored(path)
 
 
 @each
-def test_its_own_command_is_one_that_dynamo_takes(dockerfile: Path) -> None:
+def test_the_default_command_is_accepted_by_dynamo(dockerfile: Path) -> None:
     program, *arguments = json.loads(last(dockerfile, "CMD"))
     assert program == "dynamo"
     config = arguments[arguments.index("-f") + 1]
@@ -103,7 +103,7 @@ def test_its_own_command_is_one_that_dynamo_takes(dockerfile: Path) -> None:
 
 
 @each
-def test_it_runs_as_another_user_than_root_and_is_stopped_by_sigterm(dockerfile: Path) -> None:
+def test_it_does_not_run_as_root_and_is_stopped_by_sigterm(dockerfile: Path) -> None:
     assert all(int(number) > 0 for number in last(dockerfile, "USER").split(":"))
     assert json.loads(last(dockerfile, "ENTRYPOINT")) == ["tini", "-s", "--"]
     names = [name for name, _ in instructions(dockerfile)]
@@ -112,14 +112,14 @@ def test_it_runs_as_another_user_than_root_and_is_stopped_by_sigterm(dockerfile:
 
 
 @each
-def test_its_health_check_is_the_script_that_it_copied(dockerfile: Path) -> None:
+def test_its_health_check_is_the_copied_script(dockerfile: Path) -> None:
     program, script = json.loads(last(dockerfile, "HEALTHCHECK").partition(" CMD ")[2])
     assert program == "python"
     assert ("COPY", f"container/healthcheck.py {script}") in instructions(dockerfile)
 
 
-def test_the_gpu_pins_cover_what_the_project_needs() -> None:
-    """By name: that the versions agree with each other is what the resolver finds, which needs an index."""
+def test_the_gpu_pins_cover_all_dependencies() -> None:
+    """Compare names only: whether the versions are compatible is for the resolver, which needs an index."""
     pinned = dict(
         line.split("==") for line in (CONTAINER / "constraints-gpu.txt").read_text().splitlines() if line[0] != "#"
     )
@@ -138,14 +138,14 @@ def test_the_gpu_pins_cover_what_the_project_needs() -> None:
 
 
 def healthcheck(pid: int, directory: Path) -> subprocess.CompletedProcess[str]:
-    """As Docker runs it, in a container whose /tmp is `directory` and whose first process is `pid`."""
+    """Run the health check as Docker does, in a container whose /tmp is `directory` and whose first process is `pid`."""
     env = environment(TMPDIR=str(directory))
     return subprocess.run(
         [sys.executable, CHECK, str(pid)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )
 
 
-def test_a_graph_is_healthy_while_it_serves_and_not_before_or_after() -> None:
+def test_a_graph_is_healthy_only_while_it_serves() -> None:
     directory = Path(tempfile.mkdtemp(prefix="dt-"))  # short: unix sockets go below it
     port = free_ports(1)[0]
     log = directory / "log"
@@ -177,7 +177,7 @@ def test_a_graph_is_healthy_while_it_serves_and_not_before_or_after() -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def test_services_that_join_are_unhealthy_until_they_are_up(nats_server: str, etcd_server: str) -> None:
+def test_joining_services_are_unhealthy_until_they_are_ready(nats_server: str, etcd_server: str) -> None:
     directory = Path(tempfile.mkdtemp(prefix="dt-"))
     log, port = directory / "log", str(free_ports(1)[0])
     arguments = ["graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--service-name", "Processor", "--supervise"]
@@ -207,7 +207,7 @@ def wait_for(process: subprocess.Popen[bytes], log: Path, text: str) -> None:
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module, in a container where nothing runs yet."""
+    """The script as a module, in a container without a running graph."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("DYNAMO_SERVICE_NAME", "DYNAMO_SYSTEM_APP_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -221,7 +221,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @contextmanager
 def http(status: int, text: str = "") -> Iterator[int]:
-    """A server that answers every GET with `status` and `text`; its port."""
+    """Yield the port of a server that answers every GET with `status` and `text`."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -244,7 +244,7 @@ def http(status: int, text: str = "") -> Iterator[int]:
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (404, True), (401, True), (503, False), (500, False)])
-def test_the_answer_decides(check: ModuleType, tmp_path: Path, status: int, healthy: bool) -> None:
+def test_the_status_code_decides(check: ModuleType, tmp_path: Path, status: int, healthy: bool) -> None:
     run_dir = tmp_path / "dynamo-one"
     run_dir.mkdir()
     with http(status) as port, announce(run_dir, "graphs.agg:Frontend", ("0.0.0.0", port), {}):
@@ -253,7 +253,7 @@ def test_the_answer_decides(check: ModuleType, tmp_path: Path, status: int, heal
     assert healthy or f"http://127.0.0.1:{port}/health: {status}" in fault
 
 
-def test_nothing_that_listens_is_a_fault(check: ModuleType, tmp_path: Path) -> None:
+def test_a_closed_port_is_unhealthy(check: ModuleType, tmp_path: Path) -> None:
     run_dir = tmp_path / "dynamo-one"
     run_dir.mkdir()
     with announce(run_dir, "graphs.agg:Frontend", ("127.0.0.1", free_ports(1)[0]), {}):
@@ -275,7 +275,7 @@ for_prefill = 'dynamo_supervisor_process_up{service="PrefillWorker",worker="1"} 
     ],
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])  # the other one is of a translator of addresses
-def test_of_services_that_joined_each_must_be_up(
+def test_each_joined_service_must_have_a_ready_process(
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, text: str, fault: str | None
 ) -> None:
     run_dir = tmp_path / "dynamo-one"
@@ -286,7 +286,7 @@ def test_of_services_that_joined_each_must_be_up(
         with announce(run_dir, "graphs.agg:Frontend", None, {}, url):
             assert check.fault(1) == fault
     with announce(run_dir, "graphs.agg:Frontend", None, {}, url):
-        assert url in check.fault(1)  # nobody answers
+        assert url in check.fault(1)  # nothing listens
 
 
 def test_a_graph_without_http_is_healthy_while_it_runs(check: ModuleType, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_a_graph_without_http_is_healthy_while_it_runs(check: ModuleType, tmp_pa
 def test_without_a_graph_the_first_process_decides(
     check: ModuleType, monkeypatch: pytest.MonkeyPatch, command: str, status: int, healthy: bool
 ) -> None:
-    """`status` is what the service's probe answers; 0: it has none."""
+    """`status` is that of the service's probe; 0: it has none."""
     waits = [sys.executable, "-c", "print(flush=True); input()", *shlex.split(command)]
     with http(status or 500) as port, subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdin

@@ -82,19 +82,19 @@ RUNS = {
     ),
 }
 REFUSED = {
-    "build.sh --tga x": "no such flag: --tga",
-    "build.sh cpu": "no such flag: cpu",
+    "build.sh --tga x": "unknown flag: --tga",
+    "build.sh cpu": "unknown flag: cpu",
     "build.sh --tag": "--tag needs a value",
     "build.sh --tag --no-cache": "--tag needs a value",
     "build.sh --framework trtllm": "--framework TRTLLM: the engine here is vLLM; use VLLM or CPU",
     "build.sh --framework standard": "--framework STANDARD: there is no image without an engine; CPU runs on any machine",
-    "build.sh --framework x": "no such framework: X; use VLLM, VLLM_NIXL or CPU",
-    "run.sh --gpu all": "no such flag: --gpu",
-    "run.sh dynamo serve": "dynamo is not a flag; a command comes after --",
+    "build.sh --framework x": "unknown framework: X; use VLLM, VLLM_NIXL or CPU",
+    "run.sh --gpu all": "unknown flag: --gpu",
+    "run.sh dynamo serve": "dynamo is not a flag; put the command after --",
     "run.sh -v": "-v needs a value",
     "run.sh --hf-cache ''": "--hf-cache needs a value",
     "run.sh --name --dry-run": "--name needs a value",
-    "run.sh --framework tensorrtllm": "no such framework: TENSORRTLLM; use VLLM, VLLM_NIXL or CPU",
+    "run.sh --framework tensorrtllm": "unknown framework: TENSORRTLLM; use VLLM, VLLM_NIXL or CPU",
 }
 
 
@@ -104,14 +104,14 @@ def script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProces
 
 
 def run(*command: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """As `text=True`, which would make \\n of \\r."""
+    """Run a command as `text=True` does, but keep \\r, which it would change to \\n."""
     ran = subprocess.run(command, env=env, capture_output=True, timeout=30)
     return subprocess.CompletedProcess(command, ran.returncode, ran.stdout.decode(), ran.stderr.decode())
 
 
 @pytest.fixture(scope="module")
 def docker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for PATH whose `docker` writes its arguments, each with a NUL after it, and exits with 7."""
+    """A directory for PATH with a `docker` that writes its arguments, each terminated by NUL, and exits with 7."""
     directory = tmp_path_factory.mktemp("bin")
     program = directory / "docker"
     program.write_text("#!/bin/sh\nprintf 'docker\\0'; printf '%s\\0' \"$@\"; exit 7\n")
@@ -138,7 +138,7 @@ def test_dry_run_prints_the_command(name: str, flags: str, expected: str) -> Non
 
 
 @pytest.mark.parametrize(("command", "message"), REFUSED.items())
-def test_what_is_wrong_comes_first_then_help(command: str, message: str, docker: Path) -> None:
+def test_misuse_prints_the_error_and_then_the_help(command: str, message: str, docker: Path) -> None:
     ran = script(*shlex.split(command), PATH=f"{docker}:{os.environ['PATH']}")
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith(f"error: {message}\n\nusage: container/")
@@ -165,8 +165,8 @@ words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 @example(variable="A=\r\n", command=["\r"])
 @example(variable="A=$(id) 'b' \"c\" \\", command=["--", "a\nb", ""])
 @given(variable=words, command=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), max_size=3))
-def test_what_is_printed_can_be_pasted(docker: Path, variable: str, command: Sequence[str]) -> None:
-    """bash makes of the printed line the arguments that docker is given without --dry-run."""
+def test_the_printed_command_can_be_pasted(docker: Path, variable: str, command: Sequence[str]) -> None:
+    """bash parses the printed line into the arguments that docker gets without --dry-run."""
     flags = ["--hf-cache", "none", "-e", variable]
     path = f"{docker}:{os.environ['PATH']}"
     direct = given_to_docker(script("run.sh", *flags, "--", *command, PATH=path))
@@ -175,12 +175,12 @@ def test_what_is_printed_can_be_pasted(docker: Path, variable: str, command: Seq
     assert direct[direct.index("-e") + 2 :] == ["-e", variable, "dynamo:latest-vllm", *command]
 
 
-def test_a_build_reaches_docker(docker: Path) -> None:
+def test_a_build_runs_docker(docker: Path) -> None:
     ran = script("build.sh", "--framework", "cpu", PATH=f"{docker}:{os.environ['PATH']}")
     assert given_to_docker(ran) == shlex.split(BUILDS["--framework cpu"])
 
 
-def test_the_cache_is_made_by_its_user_before_docker_would_make_it(docker: Path, tmp_path: Path) -> None:
+def test_the_cache_directory_is_created_as_the_user(docker: Path, tmp_path: Path) -> None:
     cache = tmp_path / "my models"
     ran = script("run.sh", "--hf-cache", str(cache), PATH=f"{docker}:{os.environ['PATH']}")
     assert f"{cache}:/home/dynamo/.cache/huggingface" in given_to_docker(ran)
@@ -191,14 +191,14 @@ def test_hf_home_is_the_cache(tmp_path: Path) -> None:
     assert f"-v {tmp_path}:/home/dynamo" in script("run.sh", "--dry-run", HF_HOME=str(tmp_path)).stdout
 
 
-def test_the_token_is_passed_on_by_name_and_only_where_it_is_set() -> None:
+def test_the_token_is_passed_on_by_name_if_it_is_set() -> None:
     ran = script("run.sh", "--dry-run", HF_TOKEN="hf_secret")
     assert " -e HF_TOKEN dynamo:latest-vllm" in ran.stdout
     assert "hf_secret" not in ran.stdout + ran.stderr
     assert "HF_TOKEN" not in script("run.sh", "--dry-run").stdout + script("run.sh", "--dry-run", HF_TOKEN="").stdout
 
 
-def test_what_places_a_graph_is_passed_on_by_name_and_only_where_it_is_set() -> None:
+def test_variables_of_the_graph_are_passed_on_by_name_if_they_are_set() -> None:
     given = {
         "NATS_SERVER": "nats://ann:sekret@10.0.0.1:4222",
         "ETCD_ENDPOINTS": "http://10.0.0.1:2379",
@@ -222,14 +222,14 @@ def test_what_places_a_graph_is_passed_on_by_name_and_only_where_it_is_set() -> 
 @pytest.mark.parametrize(
     ("flags", "expected"), [((), "10.0.0.1"), (("--host", "::"), "::"), (("-e", "DYNAMO_HOST=a"), "a")]
 )
-def test_the_nearest_host_counts(flags: tuple[str, ...], expected: str, docker: Path) -> None:
+def test_precedence_of_the_host(flags: tuple[str, ...], expected: str, docker: Path) -> None:
     ran = script("run.sh", "--hf-cache", "none", *flags, PATH=f"{docker}:{os.environ['PATH']}", DYNAMO_HOST="10.0.0.1")
     hosts = [word for word in given_to_docker(ran) if word.startswith("DYNAMO_HOST")]
     assert hosts == [f"DYNAMO_HOST={expected}"]
 
 
 @pytest.mark.parametrize("name", ["build.sh", "run.sh"])
-def test_without_docker_one_line_says_so(name: str, tmp_path: Path) -> None:
+def test_without_docker_the_error_is_one_line(name: str, tmp_path: Path) -> None:
     for tool in ("bash", "dirname", "readlink", "realpath", "id", "sed", "mkdir"):
         found = shutil.which(tool)
         assert found
@@ -239,7 +239,7 @@ def test_without_docker_one_line_says_so(name: str, tmp_path: Path) -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (127, "", line)
 
 
-def test_a_workspace_that_is_not_there_is_not_made(docker: Path, tmp_path: Path) -> None:
+def test_a_missing_workspace_is_not_created(docker: Path, tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     ran = script("run.sh", "--hf-cache", "none", "--workspace", str(missing), PATH=f"{docker}:{os.environ['PATH']}")
     assert (ran.returncode, ran.stderr) == (1, f"error: --workspace {missing} is not a directory\n")

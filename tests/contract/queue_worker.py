@@ -1,4 +1,4 @@
-"""A process to kill: takes tasks of `Worker.tasks`, prints the number of each, and never ends one. See test_work_queue."""
+"""A process to kill: takes tasks of `Worker.tasks`, prints their numbers, and finishes none. See test_work_queue."""
 
 from __future__ import annotations
 

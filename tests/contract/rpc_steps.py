@@ -1,4 +1,4 @@
-"""What the tests of the runtime share; its fixtures are used by importing them."""
+"""Steps and fixtures shared by the tests of the runtime; import the fixtures to use them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def soon(condition: Callable[[], Any], seconds: float = 2.0) -> None:
 
 @pytest.fixture(params=["tcp", "nats"])
 def plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How requests travel in this test, once each way."""
+    """The request plane: the test runs once on each."""
     monkeypatch.setenv("DYN_REQUEST_PLANE", request.param)
     return str(request.param)
 
@@ -50,7 +50,7 @@ def namespace() -> str:
 
 @pytest.fixture
 async def make(nats_server: str, etcd_server: str) -> AsyncIterator[Make]:
-    """Makes connected runtimes, with a unix socket unless `run_dir` is None, and closes them."""
+    """A function that makes connected runtimes, with a unix socket unless `run_dir` is None; they are closed at the end."""
     made: list[Runtime] = []
     with tempfile.TemporaryDirectory() as short:  # a socket's path may have 107 bytes
 

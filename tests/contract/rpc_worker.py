@@ -1,4 +1,4 @@
-"""A process to kill: serves `generate` (numbers for ever) and `pid`. Arguments: NATS, etcd, namespace, run directory."""
+"""A process to kill: serves `generate` (numbers without end) and `pid`. Arguments: NATS, etcd, namespace, run directory."""
 
 from __future__ import annotations
 

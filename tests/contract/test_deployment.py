@@ -1,4 +1,4 @@
-"""Embedded servers beside a graph: restarted when they die, and not given up in silence."""
+"""Embedded servers beside a graph: restarted when they die, and an error when they keep dying."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynamo.launcher.embedded_servers import Infra
 
 
 async def test_a_server_that_keeps_dying_ends_the_graph(private_infra: Infra, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "INFRA_RESTARTS", 2)
+    monkeypatch.setattr(deployment, "SERVER_RESTARTS", 2)
     restart, restarts = private_infra.restart_nats, 0
 
     async def restart_and_die() -> None:
@@ -23,5 +23,5 @@ async def test_a_server_that_keeps_dying_ends_the_graph(private_infra: Infra, mo
     monkeypatch.setattr(private_infra, "restart_nats", restart_and_die)
     private_infra.processes["nats"].kill()
     with pytest.raises(StartError, match="nats died 2 times"):
-        await deployment._keeper("nats", private_infra, Console())()
+        await deployment.keep_server_running("nats", private_infra, Console())
     assert restarts == 2

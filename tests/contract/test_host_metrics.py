@@ -1,4 +1,4 @@
-"""The metrics port of a host, and the sockets behind it: real ones, with processes that answer, are slow or are gone."""
+"""The metrics port of a host and the sockets behind it: real ones, with processes that answer, hang or have ended."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def answering(path: Path, pages: Pages) -> AsyncIterator[None]:
 # -- the port
 
 
-def test_the_port_is_the_next_one_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_free_port_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = sorted(free_ports(2))
     monkeypatch.setattr(metrics_port, "DEFAULT_PORTS", (first, second))
     with claimed() as one, claimed() as two:
@@ -86,19 +86,19 @@ def test_the_port_is_the_next_one_that_is_free(monkeypatch: pytest.MonkeyPatch) 
     assert claim(ServeOptions(metrics_port=0), NATS) is None
 
 
-def test_the_graphs_own_port_is_not_for_metrics() -> None:
+def test_a_port_of_the_graph_is_refused() -> None:
     port = free_ports(1)[0]
     check(ServeOptions(metrics_port=port), NATS, {port + 1})
     check(ServeOptions(), NATS, {port})
     with pytest.raises(ConfigError, match=f"--metrics-port {port}: the graph's own HTTP has this port"):
         check(ServeOptions(metrics_port=port), NATS, {port})
     system = ProcessSpec("Worker", 1, (), {"DYNAMO_SYSTEM_APP_PORT": "9093"}, "/")
-    assert ports.wanted(("127.0.0.1", 9091), [system, replace(system, env={})]) == {9091, 9093}
-    assert ports.wanted(None, []) == set()
+    assert ports.configured_ports(("127.0.0.1", 9091), [system, replace(system, env={})]) == {9091, 9093}
+    assert ports.configured_ports(None, []) == set()
 
 
 @pytest.mark.parametrize("variable", ["", "DYN_HOST_IP", "DYN_BIND_IP"])
-def test_an_address_of_another_host_is_one_error(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_of_another_host_is_an_error(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_addresses(ServeOptions(metrics_host="127.0.0.1"), NATS)
     options, fact = ServeOptions(metrics_host="192.0.2.8"), "cannot listen on 192.0.2.8 for metrics: Cannot assign"
     if variable:
@@ -108,16 +108,16 @@ def test_an_address_of_another_host_is_one_error(variable: str, monkeypatch: pyt
         check_addresses(options, NATS)
     assert "give an address of this host" in str(error.value.hint)
     if not variable:
-        check_addresses(ServeOptions(metrics_host="192.0.2.8", metrics_port=0), NATS)  # it is not needed
+        check_addresses(ServeOptions(metrics_host="192.0.2.8", metrics_port=0), NATS)  # metrics are off
 
 
-def test_others_are_told_an_address_that_they_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_announced_address_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_ports(1)[0]
     monkeypatch.setenv("DYN_HOST_IP", "127.0.0.2")
     with claimed(port=port) as found:
         assert found.address == f"127.0.0.2:{port}"
         assert {each.getsockname()[0] for each in found.listeners} >= {"127.0.0.2"}
-    monkeypatch.setenv("DYN_HOST_IP", "192.0.2.7")  # the machine's, which no container can listen on
+    monkeypatch.setenv("DYN_HOST_IP", "192.0.2.7")  # the machine's address, on which a container cannot listen
     monkeypatch.setenv("DYN_BIND_IP", "0.0.0.0")
     with claimed(port=port) as found:
         assert found.address == f"192.0.2.7:{port}"
@@ -155,7 +155,7 @@ async def test_pages_are_served_from_the_first_connection_on() -> None:
                 await http.get(port.url)
 
 
-async def test_a_page_that_fails_is_no_end(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_page_leaves_the_server_running(caplog: pytest.LogCaptureFixture) -> None:
     async def fail() -> bytes:
         raise RuntimeError("broken")
 
@@ -169,9 +169,7 @@ async def test_a_page_that_fails_is_no_end(caplog: pytest.LogCaptureFixture) -> 
     assert "failed to serve /metrics" in caplog.text
 
 
-async def test_a_server_that_fails_ends_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_failing_server_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def fail(*_: Any) -> NoReturn:
         raise RuntimeError("broken")
 
@@ -190,7 +188,7 @@ async def test_a_server_that_fails_ends_nothing_else(
 
 async def test_a_process_answers_on_its_socket(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = path_of(run_dir, "VllmWorker:1")
-    assert await ask(path, METRICS) == b""  # nobody is there
+    assert await ask(path, METRICS) == b""  # no socket
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))  # left by a process that was killed
     assert await ask(path, METRICS) == b""
@@ -208,7 +206,7 @@ async def test_a_process_answers_on_its_socket(run_dir: Path, caplog: pytest.Log
     assert not path.exists()
 
 
-async def test_half_a_page_is_none(run_dir: Path) -> None:
+async def test_a_truncated_page_is_dropped(run_dir: Path) -> None:
     async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"1000\n# HELP a A.\n# TYPE a gau")
         writer.close()
@@ -217,7 +215,7 @@ async def test_half_a_page_is_none(run_dir: Path) -> None:
         assert await ask(run_dir / "killed", METRICS) == b""
 
 
-async def test_a_path_that_is_too_long_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_socket_path_that_is_too_long_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with answering(tmp_path / ("x" * 120), pages("Worker")):
         assert "the metrics port does not show this process" in caplog.text
 
@@ -226,8 +224,8 @@ def state(service: str, worker: int, *, ready: bool, restarts: int = 0, pid: int
     return ProcessState(ProcessSpec(service, worker, (), {}, "/", 2, "mine"), ready, restarts, pid)
 
 
-async def test_a_host_shows_who_is_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One answers, one hangs, one is not ready, one is gone."""
+async def test_a_host_shows_which_processes_are_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process answers, one hangs, one is not ready, one has no socket."""
     monkeypatch.setattr(metrics_socket, "ASK_S", 0.5)
     processes = [
         state("Processor", 1, ready=True, restarts=1),
@@ -255,14 +253,14 @@ async def test_a_host_shows_who_is_up(run_dir: Path, monkeypatch: pytest.MonkeyP
     assert up == {("Processor", "1"): 0, ("Processor", "2"): 0, ("VllmWorker", "1"): 0, ("VllmWorker", "2"): 1}
     assert (restarts["Processor", "1"], restarts["Processor", "2"], restarts["VllmWorker", "2"]) == (1, 0, 3)
     assert [sample.labels["service"] for sample in families["jobs"].samples] == ["VllmWorker"]
-    told = [family for name, family in families.items() if name.startswith("dynamo_supervisor_")]
-    assert [{sample.labels["namespace"] for sample in family.samples} for family in told] == [{"mine"}] * 4
+    own = [family for name, family in families.items() if name.startswith("dynamo_supervisor_")]
+    assert [{sample.labels["namespace"] for sample in family.samples} for family in own] == [{"mine"}] * 4
     memory = {tuple(s.labels.values())[1:]: s.value for s in families["dynamo_supervisor_tree_resident_bytes"].samples}
     assert [worker for worker, size in memory.items() if size] == [("VllmWorker", "2")]
 
 
-async def test_all_are_asked_at_once_for_the_targets(run_dir: Path) -> None:
-    """Seven of eight hang: the answer comes from the one that does not, long before the time is up for the others."""
+async def test_all_processes_are_asked_for_targets_in_parallel(run_dir: Path) -> None:
+    """Seven of eight hang: the answer of the eighth is returned before the others time out."""
     asked: list[str] = []
 
     async def ask(process: ProcessState, page: str) -> bytes:
@@ -277,7 +275,7 @@ async def test_all_are_asked_at_once_for_the_targets(run_dir: Path) -> None:
     assert len(asked) == 8
 
 
-async def test_many_scrapers_cost_one_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_scrapers_share_one_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, go_on = 0, asyncio.Event()
 
     async def ask(_: ProcessState, __: str) -> bytes:
@@ -289,16 +287,16 @@ async def test_many_scrapers_cost_one_scrape(monkeypatch: pytest.MonkeyPatch) ->
     host = HostMetrics("10.0.0.9:9091", lambda: [state("VllmWorker", 1, ready=True)], ask)
     scrapers = [asyncio.create_task(host.metrics()) for _ in range(5)]
     await asyncio.sleep(0)
-    scrapers[0].cancel()  # a client that leaves
+    scrapers[0].cancel()  # a client that disconnects
     go_on.set()
     pages = await asyncio.gather(*scrapers[1:], host.metrics())
     assert (len(set(pages)), asked) == (1, 1)
-    monkeypatch.setattr(host_metrics, "KEEP_S", 0.0)
+    monkeypatch.setattr(host_metrics, "REUSE_S", 0.0)
     assert await host.metrics() != pages[0]
     assert asked == 2
 
 
-async def test_a_process_alone_tells_what_a_supervisor_would() -> None:
+async def test_a_process_without_supervisor_reports_itself() -> None:
     ready, spec = False, ProcessSpec("Worker", 1, (), {}, "/", 1, "mine")
     with claimed(port=free_ports(1)[0]) as port:
         serving = asyncio.create_task(serve_alone(port, spec, pages("Worker"), lambda: ready))

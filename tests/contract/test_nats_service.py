@@ -1,4 +1,4 @@
-"""The `$SRV` protocol, asked as `nats micro` asks."""
+"""The `$SRV` protocol, used like `nats micro` does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["make", "namespace"]  # fixtures
 
 
 async def ask(url: str, subject: str, answers: int) -> list[dict[str, Any]]:
-    """All answers that come within 0.1 s after the last one that is expected."""
+    """Return the answers that arrive within 0.1 s after the last expected one."""
     connection = await nats.connect(url)
     inbox = connection.new_inbox()
     subscription = await connection.subscribe(inbox)
@@ -79,7 +79,7 @@ async def test_ping_info_and_stats(make: Make, namespace: str, nats_server: str)
     assert await ask(nats_server, f"$SRV.STATS.{namespace}_nobody", 0) == []
 
 
-async def test_what_a_service_says_of_itself(make: Make, namespace: str, nats_server: str) -> None:
+async def test_stats_data_of_a_service(make: Make, namespace: str, nats_server: str) -> None:
     server = await make()
     said: dict[str, Any] = {"kv_total_blocks": 100, "in_flight": 7}
     await server.serve(namespace, "Worker", "run", str, str, lambda: said)

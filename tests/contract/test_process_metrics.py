@@ -32,12 +32,12 @@ WAIT_S = 1.5
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than in earnest, so that a busy machine does not make a process late."""
-    monkeypatch.setattr(process_metrics, "WAIT_S", WAIT_S)
+    """Longer than in production: a busy machine must not make a process late."""
+    monkeypatch.setattr(process_metrics, "SCRAPE_WAIT_S", WAIT_S)
 
 
 class Broken(Collector):
-    """While it is broken, its process gives no metrics."""
+    """While it is broken, its process cannot render its metrics."""
 
     broken = True
 
@@ -53,7 +53,7 @@ async def joining(nats_url: str, etcd_endpoints: str, namespace: str) -> AsyncIt
 
     async def join(service: str, namespace: str = namespace, graph: tuple[str, ...] = SERVICES) -> Runtime:
         runtime = Runtime(nats_url=nats_url, etcd_endpoints=etcd_endpoints, name=service)
-        runtime.metrics.belong(namespace, service, [(namespace, name) for name in graph])
+        runtime.metrics.identify(namespace, service, [(namespace, name) for name in graph])
         made.append(runtime)
         await runtime.connect()
         return runtime
@@ -70,7 +70,7 @@ async def join(nats_server: str, etcd_server: str, namespace: str) -> AsyncItera
 
 
 def who(texts: list[bytes]) -> list[str]:
-    """worker_id of each text, which are those of its samples."""
+    """Return the worker_id of each text, which all its samples have."""
     found = []
     for text in texts:
         families = text_string_to_metric_families(text.decode())
@@ -91,15 +91,15 @@ async def timed(metrics: ProcessMetrics) -> tuple[set[str], float]:
     return set(found), time.monotonic() - started
 
 
-async def test_all_answer_but_one_that_cannot(join: Join) -> None:
+async def test_all_processes_respond_except_a_broken_one(join: Join) -> None:
     frontend, first, second, third = [await join(name) for name in ("Frontend", "Processor", "Worker", "Worker")]
     broken = Broken()
     third.metrics.registry.register(broken)
     assert (await timed(frontend.metrics))[0] == ids(first, second)
 
     broken.broken = False
-    await frontend.metrics.gather()  # does not wait for it: whether it is in time is open
-    await soon(lambda: third.metrics.worker_id in frontend.metrics._known)
+    await frontend.metrics.gather()  # does not wait for it: it may or may not be in time
+    await soon(lambda: third.metrics.worker_id in frontend.metrics._responsive)
     assert (await timed(frontend.metrics))[0] == ids(first, second, third)
 
     broken.broken = True
@@ -107,7 +107,7 @@ async def test_all_answer_but_one_that_cannot(join: Join) -> None:
     assert found == ids(first, second)
     assert seconds >= WAIT_S * 0.9
     waited = [(await timed(frontend.metrics))[1] for _ in range(3)]
-    assert min(waited) < 1.0  # it was waited for once
+    assert min(waited) < 1.0  # only the first one waited for it
 
 
 async def test_instances_that_discovery_has_are_waited_for(join: Join, namespace: str) -> None:
@@ -128,14 +128,14 @@ async def test_graphs_that_share_a_nats_do_not_mix(join: Join, namespace: str) -
     assert (await timed(frontend.metrics))[0] == ids(worker)
 
 
-async def test_each_of_two_frontends_shows_the_other(join: Join, namespace: str) -> None:
+async def test_each_of_two_frontends_has_the_metrics_of_the_other(join: Join, namespace: str) -> None:
     frontends = [await join("Frontend") for _ in range(2)]
     worker = await join("Worker")
     Counter("jobs", "Jobs done.", registry=worker.metrics.registry).inc(2)
     apps = [create_app(FakeBackend(), processes=frontend.metrics) for frontend in frontends]
     for app, mine, other in zip(apps, frontends, reversed(frontends), strict=True):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
-            await http.post("/v1/completions", content=b"{")  # counted as refused
+            await http.post("/v1/completions", content=b"{")  # counted as rejected
             text = (await http.get("/metrics")).text
         families = {family.name: family for family in text_string_to_metric_families(text)}
         memory = families["process_resident_memory_bytes"].samples
@@ -145,13 +145,13 @@ async def test_each_of_two_frontends_shows_the_other(join: Join, namespace: str)
         whose = {"namespace": namespace, "service": "Worker", "worker": "1", "worker_id": worker.metrics.worker_id}
         assert (jobs.labels, jobs.value) == (whose, 2)
         requests = [s.labels for s in families["dynamo_frontend_requests"].samples if s.name.endswith("_total")]
-        assert [labels for labels in requests if "worker_id" not in labels]  # its own, as ever
+        assert [labels for labels in requests if "worker_id" not in labels]  # its own, as usual
         if mine is frontends[1]:
             assert ids(other) <= {labels.get("worker_id", "") for labels in requests}
         assert text.count("# TYPE dynamo_frontend_requests_total ") == 1
 
 
-async def test_without_nats_a_frontend_shows_itself(private_infra: Infra, namespace: str) -> None:
+async def test_without_nats_a_frontend_has_its_own_metrics(private_infra: Infra, namespace: str) -> None:
     async with joining(private_infra.nats_url, private_infra.etcd_endpoints, namespace) as join:
         frontend, worker = await join("Frontend"), await join("Worker")
         assert (await timed(frontend.metrics))[0] == ids(worker)
@@ -163,12 +163,12 @@ async def test_without_nats_a_frontend_shows_itself(private_infra: Infra, namesp
         await private_infra.restart_nats()
         await soon(lambda: frontend.nats.connected and worker.nats.connected, 10)
         assert frontend.nats_away_s == 0
-        await frontend.metrics.gather()  # the subscriptions may be on their way
-        await soon(lambda: worker.metrics.worker_id in frontend.metrics._known)
+        await frontend.metrics.gather()  # the subscriptions may not be restored yet
+        await soon(lambda: worker.metrics.worker_id in frontend.metrics._responsive)
         assert (await timed(frontend.metrics))[0] == ids(worker)
 
 
-async def test_every_process_tells_its_hosts_metrics_port(
+async def test_every_process_publishes_its_hosts_metrics_port(
     private_infra: Infra, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with joining(private_infra.nats_url, private_infra.etcd_endpoints, namespace) as join:
@@ -185,7 +185,7 @@ async def test_every_process_tells_its_hosts_metrics_port(
         assert [await each.addresses() for each in targets] == [every] * 4
         await runtime.publish("metrics/other", "http://10.0.0.3:9091/metrics")
         await runtime.publish("metrics/another", {"port": 9091})
-        assert await targets[0].addresses() == every  # what is no address would spoil the whole list
+        assert await targets[0].addresses() == every  # an invalid address would spoil the whole list
 
         app = create_app(FakeBackend(), targets=targets[3].addresses, api_keys=["secret"])
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
@@ -197,6 +197,6 @@ async def test_every_process_tells_its_hosts_metrics_port(
         assert await targets[0].addresses() == every[:1]
         private_infra.processes["etcd"].kill()
         await private_infra.processes["etcd"].wait()
-        assert await targets[1].addresses() == every  # as it knew them
+        assert await targets[1].addresses() == every  # the last known ones
         assert await targets[3].addresses() == every
         await private_infra.restart_etcd()

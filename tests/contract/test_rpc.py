@@ -1,4 +1,4 @@
-"""Calls between runtimes over real NATS and etcd, with both ways for requests."""
+"""Calls between runtimes over real NATS and etcd, on both request planes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from dynamo import context, log
 from dynamo.errors import (
+    BadCallError,
     DeadlineError,
     DynamoError,
     NoInstancesError,
@@ -107,7 +108,7 @@ async def test_plain_function_that_gives_a_stream(serve: Serve) -> None:
     "error",
     [RequestError("bad", hint="mend it", param="n"), OverloadedError("full"), KeyError("k"), UserError("u", 1)],
 )
-async def test_errors_come_back_as_their_class_after_the_items(serve: Serve, error: Exception, items: int) -> None:
+async def test_errors_are_raised_as_their_class_after_the_items(serve: Serve, error: Exception, items: int) -> None:
     async def fail(n: int) -> AsyncIterator[int]:
         for i in range(n):
             yield i
@@ -124,7 +125,7 @@ async def test_errors_come_back_as_their_class_after_the_items(serve: Serve, err
     assert caught.value.__notes__ == ["raised in callee run"]
 
 
-async def test_unary_errors_and_odd_returns(serve: Serve) -> None:
+async def test_unary_errors_and_invalid_results(serve: Serve) -> None:
     class Local(Exception):
         def __init__(self) -> None:
             super().__init__("a", "b")
@@ -163,7 +164,7 @@ async def unspeakable_later(n: int) -> Any:
 
 
 @pytest.mark.parametrize("fail", [unspeakable, unspeakable_later])
-async def test_an_error_that_cannot_be_told_is_an_error_of_its_call_only(
+async def test_an_error_without_a_text_fails_its_own_call_only(
     serve: Serve, fail: Any, pair: tuple[Runtime, Runtime], namespace: str
 ) -> None:
     client, other = await serve(fail), await serve(count, endpoint="other")
@@ -182,9 +183,9 @@ async def test_plain_value_instead_of_an_awaitable(serve: Serve) -> None:
         await anext(call(client, 1))
 
 
-async def test_invalid_request_is_refused_at_once(serve: Serve) -> None:
+async def test_invalid_request_is_refused(serve: Serve) -> None:
     client = await serve(add_one, int)
-    with pytest.raises(RequestError, match="invalid int"):
+    with pytest.raises(BadCallError, match=r"Worker\.run: invalid request: invalid int"):
         await call(client, "text")
     with pytest.raises(TypeError, match="cannot send"):
         await call(client, object())
@@ -292,7 +293,7 @@ async def test_a_slow_reader_two_hops_away_holds_the_generator(make: Make, names
     assert await collect(stream) == [-i for i in range(1, 10_000)]
 
 
-async def test_deadline_at_caller_and_callee(serve: Serve) -> None:
+async def test_deadline_at_client_and_server(serve: Serve) -> None:
     stopped = asyncio.Event()
     left: list[float | None] = []
 
@@ -318,13 +319,13 @@ async def test_deadline_at_caller_and_callee(serve: Serve) -> None:
     await call(await serve(add_one, endpoint="fast"), 1, streaming=False)
 
 
-async def test_a_callee_that_ignores_the_deadline(serve: Serve) -> None:
+async def test_a_server_that_ignores_the_deadline(serve: Serve) -> None:
     def deaf(_: Any) -> Stream[int]:
         time.sleep(0.0)
         return Stream(Channel())
 
     client = await serve(deaf)
-    callee_timer = listeners.ServerConnection.flush
+    server_flush = listeners.ServerConnection.flush
     try:
         listeners.ServerConnection.flush = lambda self: None  # type: ignore[method-assign]  # it hangs
         token = context.deadline.set(context.after(0.05))
@@ -332,10 +333,10 @@ async def test_a_callee_that_ignores_the_deadline(serve: Serve) -> None:
             await anext(call(client, None))
         context.deadline.reset(token)
     finally:
-        listeners.ServerConnection.flush = callee_timer  # type: ignore[method-assign]
+        listeners.ServerConnection.flush = server_flush  # type: ignore[method-assign]
 
 
-async def test_request_ids_travel(serve: Serve) -> None:
+async def test_request_ids_are_passed_on(serve: Serve) -> None:
     async def who(_: Any) -> str:
         await asyncio.sleep(0)
         return log.request_id.get()
@@ -387,17 +388,19 @@ async def test_an_unsendable_item_fails_its_own_stream(serve: Serve) -> None:
     assert await asyncio.gather(*good) == [list(range(10))] * 5
 
 
-async def test_five_hundred_streams_at_once(serve: Serve, pair: tuple[Runtime, Runtime]) -> None:
+async def test_five_hundred_concurrent_streams(serve: Serve, pair: tuple[Runtime, Runtime]) -> None:
     client = await serve(count)
     started = time.monotonic()
     results = await asyncio.gather(*(collect(call(client, 20 + i % 7)) for i in range(500)))
     assert results == [list(range(20 + i % 7)) for i in range(500)]
     assert time.monotonic() - started < 10
     assert pair[0].server.active == 0
-    assert not any(peer.connection.incoming for peer, _ in pair[1].peers._peers.values() if peer.connection)
+    assert not any(
+        pooled.connection.streams for pooled, _ in pair[1].connections._connections.values() if pooled.connection
+    )
 
 
-async def test_one_name_is_the_prefix_of_another(serve: Serve) -> None:
+async def test_an_endpoint_name_that_is_a_prefix_of_another(serve: Serve) -> None:
     async def named(name: str) -> str:
         return name
 
@@ -417,14 +420,12 @@ async def test_same_endpoint_name_of_two_components(make: Make, namespace: str) 
     await b.wait_for_instances(timeout_s=5)
     assert await call(a, 1, streaming=False) == 2
     assert await collect(call(b, 2)) == [0, 1]
-    assert len(caller.peers._peers) == 1
+    assert len(caller.connections._connections) == 1
     assert len(server.server.endpoints) == 2
 
 
 @pytest.mark.parametrize("run_dir", [None, "x" * 120])
-async def test_tcp_where_there_is_no_unix_socket(
-    make: Make, namespace: str, tmp_path: Path, run_dir: str | None
-) -> None:
+async def test_tcp_without_a_unix_socket(make: Make, namespace: str, tmp_path: Path, run_dir: str | None) -> None:
     if run_dir is not None:
         (tmp_path / run_dir).mkdir()
     server, caller = await make(run_dir=tmp_path / run_dir if run_dir else None), await make(run_dir=None)
@@ -435,7 +436,7 @@ async def test_tcp_where_there_is_no_unix_socket(
     assert await collect(call(client, 3)) == [0, 1, 2]
 
 
-# -- choosing
+# -- load balancing
 
 
 async def several(make: Make, namespace: str, n: int) -> tuple[list[Runtime], Client]:
@@ -480,7 +481,7 @@ async def test_no_instances(make: Make, namespace: str) -> None:
         await client.wait_for_instances(2, timeout_s=0.01)
 
 
-async def test_a_call_waits_for_an_instance_that_is_coming(make: Make, namespace: str) -> None:
+async def test_a_call_waits_for_an_instance_that_is_starting(make: Make, namespace: str) -> None:
     server, caller = await make(), await make()
     client = await caller.client(namespace, "Worker", "run")
     waiting = asyncio.create_task(collect(call(client, 2)))
@@ -498,13 +499,13 @@ async def test_instances_join_and_leave(make: Make, namespace: str) -> None:
     await soon(lambda: not client.instance_ids())
 
 
-async def test_a_draining_instance_refuses_and_callers_go_elsewhere(make: Make, namespace: str) -> None:
+async def test_a_draining_instance_refuses_and_clients_use_another(make: Make, namespace: str) -> None:
     servers, client = await several(make, namespace, 2)
-    servers[0].server.draining = True  # before its callers hear of it
+    servers[0].server.draining = True  # before its clients know
     assert {await call(client, None, streaming=False) for _ in range(6)} == {servers[1].instance_id}
     with pytest.raises(UnavailableError, match="stopping"):
         await call(client, None, servers[0].instance_id, streaming=False)
-    servers[0].listener.bye()
+    servers[0].listener.announce_stop()
     await soon(lambda: client.instance_ids() == [servers[1].instance_id])
     started = time.monotonic()
     with pytest.raises(NoInstancesError):
@@ -536,7 +537,7 @@ async def test_drain_lets_running_calls_finish(make: Make, namespace: str) -> No
     await asyncio.wait_for(draining, 1)
 
 
-async def test_drain_gives_up_in_the_end(make: Make, namespace: str) -> None:
+async def test_drain_gives_up_after_its_limit(make: Make, namespace: str) -> None:
     server, caller = await make(), await make()
     closed = asyncio.Event()
     channel: Channel[int] = Channel(on_cancel=closed.set)
@@ -551,10 +552,10 @@ async def test_drain_gives_up_in_the_end(make: Make, namespace: str) -> None:
         await anext(stream)
 
 
-# -- the end
+# -- closing
 
 
-async def test_close_leaves_nothing(make: Make, namespace: str) -> None:
+async def test_close_leaves_no_task(make: Make, namespace: str) -> None:
     before = asyncio.all_tasks()
     server, caller = await make(), await make()
 
@@ -570,14 +571,14 @@ async def test_close_leaves_nothing(make: Make, namespace: str) -> None:
     await server.serve(namespace, "Worker", "never", never)
     client = await caller.client(namespace, "Worker", "endless")
     waits = await caller.client(namespace, "Worker", "never")
-    nobody = await caller.client(namespace, "Worker", "nobody")
+    unserved = await caller.client(namespace, "Worker", "unserved")
     await client.wait_for_instances(timeout_s=5)
     await waits.wait_for_instances(timeout_s=5)
-    running, reply, opening = call(client, None), call(waits, None, streaming=False), call(nobody, None)
+    running, reply, opening = call(client, None), call(waits, None, streaming=False), call(unserved, None)
     assert await anext(running) == 1
     left = call(client, None)
     assert await anext(left) == 1
-    client.leave(client._ready[0][0].id)  # its streams go on, on a connection that is retired
+    client.leave(client._ready[0][0].id)  # its streams continue, on a retired connection
     assert await anext(left) == 1
     await caller.close()
     await server.close()
@@ -595,7 +596,7 @@ async def test_close_leaves_nothing(make: Make, namespace: str) -> None:
         await caller.connect()
 
 
-async def test_a_failed_connect_leaves_nothing(etcd_server: str) -> None:
+async def test_a_failed_connect_leaves_no_task(etcd_server: str) -> None:
     before = asyncio.all_tasks()
     runtime = Runtime(nats_url="nats://127.0.0.1:1", etcd_endpoints=etcd_server)
     started = time.monotonic()
@@ -608,7 +609,7 @@ async def test_a_failed_connect_leaves_nothing(etcd_server: str) -> None:
 
 
 async def test_cancelling_while_opening(make: Make, namespace: str) -> None:
-    """At every step of the way, a cancelled call runs nowhere in the end."""
+    """A call that is cancelled at any step of its opening ends up running nowhere."""
     server, caller = await make(), await make()
     running: set[int] = set()
 
@@ -632,7 +633,7 @@ async def test_cancelling_while_opening(make: Make, namespace: str) -> None:
     await asyncio.sleep(0.1)
     await soon(lambda: not running and server.server.active == 0)
     assert not client._opening
-    assert caller.peers._peers
+    assert caller.connections._connections
     with contextlib.suppress(StopAsyncIteration):
         await anext(stream)
 

@@ -1,4 +1,4 @@
-"""What the runtime survives: killed processes, lost connections, NATS and etcd going away."""
+"""Faults that the runtime survives: killed processes, lost connections, outages of NATS and etcd."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ async def test_kill_9_of_one_of_two_workers(workers: Workers, make: Make, namesp
     with pytest.raises(WorkerLostError):
         await collect(doomed)
     assert time.monotonic() - killed < 1.0
-    # its lease lives on for seconds: callers must not wait for that
+    # its lease is valid for seconds: clients must not wait for its end
     started = time.monotonic()
     assert [await anext(call(client, 0.005)) for _ in range(6)] == [0] * 6
     assert time.monotonic() - started < 1.0
@@ -114,7 +114,7 @@ async def test_kill_9_of_one_of_two_workers(workers: Workers, make: Make, namesp
 
 
 async def test_killed_while_a_call_is_being_opened(workers: Workers, make: Make, namespace: str, plane: str) -> None:
-    """SIGSTOP: it takes requests and does not answer; then it dies, and its callers move on at once."""
+    """After SIGSTOP it accepts bytes and does not answer; when it is killed, its clients use another one immediately."""
     first, second = await asyncio.gather(workers.start(), workers.start())
     caller = await make()
     client = await caller.client(namespace, "Worker", "pid")
@@ -131,11 +131,11 @@ async def test_killed_while_a_call_is_being_opened(workers: Workers, make: Make,
     reply = call(client, None, streaming=False)
     await asyncio.sleep(0.1)
     workers.kill(second)
-    with pytest.raises(WorkerLostError):  # and not that nobody is there, which says less
+    with pytest.raises(WorkerLostError):  # not NoInstancesError, which says less
         await reply
 
 
-async def test_a_stopped_worker_is_passed_over(
+async def test_a_stopped_worker_is_skipped(
     workers: Workers, make: Make, namespace: str, plane: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clients, "ACK_TIMEOUT_S", 0.1)
@@ -163,11 +163,12 @@ async def test_connection_lost_between_acceptance_and_first_item(make: Make, nam
     await soon(lambda: server.server.active == 0)
 
 
-async def test_connection_lost_before_acceptance_is_tried_again(
+async def test_connection_lost_before_acceptance_is_retried(
     make: Make, namespace: str, plane: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, client = await one_endpoint(make, namespace, count)
-    open_stream, lost = ServerConnection.open, 0
+    open_stream = ServerConnection.open_stream
+    lost = 0
 
     def lose_first(self: ServerConnection, sid: int) -> Any:
         nonlocal lost
@@ -176,7 +177,7 @@ async def test_connection_lost_before_acceptance_is_tried_again(
             self.abort()
         return open_stream(self, sid)
 
-    monkeypatch.setattr(ServerConnection, "open", lose_first)
+    monkeypatch.setattr(ServerConnection, "open_stream", lose_first)
     assert await collect(call(client, 3)) == [0, 1, 2]
     assert lost == 2
     assert server.server.active == 0
@@ -194,11 +195,11 @@ async def test_request_of_an_earlier_connection_does_not_answer_on_the_next(
         yield n
 
     server, client = await one_endpoint(make, namespace, run)
-    peer = client._ready[0][1]
-    assert peer.connection is not None
-    old = peer.connection.id
-    peer.connection.abort()
-    await soon(lambda: peer.connection is not None and peer.connection.id != old)
+    pooled = client._ready[0][1]
+    assert pooled.connection is not None
+    old = pooled.connection.id
+    pooled.connection.abort()
+    await soon(lambda: pooled.connection is not None and pooled.connection.id != old)
     await client.wait_for_instances(timeout_s=2)
     stale = Request(id="", connection=old, sid=1, timeout_s=None, body=msgspec.Raw(codec.encode(99)))
     subject = next(iter(server.server.endpoints))
@@ -211,7 +212,7 @@ async def test_request_of_an_earlier_connection_does_not_answer_on_the_next(
 async def test_lost_acceptance_never_mixes_two_attempts(
     make: Make, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The items come over the stream plane though NATS lost the answer: the call must not run elsewhere too."""
+    """The items come over the RPC connection, NATS loses the acceptance: the call must not run elsewhere too."""
     monkeypatch.setenv(REQUEST_PLANE, "nats")
     monkeypatch.setattr(clients, "ACK_TIMEOUT_S", 0.1)
     ran = 0
@@ -225,7 +226,7 @@ async def test_lost_acceptance_never_mixes_two_attempts(
 
     _, client = await one_endpoint(make, namespace, run)
 
-    client._nats._inbox = "nobody.listens.here"
+    client._nats._inbox = "no.subscriber.here"
     assert await collect(call(client, 15)) == list(range(15))
     assert ran == 1
 
@@ -242,39 +243,39 @@ async def test_leaving_while_calls_run_and_open(make: Make, namespace: str) -> N
     await soon(lambda: not server.listener.accepted)
 
 
-# -- who may send requests over the stream plane
+# -- who may send requests over an RPC connection
 
 
 async def raw_connection(server: Runtime, key: str) -> ClientConnection:
     return await connect(server.listener.addresses, key, same_host=True, on_lost=lambda _: None, on_bye=lambda: None)
 
 
-async def test_only_who_knows_the_key_may_call(make: Make, namespace: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Discovery tells it; whoever merely reaches the port gets nothing run."""
+async def test_the_key_is_needed_to_call(make: Make, namespace: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Discovery publishes it: reaching the port is not enough to run anything."""
     ran: list[Any] = []
     server, client = await one_endpoint(make, namespace, ran.append)
     stranger = await raw_connection(server, "0" * 32)
-    incoming = stranger.receive(decode_any, Channel())
-    request = Request("", stranger.id, incoming.sid, None, msgspec.Raw(codec.encode(1)))
+    stream = stranger.open_stream(decode_any, Channel())
+    request = Request("", stranger.id, stream.sid, None, msgspec.Raw(codec.encode(1)))
     with pytest.raises(WorkerLostError):
-        await stranger.request(incoming, next(iter(server.server.endpoints)), request, 5)
+        await stranger.request(stream, next(iter(server.server.endpoints)), request, 5)
     assert not ran
     assert "HELLO without the key of this process" in caplog.text
-    assert client.instance_ids() == [server.instance_id]  # the connections of others stay
+    assert client.instance_ids() == [server.instance_id]  # other connections are kept
 
 
-async def test_a_request_for_what_is_not_served_is_refused(make: Make, namespace: str) -> None:
+async def test_a_request_for_an_unknown_endpoint_is_refused(make: Make, namespace: str) -> None:
     server, _ = await one_endpoint(make, namespace, count)
     connection = await raw_connection(server, server.listener.key)
-    incoming = connection.receive(decode_any, Channel())
-    request = Request("", connection.id, incoming.sid, None, msgspec.Raw(codec.encode(1)))
+    stream = connection.open_stream(decode_any, Channel())
+    request = Request("", connection.id, stream.sid, None, msgspec.Raw(codec.encode(1)))
     with pytest.raises(UnavailableError, match=r"a\.b-c is not served here"):
-        await connection.request(incoming, "a.b-c", request, 5)
-    assert not connection.incoming
+        await connection.request(stream, "a.b-c", request, 5)
+    assert not connection.streams
     connection.abort()
 
 
-def test_an_unknown_request_plane_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_request_plane_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REQUEST_PLANE, "udp")
     with pytest.raises(ConfigError, match="DYN_REQUEST_PLANE=udp") as caught:
         Runtime()
@@ -299,7 +300,7 @@ async def own(private_infra: Infra, tmp_path: Path) -> AsyncIterator[Any]:
     await asyncio.gather(*(runtime.close() for runtime in made))
 
 
-async def test_nats_away_and_back(private_infra: Infra, plane: str, own: list[Runtime], namespace: str) -> None:
+async def test_nats_outage(private_infra: Infra, plane: str, own: list[Runtime], namespace: str) -> None:
     server, caller = own
     go = asyncio.Event()
 
@@ -336,7 +337,7 @@ async def test_nats_away_and_back(private_infra: Infra, plane: str, own: list[Ru
     assert await collect(call(client, 3, server.instance_id)) == [0, 1, 2]
 
 
-async def test_a_static_endpoint_needs_nats_to_be_found_only(private_infra: Infra, namespace: str) -> None:
+async def test_a_static_endpoint_needs_nats_for_discovery_only(private_infra: Infra, namespace: str) -> None:
     server, caller = (Runtime(is_static=True, nats_url=private_infra.nats_url) for _ in range(2))
     try:
         await server.serve(namespace, "Worker", "run", count)
@@ -397,7 +398,7 @@ async def test_etcd_restarts(
     instance = server.instance_id
     await private_infra.embedded["etcd"].stop()
     assert await collect(call(client, 2)) == [0, 1]
-    late = await caller.client(namespace, "Worker", "late")  # asked for while etcd is away
+    late = await caller.client(namespace, "Worker", "late")  # requested while etcd is down
     await private_infra.restart_etcd(wipe=wipe)
     assert await collect(call(client, 2)) == [0, 1]
     assert client.instance_ids() == [instance]

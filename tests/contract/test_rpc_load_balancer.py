@@ -1,4 +1,4 @@
-"""Choosing by load, and that what is counted as in flight ends with the call, however it ends."""
+"""Load balancing, and the count of calls in flight, which ends with the call however that ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["make", "namespace"]  # fixtures
 
 
 class Worker:
-    """One instance that answers with its id; `gate` holds its calls up."""
+    """One instance that answers with its id; `gate` blocks its calls."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime, self.id = runtime, runtime.instance_id
@@ -74,7 +74,7 @@ def nothing_runs(client: Client) -> bool:
 
 @pytest.mark.parametrize("choice", ["power_of_two", "least_loaded"])
 async def test_a_slow_instance_gets_less(workers: list[Worker], clients: Clients, choice: str) -> None:
-    """Unary calls, four at a time: those of the slow one stay there, so that the others go elsewhere."""
+    """Unary calls, four at a time: those on the slow instance stay there, so that the others use another one."""
     slow, quick = workers
     slow.gate.clear()
     held: set[asyncio.Task[int]] = set()
@@ -98,7 +98,7 @@ async def _result(reply: Any) -> int:
 
 
 async def test_a_burst_is_spread_evenly(workers: list[Worker], clients: Clients) -> None:
-    """Each choice counts at once, before the instance has answered."""
+    """Each choice counts immediately, before the instance has answered."""
     for worker in workers:
         worker.gate.clear()
     streams = [call(clients.stream, "", "least_loaded") for _ in range(10)]
@@ -123,7 +123,7 @@ async def test_all_endpoints_of_a_process_count_together(workers: list[Worker], 
     await soon(lambda: nothing_runs(clients.who))
 
 
-async def test_however_a_call_ends_it_counts_no_more(workers: list[Worker], clients: Clients) -> None:
+async def test_a_call_counts_until_it_ends_in_any_way(workers: list[Worker], clients: Clients) -> None:
     for worker in workers:
         worker.gate.clear()
     # the endpoint raises, after an item and before one
@@ -132,7 +132,7 @@ async def test_however_a_call_ends_it_counts_no_more(workers: list[Worker], clie
     with pytest.raises(OverloadedError):
         await call(clients.refuse, None, "least_loaded", streaming=False)
     assert nothing_runs(clients.stream)
-    # the consumer leaves: before the call is open, before the first item, after it
+    # the consumer cancels: before the call is open, before the first item, after it
     early = call(clients.stream, "", "power_of_two")
     await early.aclose()
     waiting = asyncio.create_task(_result(call(clients.who, None, "least_loaded", streaming=False)))
@@ -142,7 +142,7 @@ async def test_however_a_call_ends_it_counts_no_more(workers: list[Worker], clie
     await anext(running)
     await running.aclose()
     await soon(lambda: nothing_runs(clients.who))
-    # its time is over
+    # its deadline passes
     restore = context.deadline.set(context.after(0.2))
     with pytest.raises(DynamoError):
         await call(clients.who, None, "power_of_two", streaming=False)
@@ -158,7 +158,7 @@ def _refuse_to_decode(_: Any) -> Any:
     raise ValueError("no")
 
 
-async def test_a_lost_instance_takes_its_calls_along(workers: list[Worker], clients: Clients) -> None:
+async def test_a_lost_instance_has_no_calls_in_flight(workers: list[Worker], clients: Clients) -> None:
     lost, other = workers
     for worker in workers:
         worker.gate.clear()
@@ -192,7 +192,7 @@ async def test_kill_9_of_a_worker(
         processes[0].kill()
         await soon(lambda: len(client.in_flight()) == 1)
         assert list(client.in_flight().values()) == [2]
-        assert await anext(call(client, 0.01, "least_loaded")) == 0  # dropped at once
+        assert await anext(call(client, 0.01, "least_loaded")) == 0  # cancelled immediately
         for stream in streams:
             stream.cancel()
         await soon(lambda: nothing_runs(client))

@@ -1,6 +1,6 @@
 """The supervisor with real processes, below its guard as `dynamo serve` runs it.
 
-Every process of a test carries a token in its command line; what is left is found by it in /proc.
+Every process of a test has a token in its command line, by which remaining ones are found in /proc.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from typing import Any
 import pytest
 
 from dynamo.launcher import guard
-from dynamo.launcher.console import Console, seconds
+from dynamo.launcher.console import Console
+from dynamo.launcher.wording import age, duration, processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process supervision is for Linux")
 
-# A process of a graph. Its last argument says what it does; it keeps a journal of what happened to it.
+# A process of a graph. Its last argument says what to do; it writes a journal of its signals and states.
 WORKER = """
 import json, os, signal, subprocess, sys, time
 token, do = sys.argv[1], json.loads(sys.argv[2])
 fd = int(os.environ["DYNAMO_STATUS_FD"])
 os.set_inheritable(fd, False)
-def tell(event, **more):
+def report(event, **more):
     os.write(fd, (json.dumps({"event": event, **more}) + "\\n").encode())
 def journal(text):
     with open(os.environ["JOURNAL"], "a") as file:
         file.write(f"{os.environ['NAME']} {text}\\n")
 def stop(*_):
     journal("TERM")
-    tell("draining")
+    report("draining")
     time.sleep(do.get("drain_s", 0))
     journal("end")
     os._exit(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if do.get("ignore_term") else stop)
 journal("start")
 print("started", flush=True)
-tell("an event of the future")
+report("an event of the future")
 if "core" in do:
     subprocess.Popen([sys.executable, "-ISc", os.environ["STUBBORN"], token, "1"])
     time.sleep(0.2)
@@ -60,18 +61,18 @@ if "daemon" in do and os.fork() == 0:
 if "daemon" in do:
     os.wait()
 if "progress" in do:
-    tell("progress", text=do["progress"])
+    report("progress", text=do["progress"])
 if "print" in do:
     sys.stdout.write("x" * do["print"] + do.get("end", ""))
     sys.stdout.flush()
 time.sleep(do.get("load_s", 0))
 if "failed" in do:
-    tell("failed", **do["failed"])
+    report("failed", **do["failed"])
     time.sleep(60)
 if "exit" in do:
     print("the last word", end="")
     sys.exit(do["exit"])
-tell("ready", **do.get("ready", {}))
+report("ready", **do.get("ready", {}))
 journal("ready")
 if "exit_ready" in do:
     time.sleep(0.05)
@@ -135,11 +136,11 @@ def run():
         run_dir=Path(plan["run_dir"]),
         console=Console(),
         on_exit=on_exit,
-        also=[("etcd", beside)],
-        spare=lambda: servers[1:],
+        other_pids=lambda: servers[1:],
         restarts=RestartPolicy(**plan.get("restarts", {})),
         **plan.get("options", {}),
     )
+    supervisor.run_beside("etcd", beside)
     return asyncio.run(supervisor.run())
 
 sys.exit(guarded(run))
@@ -158,7 +159,7 @@ def alive(token: str) -> list[int]:
 
 
 class Serve:
-    """One `dynamo serve`, so to say. Its terminal is a file unless `on` starts it otherwise."""
+    """A guard and a supervisor, as `dynamo serve` starts them. Standard error is a file."""
 
     def __init__(self, tmp_path: Path) -> None:
         self.token = uuid.uuid4().hex
@@ -170,8 +171,8 @@ class Serve:
         names = [name for name, _ in workers]
         processes = []
         for index, (name, do) in enumerate(workers):
-            spec = {"service": name, "worker_id": names[:index].count(name) + 1, "of": names.count(name)}
-            label = name if spec["of"] == 1 else f"{name}:{spec['worker_id']}"
+            spec = {"service": name, "worker_id": names[:index].count(name) + 1, "workers": names.count(name)}
+            label = name if spec["workers"] == 1 else f"{name}:{spec['worker_id']}"
             argv = [do.get("python", sys.executable), "-ISc", WORKER, self.token, json.dumps(do)]
             env = {"JOURNAL": str(self.journal_path), "STUBBORN": STUBBORN, "NAME": label}
             processes.append({**spec, "argv": argv, "env": env, "cwd": str(self.dir)})
@@ -194,15 +195,15 @@ class Serve:
     def wait_for(self, pattern: str, limit_s: float = 8.0) -> None:
         self.until(lambda: re.search(pattern, self.err) is not None, limit_s, pattern)
 
-    def until(self, true: Callable[[], bool], limit_s: float = 8.0, what: str = "it") -> float:
+    def until(self, true: Callable[[], bool], limit_s: float = 8.0, what: str = "the condition") -> float:
         start = time.monotonic()
         while not true():
-            assert time.monotonic() - start < limit_s, f"{what} has not come:\n{self.err}"
+            assert time.monotonic() - start < limit_s, f"timed out waiting for {what}:\n{self.err}"
             time.sleep(0.01)
         return time.monotonic() - start
 
     def wait(self, limit_s: float = 8.0) -> int:
-        """The exit code; nothing may be left when it comes."""
+        """Return the exit code; no process may be left by then."""
         assert self.process is not None
         code = self.process.wait(limit_s)
         assert alive(self.token) == []
@@ -244,12 +245,12 @@ CORE = ("VllmWorker", {"core": True, "ready": {}})
 # -- start
 
 
-def test_ready_then_stopped(serve: Serve) -> None:
+def test_lines_from_start_to_stop(serve: Serve) -> None:
     serve.start(LOADS, FRONT, options={"progress_s": 0.4})
     serve.wait_for("ready in .* http")
     serve.signal(signal.SIGINT)
     assert serve.wait() == 0
-    told = [line for line in serve.err.splitlines() if line != "started"]
+    lines = [line for line in serve.err.splitlines() if line != "started"]
     expected = [
         r"starting 2 processes: VllmWorker, Frontend",
         r"Frontend ready in 0\.\d s",
@@ -261,8 +262,8 @@ def test_ready_then_stopped(serve: Serve) -> None:
         r"after the end of VllmWorker: etcd is away",
         r"stopped in 0\.\d s",
     ]
-    assert len(told) == len(expected), told
-    for line, pattern in zip(told, expected, strict=True):
+    assert len(lines) == len(expected), lines
+    for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), (line, pattern)
     assert (serve.dir / "out").read_bytes() == b""
     assert (serve.dir / "logs/VllmWorker.log").read_text() == "started\n"
@@ -285,7 +286,7 @@ def test_an_exit_during_the_start_shows_the_last_lines(serve: Serve) -> None:
     assert serve.err.count("could not start") == 1
 
 
-def test_a_program_that_is_not_there(serve: Serve) -> None:
+def test_a_missing_program_is_an_error(serve: Serve) -> None:
     serve.start(WORKS, ("Frontend", {"python": "no-such-python"}))
     assert serve.wait() == 1
     assert "Frontend could not start: [Errno 2] No such file or directory: 'no-such-python'" in serve.err
@@ -316,7 +317,7 @@ def test_long_lines_neither_block_nor_grow(serve: Serve) -> None:
 # -- restarts
 
 
-def test_a_dead_worker_is_restarted_without_its_leftovers_and_others_keep_theirs(serve: Serve) -> None:
+def test_a_restart_kills_the_orphans_of_the_dead_worker_only(serve: Serve) -> None:
     lives = {"daemon": True, "core": True, "ready": {"lease": 1}}
     serve.start(("VllmWorker", lives), ("VllmWorker", {"core": True, "ready": {"lease": 123}}), FRONT)
     serve.wait_for(f"ready in .*{URL}")
@@ -343,7 +344,7 @@ def test_a_dead_worker_is_restarted_without_its_leftovers_and_others_keep_theirs
 
 
 @pytest.mark.parametrize("who", ["worker", "supervisor", "guard"])
-def test_shared_memory_goes_with_whoever_is_killed(serve: Serve, who: str) -> None:
+def test_shared_memory_of_a_killed_process_is_removed(serve: Serve, who: str) -> None:
     def shared() -> list[str]:
         return [path.name for path in Path("/dev/shm").glob(f"{serve.token}-*")]
 
@@ -361,7 +362,7 @@ def test_shared_memory_goes_with_whoever_is_killed(serve: Serve, who: str) -> No
     serve.until(lambda: not alive(serve.token) and not shared())
 
 
-def test_servers_that_others_started_are_not_leftovers(serve: Serve) -> None:
+def test_servers_started_by_other_code_are_not_orphans(serve: Serve) -> None:
     serve.start(WORKS, FRONT, server=True, options={"progress_s": 0.1})
     serve.wait_for(f"ready in .*{URL}")
     servers = [pid for pid in alive(serve.token) if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(b"\0server\0")]
@@ -373,7 +374,7 @@ def test_servers_that_others_started_are_not_leftovers(serve: Serve) -> None:
     assert serve.wait() == 0  # the guard's side ends them
 
 
-def test_the_wait_doubles_and_deaths_have_a_limit(serve: Serve) -> None:
+def test_the_delay_doubles_and_deaths_are_limited(serve: Serve) -> None:
     dies = ("VllmWorker", {"ready": {}, "exit_ready": 5, "load_s": 0.2})
     serve.start(dies, FRONT, restarts={"first_s": 0.1, "longest_s": 0.3, "deaths": 3})
     assert serve.wait() == 1
@@ -382,7 +383,7 @@ def test_the_wait_doubles_and_deaths_have_a_limit(serve: Serve) -> None:
     assert "Frontend end" in serve.journal
 
 
-def test_the_wait_starts_anew_after_a_stable_life(serve: Serve) -> None:
+def test_the_delay_is_reset_after_a_stable_life(serve: Serve) -> None:
     dies = ("VllmWorker", {"ready": {}, "exit_ready": 5, "load_s": 0.2})
     serve.start(dies, FRONT, restarts={"first_s": 0.05, "stable_s": 0.1, "window_s": 0.5})
     serve.until(lambda: serve.err.count("restarting") >= 4)
@@ -394,7 +395,7 @@ def test_the_wait_starts_anew_after_a_stable_life(serve: Serve) -> None:
 # -- stop
 
 
-def test_the_entry_stops_first_and_what_runs_beside_last(serve: Serve) -> None:
+def test_the_entry_stops_first_and_tasks_beside_the_graph_last(serve: Serve) -> None:
     slow = {"drain_s": 0.2}
     serve.start(("VllmWorker", slow), ("VllmWorker", slow), ("Processor", slow), ("Frontend", {**slow, **FRONT[1]}))
     serve.wait_for(f"ready in .*{URL}")
@@ -430,10 +431,10 @@ def test_the_drain_has_a_limit(serve: Serve) -> None:
     serve.signal(signal.SIGTERM)
     assert serve.wait(2) == 1
     assert "VllmWorker, Frontend: still running 0.5 s after the signal to stop: killed" in serve.err
-    assert serve.journal.count("VllmWorker end") == 1  # it was given its own chance
+    assert serve.journal.count("VllmWorker end") == 1  # it had its own time to drain
 
 
-def test_what_runs_beside_ends_the_graph_when_it_fails(serve: Serve) -> None:
+def test_a_failing_task_beside_the_graph_ends_it(serve: Serve) -> None:
     serve.start(WORKS, FRONT, beside_fails=0.6)
     assert serve.wait() == 1
     assert "etcd: etcd ended\nhint: look at its log\n" in serve.err
@@ -441,7 +442,7 @@ def test_what_runs_beside_ends_the_graph_when_it_fails(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("who", ["supervisor", "guard"])
-def test_kill_9_leaves_nothing(serve: Serve, who: str) -> None:
+def test_kill_9_leaves_no_process(serve: Serve, who: str) -> None:
     serve.start(CORE, ("VllmWorker", {"daemon": True, "core": True, "ignore_term": True}), FRONT)
     serve.wait_for(f"ready in .*{URL}")
     serve.until(lambda: len(alive(serve.token)) == 12)
@@ -462,7 +463,7 @@ def test_ctrl_c_at_a_terminal(serve: Serve) -> None:
     while True:
         try:
             data = os.read(terminal, 65536)
-        except OSError:  # how a pseudo terminal says that nobody has it open any more
+        except OSError:  # how a pseudo terminal reports that its other end is closed
             break
         if not data:
             break
@@ -481,7 +482,7 @@ def test_ctrl_c_at_a_terminal(serve: Serve) -> None:
 # -- the console
 
 
-def test_a_halted_terminal_blocks_nobody() -> None:
+def test_a_halted_terminal_blocks_no_writer() -> None:
     reader, writer = os.pipe()
     console = Console(writer)
     start = time.monotonic()
@@ -491,11 +492,11 @@ def test_a_halted_terminal_blocks_nobody() -> None:
     seen = b""
     while b"not shown" not in seen:
         seen += os.read(reader, 65536)
-        console.say("the terminal goes on")
+        console.print("the terminal goes on")
     os.close(reader)
-    console.say("nobody reads this")
+    console.print("the reader has closed its end")
     console.flush()
-    assert re.search(rb"\n\(\d+ lines not shown: the terminal was too slow\)\n", seen)
+    assert re.search(rb"^\(\d+ lines not shown: the terminal was too slow\)\n", seen, re.MULTILINE)
     os.close(writer)
 
 
@@ -503,4 +504,15 @@ def test_a_halted_terminal_blocks_nobody() -> None:
     ("duration_s", "text"), [(0.04, "0.0 s"), (8.24, "8.2 s"), (9.97, "10 s"), (119, "119 s"), (185, "3 min 5 s")]
 )
 def test_durations(duration_s: float, text: str) -> None:
-    assert seconds(duration_s) == text
+    assert duration(duration_s) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0 s"), (8.4, "8 s"), (185, "3 min"), (7500, "2 h 5 min"), (352_800, "4 d 2 h")]
+)
+def test_ages(seconds: float, text: str) -> None:
+    assert age(seconds) == text
+
+
+def test_counts_of_processes() -> None:
+    assert (processes(1), processes(3)) == ("1 process", "3 processes")

@@ -1,4 +1,4 @@
-"""Topics over real NATS: between processes' runtimes, while the server is away, and with messages it does not take."""
+"""Topics over real NATS: between processes' runtimes, during an outage of the server, and with messages that it refuses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Router(Service):
 
 
 def joined(worker_side: Runtime, router_side: Runtime, namespace: str) -> tuple[Worker, Router]:
-    """Bound as the processes of a graph bind them."""
+    """A service bound to its broker as in a graph."""
     worker, router = Worker(), Router()
     attach(worker, ServiceBroker(worker_side, namespace, "Worker"))
     bind(router, worker=Stub(spec_of(Worker), InstancePool(router_side, Worker, namespace)))
@@ -105,7 +105,7 @@ async def test_handlers_that_fail_and_messages_that_do_not_fit(
     assert "dropped a message on topic events: invalid Event" in caplog.text
 
 
-async def test_it_connects_when_asked(nats_server: str, etcd_server: str, namespace: str) -> None:
+async def test_it_connects_at_the_first_use(nats_server: str, etcd_server: str, namespace: str) -> None:
     """A start hook may subscribe and publish before its process has joined the graph."""
     runtimes = [Runtime(nats_url=nats_server, etcd_endpoints=etcd_server) for _ in range(2)]
     worker, router = joined(*runtimes, namespace)
@@ -134,7 +134,7 @@ async def test_a_message_that_is_too_large(make: Make, namespace: str) -> None:
     assert seen[0].number == 2
 
 
-async def test_nats_away_and_back(private_infra: Infra, namespace: str) -> None:
+async def test_nats_outage(private_infra: Infra, namespace: str) -> None:
     infra = private_infra
     runtimes = [Runtime(nats_url=infra.nats_url, etcd_endpoints=infra.etcd_endpoints) for _ in range(2)]
     worker, router = joined(*runtimes, namespace)
@@ -146,7 +146,7 @@ async def test_nats_away_and_back(private_infra: Infra, namespace: str) -> None:
     await infra.processes["nats"].wait()
     await soon(lambda: not any(runtime.nats.connected for runtime in runtimes))
     for _ in range(3):
-        with pytest.raises(TransportError, match="is away"):
+        with pytest.raises(TransportError, match="is unavailable"):
             await worker.events.publish(Event(2))
     late: list[int] = []
     await router.worker.events.subscribe(lambda event: late.append(event.number))
@@ -166,7 +166,7 @@ async def publish_many(worker: Worker, message: Event, count: int) -> None:
         await asyncio.sleep(0)
 
 
-def test_a_server_that_hangs_is_not_buffered_for_without_bound(private_infra: Infra, namespace: str) -> None:
+def test_the_buffer_for_a_server_that_hangs_is_bounded(private_infra: Infra, namespace: str) -> None:
     """On uvloop, as services run: asyncio's own loop had no bound in Python 3.12.0 to 3.12.8 and 3.13.0 to 3.13.1."""
 
     async def run() -> None:
@@ -177,7 +177,7 @@ def test_a_server_that_hangs_is_not_buffered_for_without_bound(private_infra: In
         process.send_signal(signal.SIGSTOP)
         message = Event(2, bytes(4 << 20))
         try:
-            with pytest.raises(TransportError, match="takes nothing"):
+            with pytest.raises(TransportError, match="the send buffer is full"):
                 await publish_many(worker, message, transport.PENDING_BYTES // len(message.data) + 20)
         finally:
             process.send_signal(signal.SIGCONT)
@@ -187,7 +187,7 @@ def test_a_server_that_hangs_is_not_buffered_for_without_bound(private_infra: In
         runner.run(run())
 
 
-async def test_what_a_slow_subscriber_misses_is_said_once(
+async def test_dropped_messages_of_a_slow_subscriber_are_logged_once(
     make: Make, namespace: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(transport, "LISTENER_MESSAGES", 10)
@@ -197,10 +197,10 @@ async def test_what_a_slow_subscriber_misses_is_said_once(
     await router.worker.events.subscribe(lambda event: seen.append(event.number))
     with caplog.at_level(logging.WARNING, "dynamo.transport.nats"):
         for number in range(2000):
-            await worker.events.publish(Event(number))  # all are there before the subscriber's task runs
+            await worker.events.publish(Event(number))  # all arrive before the subscriber's task runs
         await soon(lambda: "are dropped" in caplog.text)
         await subscriber.nats.flush()
-    assert caplog.text.count("are dropped: what listens to them is too slow") == 1
+    assert caplog.text.count("are dropped: their listener is too slow") == 1
     assert 10 <= len(seen) < 2000
     await worker.events.publish(Event(5000))
     await soon(lambda: seen[-1] == 5000)

@@ -1,4 +1,4 @@
-"""Work queues on real JetStream: each task is done, by one worker, whatever happens to workers and to the server."""
+"""Work queues on real JetStream: each task is done by one worker, through faults of workers and of the server."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import msgspec
 import pytest
 
 from dynamo.errors import OverloadedError, TransportError
-from dynamo.launcher import embedded_servers as infra_module
-from dynamo.launcher.embedded_servers import Infra, find_binary
+from dynamo.launcher.embedded_servers import Infra, free_ports
+from dynamo.launcher.server_kinds import NATS, find_binary
 from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import Job, Service, WorkQueue, bind, depends, endpoint, service
 from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Stub
 from dynamo.sdk.spec import spec_of
-from dynamo.transport import work_queue
+from dynamo.transport import pull_subscription
 from dynamo.transport.nats import Nats
 from dynamo.worker.broker import ServiceBroker, delete_queues, streams
 from dynamo.worker.stubs import InstancePool
@@ -114,24 +114,24 @@ async def test_tasks_wait_for_workers_in_order_and_count(make: Make, namespace: 
     front, worker = front_on(a, namespace), worker_on(b, namespace)
     for number in range(5):
         await front.worker.tasks.put(Task(number, b"payload"))
-        assert await front.worker.tasks.size() >= number + 1  # own ones are in it at once
+        assert await front.worker.tasks.size() >= number + 1  # its own tasks are counted immediately
     await asyncio.sleep(0.2)
     assert await worker.tasks.size() == 5
     async with aclosing(worker.tasks.take(limit=2)) as jobs:
         held = [await anext(jobs), await anext(jobs)]
         assert [(job.task, job.tries) for job in held] == [(Task(0, b"payload"), 1), (Task(1, b"payload"), 1)]
         await asyncio.sleep(0.2)
-        assert await worker.tasks.size() == 5  # those worked on too
-        with pytest.raises(TimeoutError):  # a third one is over the limit
+        assert await worker.tasks.size() == 5  # including those being worked on
+        with pytest.raises(TimeoutError):  # a third task would exceed the limit
             await asyncio.wait_for(anext(jobs), 0.3)
     await held[0].done()
-    await held[0].done()  # does nothing
+    await held[0].done()  # no-op
     await held[0].fail()
     await asyncio.sleep(0.2)
     assert await front.worker.tasks.size() == 4
 
 
-async def test_the_limit_frees_a_place_with_each_end(make: Make, namespace: str) -> None:
+async def test_each_finished_task_frees_a_place(make: Make, namespace: str) -> None:
     runtime = await make()
     worker = worker_on(runtime, namespace)
     for number in range(6):
@@ -148,7 +148,7 @@ async def test_the_limit_frees_a_place_with_each_end(make: Make, namespace: str)
     assert await worker.tasks.size() == 0
 
 
-async def test_failed_tasks_come_again_and_then_are_dropped(
+async def test_failed_tasks_are_redelivered_and_then_dropped(
     make: Make, namespace: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b = await make(), await make()
@@ -173,7 +173,7 @@ async def test_failed_tasks_come_again_and_then_are_dropped(
 async def test_a_killed_worker_loses_nothing(
     make: Make, namespace: str, nats_server: str, etcd_server: str, spawn: Tasked
 ) -> None:
-    """A process that holds three tasks is killed; another does all, those three a second time."""
+    """A process that holds three tasks is killed; another one does all tasks, those three at the second delivery."""
     runtime = await make()
     worker = worker_on(runtime, namespace)
     argv = [sys.executable, "-m", "tests.contract.queue_worker", nats_server, etcd_server, namespace, "3"]
@@ -187,7 +187,7 @@ async def test_a_killed_worker_loses_nothing(
             finished: Counter[int] = Counter()
             spawn(work(worker, finished))
             await soon(lambda: len(finished) == 3)
-            await asyncio.sleep(4)  # twice `lost_after_s`: it lives, and nobody else gets what it works on
+            await asyncio.sleep(4)  # twice `lost_after_s`: while it lives, its tasks are not redelivered
             assert finished == Counter([3, 4, 5])
         finally:
             process.kill()
@@ -206,7 +206,7 @@ async def test_a_task_that_kills_its_workers_is_dropped(
     for tries in (1, 2, 3):
         job = await first(worker)
         assert job.tries == tries
-        del job  # as if it had died: nobody says that it is worked on
+        del job  # as if the worker had died: the task is not extended any more
     async with aclosing(worker.tasks.take()) as jobs:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(jobs), 3)
@@ -214,7 +214,7 @@ async def test_a_task_that_kills_its_workers_is_dropped(
     assert await worker.tasks.size() == 0
 
 
-async def test_a_worker_that_stops_gives_back_what_it_has_not_finished(make: Make, namespace: str) -> None:
+async def test_a_stopping_worker_gives_back_unfinished_tasks(make: Make, namespace: str) -> None:
     a, b = await make(), await make()
     stopping, other = worker_on(a, namespace), worker_on(b, namespace)
     for number in range(3):
@@ -224,7 +224,7 @@ async def test_a_worker_that_stops_gives_back_what_it_has_not_finished(make: Mak
     await a.drain(1)
     async with asyncio.timeout(2):
         assert [job async for job in jobs] == []  # `take` ends
-    await held[0].done()  # and what runs may be finished
+    await held[0].done()  # tasks that are worked on may be finished
     await a.close()
     async with asyncio.timeout(20), aclosing(other.patient.take(limit=2)) as others:
         assert sorted([(await anext(others)).task.number, (await anext(others)).task.number]) == [1, 2]
@@ -232,14 +232,12 @@ async def test_a_worker_that_stops_gives_back_what_it_has_not_finished(make: Mak
         await stopping.patient.put(Task(5))
 
 
-async def test_a_worker_that_hung_may_still_be_done(
-    make: Make, namespace: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its task has gone to another one meanwhile; whoever is done first takes it out."""
+async def test_a_worker_that_hung_may_still_finish(make: Make, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its task was redelivered to another worker meanwhile; the first one to finish removes it."""
 
-    async def keep(_: object) -> None: ...
+    async def extend(_: object) -> None: ...
 
-    monkeypatch.setattr(work_queue._Taker, "keep", keep)
+    monkeypatch.setattr(pull_subscription.PullSubscription, "extend", extend)
     a, b = await make(), await make()
     hung, other = worker_on(a, namespace), worker_on(b, namespace)
     await hung.tasks.put(Task(1))
@@ -266,7 +264,7 @@ async def test_a_full_queue_refuses(make: Make, namespace: str) -> None:
         await worker.tasks.put(Task(1, bytes(runtime.nats.max_payload_bytes)))
 
 
-async def test_old_tasks_go(make: Make, namespace: str) -> None:
+async def test_old_tasks_expire(make: Make, namespace: str) -> None:
     runtime = await make()
     worker = worker_on(runtime, namespace)
     await worker.short.put(Task(1))
@@ -300,7 +298,7 @@ async def test_tasks_that_do_not_fit_are_dropped(make: Make, namespace: str, cap
 
 
 @pytest.mark.parametrize("wipe", [False, True])
-async def test_nats_is_killed_and_comes_back(
+async def test_nats_is_killed_and_restarted(
     private_infra: Infra,
     namespace: str,
     wipe: bool,
@@ -309,7 +307,7 @@ async def test_nats_is_killed_and_comes_back(
 ) -> None:
     infra = private_infra
     if wipe:
-        monkeypatch.setattr(work_queue, "DONE_TIMEOUT_S", 3.0)  # it is in vain
+        monkeypatch.setattr(pull_subscription, "ACK_TIMEOUT_S", 3.0)  # it fails in any case
     runtimes = [Runtime(nats_url=infra.nats_url, etcd_endpoints=infra.etcd_endpoints) for _ in range(2)]
     front, worker = front_on(runtimes[0], namespace), worker_on(runtimes[1], namespace)
     for number in range(20):
@@ -327,7 +325,7 @@ async def test_nats_is_killed_and_comes_back(
         await front.worker.tasks.put(Task(200))
         expected = [200]
     else:
-        ending = asyncio.gather(*(job.done() for job in held))  # said as soon as the server is back
+        ending = asyncio.gather(*(job.done() for job in held))  # acknowledged as soon as the server is back
         await infra.restart_nats()
         await ending
         await runtimes[0].nats.wait_connected(10)
@@ -341,19 +339,19 @@ async def test_nats_is_killed_and_comes_back(
             if seen >= set(expected):
                 break
     await jobs.aclose()
-    # at least once: what the server had not written when it died, an end or a task, may come again
+    # at least once: a task or an acknowledgement that the server had not written when it was killed may be repeated
     assert seen <= {*expected, *(() if wipe else (0, 1, 100))}
     await asyncio.sleep(0.2)
     assert await front.worker.tasks.size() == 0
-    assert ("had gone, with its tasks" in caplog.text) == wipe
+    assert ("was lost with its tasks" in caplog.text) == wipe
     for runtime in runtimes:
         await runtime.close()
 
 
 async def test_a_server_without_jetstream(tmp_path: Any, namespace: str, etcd_server: str) -> None:
-    port = infra_module.free_ports(1)[0]
+    port = free_ports(1)[0]
     process = await asyncio.create_subprocess_exec(
-        find_binary(infra_module.NATS), "--addr", "127.0.0.1", "--port", str(port), stderr=asyncio.subprocess.PIPE
+        find_binary(NATS), "--addr", "127.0.0.1", "--port", str(port), stderr=asyncio.subprocess.PIPE
     )
     assert process.stderr is not None
     try:

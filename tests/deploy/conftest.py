@@ -22,7 +22,7 @@ __all__ = ["serve_graph"]
 
 
 class BusyGraph:
-    """graphs.disagg_router with mock engines. `metrics`: host and port of what Prometheus scrapes."""
+    """graphs.disagg_router with mock engines. `metrics`: host and port that Prometheus scrapes."""
 
     def __init__(self, serve: Callable[..., Served]) -> None:
         port = free_ports(1)[0]
@@ -43,7 +43,7 @@ class BusyGraph:
             async with httpx.AsyncClient() as client:
                 for tokens in (prompt(), prompt(), known):
                     await ask(self.served, client, tokens)
-                await client.post(f"{self.served.url}/v1/completions", json={"model": "nobody", "prompt": "hello"})
+                await client.post(f"{self.served.url}/v1/completions", json={"model": "no-model", "prompt": "hello"})
 
         known = prompt(500)
         asyncio.run(long())

@@ -20,7 +20,7 @@ SERVERS, METRICS = DEPLOY / "docker-compose.yml", DEPLOY / "metrics" / "docker-c
 
 
 def compose(file: Path, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A compose file with what it includes; variables that are not in `environment` have their defaults."""
+    """Load a compose file with its includes; variables that are not in `environment` have their defaults."""
     given = environment or {}
     text = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: given.get(found[1], found[2]), file.read_text())
     document: dict[str, Any] = yaml.safe_load(text)
@@ -33,7 +33,7 @@ def compose(file: Path, environment: Mapping[str, str] | None = None) -> dict[st
 
 
 def here(text: str, changes: Mapping[str, str]) -> str:
-    """What is in the container replaced by what is here; all of `changes` must be needed."""
+    """Replace paths and addresses of the container by local ones; each of `changes` must occur."""
     found: set[str] = set()
 
     def change(match: re.Match[str]) -> str:
@@ -50,7 +50,7 @@ def _command(words: Sequence[str], changes: Mapping[str, str]) -> list[str]:
 
 
 def healthy(command: Sequence[str]) -> bool:
-    """What a health check says. wget is not everywhere, so Python does its work."""
+    """Run a health check; Python replaces wget, which is not installed everywhere."""
     if command[0] != "wget":
         return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
     try:
@@ -64,7 +64,7 @@ def healthy(command: Sequence[str]) -> bool:
 def running(
     service: Mapping[str, Any], changes: Mapping[str, str], check: Mapping[str, str], program: Sequence[str] = ()
 ) -> Iterator[list[str]]:
-    """A service until the end of the block, from when its health check says yes; gives the health check's command.
+    """Run a service until the end of the block, after its health check succeeds; yield the health check's command.
 
     `changes` are made to its command, `check` to its health check. `program`: what the image has as entry point.
     """

@@ -19,11 +19,11 @@ NOW = ("stat", "gauge")
 
 class Query(NamedTuple):
     place: str
-    """dashboard and panel or variable, for messages"""
+    """Dashboard and panel or variable, for messages."""
     expression: str
-    """PromQL, without variables"""
+    """PromQL without variables."""
     legend: frozenset[str] = frozenset()
-    """the labels that its legend, or its variable, takes from the samples"""
+    """The labels of the samples that its legend or its variable uses."""
 
     @property
     def names(self) -> set[str]:
@@ -35,7 +35,7 @@ class Query(NamedTuple):
 
 
 def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All panels but the rows, those of folded rows too."""
+    """Return all panels except rows, including those of collapsed rows."""
     for panel in board["panels"]:
         if panel["type"] == "row":
             yield from panel["panels"]
@@ -44,12 +44,12 @@ def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def variables(board: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those that are filled by a query, by name."""
+    """Return the variables filled by a query, by name."""
     return {found["name"]: found for found in board["templating"]["list"] if found["type"] == "query"}
 
 
 def queries(file: Path, choice: Mapping[str, str] | None = None, kinds: tuple[str, ...] = ()) -> Iterator[Query]:
-    """What Grafana asks Prometheus for a dashboard where `All` is chosen in each variable that has no `choice`.
+    """Return Grafana's queries for a dashboard, with `All` selected in each variable without a `choice`.
 
     With `kinds`, for the panels of these kinds alone.
     """

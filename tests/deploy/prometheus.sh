@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # prometheus.sh DIRECTORY: the directory with `prometheus` and `promtool`, on standard output. Those on PATH; else those of
-# Debian's or Ubuntu's package, unpacked once into DIRECTORY. Nothing is installed and nobody need be root.
+# Debian's or Ubuntu's package, unpacked once into DIRECTORY: nothing is installed, and root is not required.
 # Exit 3, with the reason on standard error, where there is neither.
 set -euo pipefail
 cache=$(realpath -m "$1")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dynamo.launcher.embedded_servers import ETCD, NATS
+from dynamo.launcher.server_kinds import ETCD, NATS
 from tests.deploy.container import DEPLOY, METRICS, SERVERS, compose
 
-# No shell, no wget, nothing but the program: its scrape tells.
+# Neither a shell nor wget, only the program: Prometheus' scrape is its check.
 WITHOUT_HEALTH_CHECK = {"nats-exporter"}
 FILES = pytest.mark.parametrize("file", [SERVERS, METRICS], ids=["servers", "metrics"])
 SERVICES = [
@@ -23,7 +23,7 @@ SERVICES = [
 
 
 def published(service: dict[str, Any]) -> set[int]:
-    """Ports of the host."""
+    """Return the published ports of the host."""
     return {int(port.split(":")[1]) for port in service.get("ports", ())}
 
 
@@ -34,7 +34,7 @@ def test_they_are_compose_files(file: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_the_schema_refuses_what_compose_would(tmp_path: Path) -> None:
+def test_the_schema_rejects_invalid_files(tmp_path: Path) -> None:
     wrong = tmp_path / "docker-compose.yml"
     wrong.write_text(SERVERS.read_text().replace("healthcheck:", "healthchecks:"))
     check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(wrong)]
@@ -42,7 +42,7 @@ def test_the_schema_refuses_what_compose_would(tmp_path: Path) -> None:
 
 
 def test_both_have_the_same_servers_in_one_project() -> None:
-    """So the second takes over the containers and volumes of the first, as Compose knows them by project and name."""
+    """Compose identifies containers and volumes by project and name: the second file reuses those of the first."""
     servers, metrics = compose(SERVERS), compose(METRICS)
     assert servers["name"] == metrics["name"]
     assert servers["services"].keys() == {"nats", "etcd"}
@@ -50,7 +50,7 @@ def test_both_have_the_same_servers_in_one_project() -> None:
     assert servers["volumes"].items() <= metrics["volumes"].items()
 
 
-def test_only_the_gpu_exporter_waits_for_a_profile() -> None:
+def test_only_the_gpu_exporter_has_a_profile() -> None:
     profiles = {
         name: service["profiles"] for name, service in compose(METRICS)["services"].items() if "profiles" in service
     }
@@ -73,7 +73,7 @@ def test_the_ports_are_those_of_the_readme() -> None:
     assert ETCD.port in published(services["etcd"])
 
 
-def test_one_variable_binds_all_of_them() -> None:
+def test_one_variable_sets_the_address_of_all_ports() -> None:
     services = compose(METRICS, {"DYN_BIND_IP": "10.1.2.3"})["services"]
     for service in services.values():
         assert all(port.startswith("10.1.2.3:") for port in service.get("ports", ()))
@@ -95,7 +95,7 @@ def test_a_service_is_pinned_checked_and_restarted(name: str, service: dict[str,
 
 
 @pytest.mark.parametrize(("name", "service"), SERVICES)
-def test_what_it_mounts_is_there(name: str, service: dict[str, Any]) -> None:
+def test_mounted_paths_exist(name: str, service: dict[str, Any]) -> None:
     directory = SERVERS.parent if name in compose(SERVERS)["services"] else METRICS.parent
     volumes = compose(METRICS)["volumes"]
     for mount in service.get("volumes", ()):
@@ -113,7 +113,7 @@ def test_every_volume_is_mounted_once() -> None:
     assert sorted(source for source in mounted if not source.startswith(".")) == sorted(document["volumes"])
 
 
-def test_who_depends_on_health_depends_on_one_that_tells_it() -> None:
+def test_dependencies_on_health_have_a_health_check() -> None:
     services = compose(METRICS)["services"]
     waits = [(name, on) for name, service in services.items() for on in service.get("depends_on", ())]
     assert waits

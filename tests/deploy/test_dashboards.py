@@ -1,4 +1,4 @@
-"""The dashboards: as Grafana wants them, and of metrics that there are."""
+"""The dashboards: valid for Grafana, and of metrics that exist."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from tests.deploy.conftest import BusyGraph
 from tests.deploy.dashboard import FILES, NOW, Query, panels, queries, variables
 
-# Not of our processes: the exporters', etcd's, and what Prometheus itself knows of a scrape.
+# Not of our processes: metrics of the exporters, of etcd, and Prometheus' own about a scrape.
 OTHERS = ("DCGM_", "gnatsd_", "etcd_", "up")
-# Empty where a graph has no such part, or nothing has gone wrong.
+# Empty if a graph has no such part, or if there was no fault.
 OPTIONAL = re.compile("dynamo_(router|disagg|prefill)_|dynamo_migrations|DCGM|gnatsd|restarts")
 BOARD = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
@@ -26,7 +26,7 @@ def read(file: Path) -> dict[str, Any]:
     return board
 
 
-def test_there_are_two_with_ids_of_their_own() -> None:
+def test_there_are_two_with_unique_ids() -> None:
     boards = [read(file) for file in FILES]
     assert [board["title"] for board in boards] == ["KV cache and routing", "Serving"]
     assert len({board["uid"] for board in boards}) == len(boards)
@@ -37,12 +37,12 @@ def test_there_are_two_with_ids_of_their_own() -> None:
 
 
 @BOARD
-def test_a_change_is_seen_in_a_diff(file: Path) -> None:
+def test_files_are_formatted_for_diffs(file: Path) -> None:
     assert file.read_text() == json.dumps(read(file), indent=2, ensure_ascii=False) + "\n"
 
 
 @BOARD
-def test_panels_have_ids_and_places_of_their_own(file: Path) -> None:
+def test_panels_have_unique_ids_and_places(file: Path) -> None:
     board = read(file)
     rows = [panel for panel in board["panels"] if panel["type"] == "row"]
     ids = [panel["id"] for panel in [*rows, *panels(board)]]
@@ -56,7 +56,7 @@ def test_panels_have_ids_and_places_of_their_own(file: Path) -> None:
 
 
 @BOARD
-def test_panels_say_what_they_show(file: Path) -> None:
+def test_panels_are_described(file: Path) -> None:
     board = read(file)
     titles = [panel["title"] for panel in panels(board) if panel["type"] == "timeseries"]
     assert len(set(titles)) == len(titles)
@@ -71,8 +71,8 @@ def test_panels_say_what_they_show(file: Path) -> None:
 
 
 @BOARD
-def test_a_single_value_is_of_now(file: Path) -> None:
-    """The last value of a time range would be there long after what it shows has died."""
+def test_single_values_are_instant_queries(file: Path) -> None:
+    """The last value of a time range would still be shown long after its process has ended."""
     found = [panel for panel in panels(read(file)) if panel["type"] in NOW]
     assert len(found) >= 7
     for panel in found:
@@ -84,8 +84,8 @@ def test_a_single_value_is_of_now(file: Path) -> None:
 
 
 @BOARD
-def test_what_counts_up_is_not_shown_as_it_is(file: Path) -> None:
-    """The sum since a start says nothing of the time shown, and falls when a process starts again."""
+def test_counters_are_shown_as_rates(file: Path) -> None:
+    """The total since the start is unrelated to the time range, and falls when a process restarts."""
     for panel in panels(read(file)):
         for target in panel["targets"]:
             for counter in re.finditer(r"\w+_total\b(?:\{[^}]*\})?(\[)?", target["expr"]):
@@ -114,21 +114,21 @@ def test_variables_are_declared_and_used(file: Path) -> None:
 
 
 @BOARD
-def test_our_metrics_are_told_from_those_of_other_programs(file: Path) -> None:
-    """Prometheus, etcd and the exporters have process_* too."""
+def test_process_metrics_are_of_our_job(file: Path) -> None:
+    """Prometheus, etcd and the exporters export process_* too."""
     for query in queries(file):
         for selector in re.findall(r"process_(?:cpu|resident|open|start)\w*(\{[^}]*\})?", query.expression):
             assert 'job="dynamo"' in selector, query
 
 
 def test_the_names_in_a_query_are_found() -> None:
-    """What the test below relies on."""
+    """The test below relies on it."""
     asked = 'sum by (le, x) (rate(a_bucket{b="c"}[5m])) / clamp_min(sum(d_total), 1e-9) or vector(0)'
     assert Query("", asked).names == {"a_bucket", "d_total"}
 
 
 @BOARD
-def test_every_metric_is_one_that_a_graph_shows(file: Path, busy_graph: BusyGraph) -> None:
+def test_every_metric_is_exported_by_a_graph(file: Path, busy_graph: BusyGraph) -> None:
     text = httpx.get(f"http://{busy_graph.metrics}/metrics", timeout=30).raise_for_status().text
     shown = set(re.findall(r"^([A-Za-z_:][\w:]*)[{ ]", text, re.MULTILINE))
     asked = set().union(*(query.names for query in queries(file)))

@@ -73,14 +73,14 @@ def test_the_configuration_is_valid(prometheus: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scraping(prometheus: Path, busy_graph: BusyGraph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """As the compose file starts it; only ports and directories are others."""
+    """Prometheus as the compose file starts it, with other ports and directories."""
     directory = tmp_path_factory.mktemp("prometheus")
-    own, nobody = free_ports(2)
+    own, closed_port = free_ports(2)
     etcd = environment(busy_graph.served)["ETCD_ENDPOINTS"].removeprefix("http://")
     configuration = directory / "prometheus.yml"
     frontend = busy_graph.served.url.removeprefix("http://")
     places = {"localhost:9091": busy_graph.metrics, "localhost:8000": frontend, "localhost:2379": etcd}
-    places |= dict.fromkeys(("localhost:9092", "localhost:9093", "localhost:7777"), f"127.0.0.1:{nobody}")
+    places |= dict.fromkeys(("localhost:9092", "localhost:9093", "localhost:7777"), f"127.0.0.1:{closed_port}")
     configuration.write_text(here(CONFIGURATION.read_text(), places))
     shutil.copytree(CONFIGURATION.parent / "targets", directory / "targets")
     changes = {
@@ -94,7 +94,7 @@ def scraping(prometheus: Path, busy_graph: BusyGraph, tmp_path_factory: pytest.T
 
 
 async def write(etcd: str) -> None:
-    """What a graph at work does not: it writes when processes come, go and are set."""
+    """Write to etcd, as starts, ends and live settings of processes do; a working graph does not."""
     async with Etcd.connect(f"http://{etcd}") as client:
         await client.put("deploy", b"written")
 
@@ -113,20 +113,20 @@ def test_every_query_of_the_dashboards_has_an_answer(scraping: Prometheus, busy_
     assert [query.place for query in left] == []
 
 
-def test_every_job_whose_program_runs_is_scraped(scraping: Prometheus, busy_graph: BusyGraph) -> None:
+def test_every_job_with_a_running_program_is_scraped(scraping: Prometheus, busy_graph: BusyGraph) -> None:
     until(lambda: scraping.up() == {("dynamo", busy_graph.metrics), ("etcd", scraping.etcd)}, "both are up")
     until(lambda: len(scraping.ask("up")) == 3, "the one without a program is known to be down")
 
 
-def test_a_target_that_several_name_is_scraped_once(scraping: Prometheus, busy_graph: BusyGraph) -> None:
-    """The metrics port and the Frontend, that is; and of two urls that do not answer nothing comes."""
+def test_a_target_in_several_lists_is_scraped_once(scraping: Prometheus, busy_graph: BusyGraph) -> None:
+    """The lists of the metrics port and of the Frontend; two urls that do not respond add nothing."""
     for address in (f"http://{busy_graph.metrics}", busy_graph.served.url):
         (group,) = httpx.get(f"{address}/metrics/targets", timeout=10).json()
         assert group["targets"] == [busy_graph.metrics]
     assert scraping.targets("dynamo") == [busy_graph.metrics]
 
 
-def test_exporters_of_gpus_are_those_in_a_file(scraping: Prometheus) -> None:
+def test_gpu_exporters_are_read_from_a_file(scraping: Prometheus) -> None:
     assert scraping.targets("dcgm") == []
     (file,) = scraping.files.iterdir()
     file.write_text(re.sub("^# -", "-", file.read_text(), flags=re.MULTILINE))
@@ -136,10 +136,10 @@ def test_exporters_of_gpus_are_those_in_a_file(scraping: Prometheus) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_another_host_comes_and_goes_by_itself(
+def test_another_host_is_added_and_removed_automatically(
     scraping: Prometheus, busy_graph: BusyGraph, serve_graph: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has a `dynamo serve` and a metrics port of its own; both hosts are this machine."""
+    """The other host has its own `dynamo serve` and metrics port; both hosts are this machine."""
     for name, value in environment(busy_graph.served).items():
         monkeypatch.setenv(name, value)
     port = free_ports(1)[0]
@@ -165,25 +165,25 @@ ALARMS = ("Not ready", "Hosts down")
 
 
 def values_of_now(choice: dict[str, str], without: tuple[str, ...] = ()) -> list[Query]:
-    """The panels with one value, with shorter windows of time, or the test would wait as long as they are."""
+    """Return the single-value panels, with shorter time windows so that the test need not wait for the real ones."""
     found = [query for file in FILES for query in queries(file, choice, NOW)]
     found = [query._replace(expression=re.sub(r"\[[15]m\]", "[20s]", query.expression)) for query in found]
     return [query for query in found if not query.place.endswith((*HISTORY, *ALARMS, *without))]
 
 
 def alarm(title: str, choice: dict[str, str]) -> str:
-    """The expression of the panel."""
+    """Return the expression of the panel."""
     (found,) = [q for file in FILES for q in queries(file, choice, NOW) if q.place.endswith(f": {title}")]
     return found.expression
 
 
 def shown(prometheus: Prometheus, asked: list[Query]) -> list[str]:
-    """Panels that show anything but nothing and 0."""
+    """Return the panels that show a value other than 0."""
     return [q.place for q in asked if any(float(s["value"][1]) != 0 for s in prometheus.ask(q.expression))]
 
 
 @pytest.mark.timeout(240)
-def test_a_dead_worker_is_told_and_shows_nothing(scraping: Prometheus, busy_graph: BusyGraph) -> None:
+def test_a_dead_worker_is_reported_and_has_no_samples(scraping: Prometheus, busy_graph: BusyGraph) -> None:
     worker = {"service": "VllmWorker", "worker": "2"}
     # Those that are of a worker: the others go on with the other worker.
     asked = [query for query in values_of_now(worker) if 'worker=~"2"' in query.expression]
@@ -193,7 +193,7 @@ def test_a_dead_worker_is_told_and_shows_nothing(scraping: Prometheus, busy_grap
     (pid,) = busy_graph.served.pids("--service-name VllmWorker --worker-id 2 ")
     os.kill(pid, signal.SIGSTOP)  # a killed one would be there again before a scrape has seen that it was not
     try:
-        until(lambda: scraping.value(alarm("Not ready", worker)) == 1, "it is told", 60)
+        until(lambda: scraping.value(alarm("Not ready", worker)) == 1, "it is reported", 60)
         until(lambda: shown(scraping, asked) == [], "no panel shows it", 60)
         assert scraping.value(alarm("Ready", {"service": "VllmWorker"})) == 1
     finally:
@@ -202,7 +202,7 @@ def test_a_dead_worker_is_told_and_shows_nothing(scraping: Prometheus, busy_grap
 
 
 class OtherGraph:
-    """A whole graph in a namespace of its own, which shares NATS and etcd with the busy one."""
+    """A whole graph in its own namespace, with the NATS and etcd of the busy one."""
 
     NAMESPACE = "other"
     SERVICES = ("Frontend", "Processor", "Router", "VllmWorker", "PrefillWorker")
@@ -222,7 +222,7 @@ class OtherGraph:
 
 
 @pytest.mark.timeout(240)
-def test_a_dead_host_shows_nothing_and_a_first_error_something(
+def test_a_dead_host_has_no_samples_and_a_first_error_is_shown(
     scraping: Prometheus, busy_graph: BusyGraph, serve_graph: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment(busy_graph.served).items():
@@ -233,7 +233,7 @@ def test_a_dead_host_shows_nothing_and_a_first_error_something(
     served = 'sum(dynamo_frontend_requests_total{namespace="other"})'
     until(lambda: len(scraping.ask(served)) == 1, "it is found", 60)
     assert scraping.value(served) == 0
-    assert graph.ask("nobody") == 404
+    assert graph.ask("no-model") == 404
     errors = [
         q for file in FILES for q in queries(file, choice) if q.place.endswith(("Errors", "Errors and disconnects"))
     ]
@@ -244,8 +244,8 @@ def test_a_dead_host_shows_nothing_and_a_first_error_something(
 
     graph.served.process.kill()  # with it all its processes end, and none can take its lease back
     graph.served.process.wait(20)
-    until(lambda: scraping.value(alarm("Hosts down", {})) == 1, "the host is told", 60)
+    until(lambda: scraping.value(alarm("Hosts down", {})) == 1, "the host is reported", 60)
     until(lambda: shown(scraping, asked) == [], "no panel shows it", 60)
     until(lambda: graph.metrics not in scraping.targets("dynamo"), "its leases have ended", 60)
-    until(lambda: scraping.value(alarm("Hosts down", {})) == 0, "nor is it told any more", 60)
+    until(lambda: scraping.value(alarm("Hosts down", {})) == 0, "nor is it reported any more", 60)
     assert scraping.up() >= {("dynamo", busy_graph.metrics)}

@@ -12,7 +12,8 @@ from urllib.request import urlopen
 
 import nats
 
-from dynamo.launcher.embedded_servers import ETCD, NATS, find_binary, free_ports
+from dynamo.launcher.embedded_servers import free_ports
+from dynamo.launcher.server_kinds import ETCD, NATS, find_binary
 from dynamo.transport.etcd import Etcd
 from tests.deploy.container import SERVERS, compose, running
 
@@ -81,7 +82,7 @@ async def test_etcd(tmp_path: Path) -> None:
             assert await etcd.get("deploy") == b"kept"
 
 
-def test_etcd_tells_clients_the_address_of_its_host() -> None:
+def test_etcd_advertises_the_address_of_its_host() -> None:
     assert "--advertise-client-urls=http://${DYN_HOST_IP:-127.0.0.1}:2379" in SERVERS.read_text()
 
 

@@ -1,4 +1,4 @@
-"""A score of an author's own, for `Router.custom-router`."""
+"""A custom scoring function for `Router.custom-router`."""
 
 from dynamo.kv_router.messages import Candidate, RouteRequest
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dynamo.launcher.embedded_servers import ETCD, NATS, find_binary
+from dynamo.launcher.server_kinds import ETCD, NATS, find_binary
 from tests.cli.terminal import COMMAND, ROOT, environment
 
 A, B = "10.83.1.2", "10.83.2.2"

@@ -1,4 +1,4 @@
-"""graphs.agg_router with mock workers: requests go where their prefix is, and whatever is killed, the index is right."""
+"""graphs.agg_router with mock workers: requests go to their prefix, and the index survives killed processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NEW = count(100)
 
 
 def prompt(topic: int, blocks: int = 8) -> list[int]:
-    """Tokens that no other topic begins with."""
+    """Return a prompt that begins like no other topic's."""
     return [100 + topic % 400, *(100 + (topic // 400 + i) % 700 for i in range(1, blocks * BLOCK + 4))]
 
 
@@ -69,7 +69,7 @@ def environment(served: Served) -> dict[str, str]:
 
 
 async def held(served: Served, workers: int = 3) -> dict[str, int]:
-    """Blocks in each worker's cache, as the workers say."""
+    """Return the number of blocks in each worker's cache, as the workers report it."""
     env = environment(served)
     runtime = Runtime(nats_url=env["NATS_SERVER"], etcd_endpoints=env["ETCD_ENDPOINTS"])
     try:
@@ -84,17 +84,17 @@ async def held(served: Served, workers: int = 3) -> dict[str, int]:
 
 
 def known(served: Served) -> dict[str, int]:
-    """The same, as the Router says."""
+    """Return the same, as the Router reports it."""
     return {labels["worker"]: int(n) for labels, n in metrics(served).get("dynamo_router_worker_cached_blocks", [])}
 
 
 def agree(served: Served, workers: int = 3, timeout_s: float = 10) -> dict[str, int]:
-    """Wait until both say the same: events are on their way for some milliseconds."""
+    """Wait until both report the same: events take some milliseconds."""
     deadline = time.monotonic() + timeout_s
-    while (told := known(served)) != (holds := asyncio.run(held(served, workers))):
-        assert time.monotonic() < deadline, f"the Router knows {told}, the workers hold {holds}"
+    while (reported := known(served)) != (holds := asyncio.run(held(served, workers))):
+        assert time.monotonic() < deadline, f"the Router knows {reported}, the workers hold {holds}"
         time.sleep(0.1)
-    return told
+    return reported
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def served(serve_graph: Start) -> Served:
 
 
 @pytest.mark.parametrize("mode", ["kv", "approx-kv"])
-def test_a_prompt_goes_where_its_prefix_is(served: Served, mode: str) -> None:
+def test_a_prompt_goes_to_the_worker_with_its_prefix(served: Served, mode: str) -> None:
     tokens = prompt(next(_NEW))
     assert complete(served, tokens, router=mode).cached == 0
     agree(served)
@@ -163,14 +163,14 @@ def test_the_mode_changes_while_it_runs(served: Served) -> None:
     assert complete(served, [*tokens, 1, 2]).cached == 8 * BLOCK
 
 
-def test_a_killed_router_delays_nobody_and_knows_everything_again(served: Served) -> None:
+def test_a_killed_router_delays_no_request_and_rebuilds_its_index(served: Served) -> None:
     tokens = [prompt(next(_NEW)) for _ in range(6)]
     for one in tokens:
         complete(served, one)
     agree(served)
     seen = len(served.output)
     os.kill(served.pids("--service-name Router")[0], signal.SIGKILL)
-    for one in tokens:  # while it is away
+    for one in tokens:  # while it restarts
         assert complete(served, prompt(next(_NEW))).text
         assert complete(served, one).text
     served.wait_for("Router ready again", 20, after=seen)
@@ -193,7 +193,7 @@ def test_a_killed_worker_is_forgotten_and_the_others_answer(served: Served) -> N
 
 
 def test_under_load_with_evictions_and_faults_the_index_stays_right(serve_graph: Start) -> None:
-    """Small caches, two Routers, prompts that push each other out, a Router and a worker killed on the way."""
+    """Use small caches, two Routers, and prompts that evict each other; kill a Router and a worker meanwhile."""
     served = serve_graph(
         *MOCK, "--VllmWorker.num-gpu-blocks-override=120", "--Router.ServiceArgs.workers=2",
         graph="graphs.agg_router:Frontend",
@@ -216,24 +216,24 @@ def test_under_load_with_evictions_and_faults_the_index_stays_right(serve_graph:
 
     assert asyncio.run(load()) == 0
     served.wait_for("VllmWorker:1 ready again", 20)
-    # each Router tells for itself: two lines for each worker, which must be equal
+    # two lines for each worker, one from each Router, which must be equal
     deadline = time.monotonic() + 10
     while True:
-        told = metrics(served)["dynamo_router_worker_cached_blocks"]
+        reported = metrics(served)["dynamo_router_worker_cached_blocks"]
         holds = asyncio.run(held(served))
-        if sorted((labels["worker"], int(n)) for labels, n in told) == sorted([*holds.items()] * 2):
+        if sorted((labels["worker"], int(n)) for labels, n in reported) == sorted([*holds.items()] * 2):
             break
-        assert time.monotonic() < deadline, f"the Routers know {told}, the workers hold {holds}"
+        assert time.monotonic() < deadline, f"the Routers know {reported}, the workers hold {holds}"
         time.sleep(0.1)
     assert served.stop() == 0
 
 
-def test_without_events_what_was_sent_counts_and_it_is_said_once(serve_graph: Start) -> None:
+def test_without_events_routing_history_is_used_and_logged_once(serve_graph: Start) -> None:
     served = serve_graph(*MOCK, "--VllmWorker.kv-events=false", graph="graphs.agg_router:Frontend").ready()
     tokens = prompt(next(_NEW))
     complete(served, tokens)
     assert [complete(served, tokens).cached for _ in range(4)] == [8 * BLOCK] * 4
-    time.sleep(1.2)  # until each worker has told its load
+    time.sleep(1.2)  # until each worker has reported its load
     blind = metrics(served)["dynamo_router_worker_blind"]
     assert [value for _, value in blind] == [1, 1, 1]
     lines = [line for line in served.output.splitlines() if "approx-kv" in line]
@@ -241,7 +241,7 @@ def test_without_events_what_was_sent_counts_and_it_is_said_once(serve_graph: St
     assert served.stop() == 0
 
 
-def test_an_authors_score_decides(serve_graph: Start) -> None:
+def test_a_custom_score_decides(serve_graph: Start) -> None:
     served = serve_graph(
         *MOCK, "--Router.custom-router=tests.graph.first_worker:score", graph="graphs.agg_router:Frontend"
     ).ready()

@@ -169,7 +169,7 @@ def test_two_graphs_on_one_machine(serve_graph: Start, mock_graph: Served) -> No
     [
         (["--Frontend.endpoint=dynamo.Other.chat"], "Frontend.endpoint: dynamo.Other.chat is not in this graph"),
         (["--Common.model=./no-such-model"], "model directory ./no-such-model does not exist"),
-        (["--VllmWorker.ServiceArgs.resources.gpu=64"], "VllmWorker wants 64 GPUs"),
+        (["--VllmWorker.ServiceArgs.resources.gpu=64"], "VllmWorker needs 64 GPUs"),
         (["--VllmWorker.engine=mok"], "VllmWorker.engine"),
     ],
 )

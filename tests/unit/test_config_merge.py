@@ -22,7 +22,7 @@ TREES = st.recursive(
 
 
 def shaped(depth: int) -> st.SearchStrategy[dict[str, Any]]:
-    """Trees in which a key is a mapping in all of them or in none."""
+    """Return trees in which a key is a mapping either in all of them or in none."""
     parts: dict[str, st.SearchStrategy[Any]] = {"a": LEAVES, "b": LEAVES}
     if depth:
         parts |= {"x": shaped(depth - 1), "y": shaped(depth - 1)}
@@ -52,7 +52,7 @@ def test_merge_is_not_associative_where_a_mapping_meets_a_value():
 
 
 @given(TREES, TREES)
-def test_merge_right_wins_and_left_keeps_the_rest(lower, upper):
+def test_merge_upper_wins_and_lower_keeps_the_rest(lower, upper):
     merged = dict(walk(merge(lower, upper)))
     for path, value in walk(upper):
         if not isinstance(value, dict):
@@ -61,7 +61,7 @@ def test_merge_right_wins_and_left_keeps_the_rest(lower, upper):
 
 
 @given(TREES, TREES)
-def test_merge_changes_and_shares_nothing(lower, upper):
+def test_merge_neither_changes_nor_shares_its_inputs(lower, upper):
     before = copy.deepcopy((lower, upper))
     merged = merge(lower, upper)
     for _, value in list(walk(merged)):
@@ -73,15 +73,15 @@ def test_merge_changes_and_shares_nothing(lower, upper):
 
 
 @given(TREES, TREES)
-def test_overlay_knows_the_origin_of_everything(lower, upper):
+def test_overlay_keeps_the_origin_of_every_key(lower, upper):
     def layer(values, source):
         return parse_tree({"S": values}, source)
 
     low, high = layer(lower, "low"), layer(upper, "high")
     both = overlay(low, high)
-    assert list(both.origin) == [path for path, _ in walk(both.values)]
+    assert list(both.origins) == [path for path, _ in walk(both.values)]
     for path, value in walk(both.values):
-        if not isinstance(value, dict) and both.origin[path].source == "high":
+        if not isinstance(value, dict) and both.origins[path].source == "high":
             assert value in dict_values(high.values, path)
 
 
@@ -92,7 +92,7 @@ def parse_tree(values, source):
 
 
 def dict_values(values, path):
-    """All values at `path`, whichever way its second key is spelled."""
+    """Return all values at `path`, in any spelling."""
     return [
         value for p, value in walk(values) if [k.replace("_", "-") for k in p] == [k.replace("_", "-") for k in path]
     ]
@@ -107,7 +107,7 @@ def sources(result: Resolved) -> dict[str, str]:
     return {".".join(path): origin.source for path, _, origin in result.leaves()}
 
 
-def test_common_reaches_those_that_list_a_key_in_their_order():
+def test_services_get_the_keys_of_common_that_they_list():
     result = resolved(
         """\
 Common:
@@ -142,7 +142,7 @@ def test_common_keys_come_first_in_the_order_of_the_list():
     assert list(result.services["S"].items()) == [("c", 3), ("a", 1), ("z", 0)]
 
 
-def test_common_without_any_list_reaches_who_knows_the_key():
+def test_without_lists_services_get_the_keys_of_common_that_they_know():
     takes = {"A": {"model"}, "B": {"model", "size"}, "C": {"other"}, "D": {"size"}}
     result = resolved(
         "Common: {model: m, size: 2, typo: 1}\nB: {size: 3}\nA: {}\n", services=takes, knows=lambda s, k: k in takes[s]
@@ -150,14 +150,14 @@ def test_common_without_any_list_reaches_who_knows_the_key():
     assert result.services == {"B": {"model": "m", "size": 3}, "A": {"model": "m"}, "D": {"size": 2}}
     assert list(result.services) == ["B", "A", "D"]
     assert result.unclaimed == (("Common", "typo"),)
-    assert result.origin["D", "size"].source == result.origin["Common", "typo"].source == "c.yaml:1"
+    assert result.origins["D", "size"].source == result.origins["Common", "typo"].source == "c.yaml:1"
 
 
 def test_an_empty_list_declines_common():
     assert resolved("Common: {a: 1}\nS: {common-configs: []}\nT: {}\n").services == {"S": {}, "T": {"a": 1}}
 
 
-def test_one_list_anywhere_means_that_only_lists_count():
+def test_with_one_list_only_lists_apply():
     assert resolved("Common: {a: 1}\nS: {common-configs: [a]}\nT: {}\n").services == {"S": {"a": 1}, "T": {}}
 
 
@@ -191,7 +191,7 @@ def test_a_flag_of_common_wins_over_files_and_yields_to_the_services_own_flag():
     assert sources(result)["S.model"] == "--Common.model"
 
 
-def test_a_flag_of_common_that_nobody_takes_is_told():
+def test_an_unclaimed_flag_of_common_is_reported():
     text = "Common: {a: 1, b: 2}\nS: {common-configs: [a]}\n"
     assert resolved(text).unclaimed == ()
     assert resolved(text, ("Common.b", "3")).unclaimed == (("Common", "b"),)
@@ -239,7 +239,7 @@ def test_envs_become_a_mapping_of_text():
         ),
     ],
 )
-def test_what_is_no_mapping_is_refused(text, message):
+def test_sections_of_the_wrong_type_are_rejected(text, message):
     with pytest.raises(ConfigError) as caught:
         resolved(text)
     assert caught.value.message == message

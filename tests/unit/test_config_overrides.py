@@ -103,7 +103,7 @@ def test_environment_variables_stay_strings():
     }
 
 
-def test_overrides_of_one_tree_join():
+def test_overrides_of_one_section_merge():
     assert values("--S.a.b=1", "--S.a.c=2", '--S.a={"d": 3}') == {"S": {"a": {"b": 1, "c": 2, "d": 3}}}
 
 
@@ -115,8 +115,8 @@ def test_other_arguments_are_left_in_order():
 
 def test_the_source_is_the_flag():
     layer = override("S.a", '{"b": {"c": 1}}')
-    assert {origin.source for origin in layer.origin.values()} == {"--S.a"}
-    assert set(layer.origin) == {("S",), ("S", "a"), ("S", "a", "b"), ("S", "a", "b", "c")}
+    assert {origin.source for origin in layer.origins.values()} == {"--S.a"}
+    assert set(layer.origins) == {("S",), ("S", "a"), ("S", "a", "b"), ("S", "a", "b", "c")}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ UNRESOLVED = {
 
 @pytest.fixture
 def configure(monkeypatch):
-    """Sets DYNAMO_SERVICE_CONFIG and forgets what was read."""
+    """Sets DYNAMO_SERVICE_CONFIG and drops the instance that was read before."""
 
     def set_(value) -> None:
         monkeypatch.setenv("DYNAMO_SERVICE_CONFIG", value if isinstance(value, str) else json.dumps(value))
@@ -38,7 +38,7 @@ def test_is_the_class_that_old_graphs_import():
     assert Exported is ServiceConfig
 
 
-def test_is_one_dict_of_the_process(configure):
+def test_one_instance_per_process(configure):
     configure(UNRESOLVED)
     config = ServiceConfig.get_instance()
     assert config is ServiceConfig.get_instance()

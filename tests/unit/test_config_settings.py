@@ -1,4 +1,4 @@
-"""Constructor parameters as settings: what is taken, converted, refused."""
+"""Constructor parameters as settings: accepted keys, conversions, errors."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def accepted(text: str, graph=None) -> dict[str, dict[str, Any]]:
     return resolved.services
 
 
-def test_what_a_class_declares():
+def test_declared_settings_of_a_class():
     assert declared(Plain) is None
     assert declared(Silent) is None
     found = declared(Processor)
@@ -114,7 +114,7 @@ def test_what_a_class_declares():
     assert not found.takes("blocksize")
     inherited = declared(Loader)
     assert inherited is not None
-    assert inherited.further
+    assert inherited.has_kwargs
     assert inherited.takes("max-num-seqs")
 
 
@@ -125,7 +125,7 @@ def test_extra_settings_in_every_form(key):
     assert accepted(f"Worker: {{{key}: true}}") == {"Worker": {key: True}}
 
 
-def test_extra_settings_are_asked_only_for_unknown_keys():
+def test_extra_settings_are_called_only_for_unknown_keys():
     calls.clear()
     accepted("Worker: {model: m, engine: mock, ServiceArgs: {workers: 1}}")
     assert calls == []
@@ -222,18 +222,18 @@ def test_knows_for_common():
         ),
     ],
 )
-def test_refusals_name_source_key_value_and_what_is_allowed(text, message, hint):
+def test_errors_name_source_key_value_and_allowed_values(text, message, hint):
     assert refused(text) == (message, hint)
 
 
-def test_refusals_of_overrides_name_the_flag():
+def test_errors_in_overrides_name_the_flag():
     assert refused("", ("Processor.block-size", "abc"))[0] == '--Processor.block-size: expected int, found "abc"'
     assert refused("", ("Procesor.router", "x"))[0] == "--Procesor.router: no such service in the graph"
     text = "Processor: {block-size: 1}"
     assert refused(text, ("Processor.block_size", "abc"))[0] == '--Processor.block_size: expected int, found "abc"'
 
 
-def test_a_key_of_common_that_nobody_takes():
+def test_an_unclaimed_key_of_common():
     graph = {"Processor": Processor, "Worker": Worker}
     message, hint = refused("Common:\n  model: m\n  enforce-eagr: true\n", graph=graph)
     assert message == "configs/agg.yaml:3 Common.enforce-eagr: no service of the graph takes it"
@@ -375,5 +375,5 @@ def test_service_args_are_typed():
         ("{image: 5}", "S.ServiceArgs.image: expected the name of an image, found 5"),
     ],
 )
-def test_service_args_refused(text, message):
+def test_service_args_errors(text, message):
     assert refused(f"S:\n  ServiceArgs: {text}", graph={"S": Plain})[0].startswith(f"configs/agg.yaml:2 {message}")

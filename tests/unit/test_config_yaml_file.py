@@ -66,7 +66,7 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(KEYS, st.dictionaries(KEYS.filter(lambda key: key != "ServiceArgs"), VALUES), max_size=3))
-def test_json_is_read_as_json_reads_it(values):
+def test_json_files_are_read_as_json(values):
     text = json.dumps(values, indent=1, ensure_ascii=False)
     assert parse(text, "c.json").values == json.loads(text)
 
@@ -78,7 +78,7 @@ def test_keys_are_text():
 
 def test_every_key_has_its_line():
     layer = parse("# c\nA:\n  k: 1\n\n  m:\n    n: [1,\n     2]\nB: {x: 1}\n", "d/c.yaml")
-    assert {".".join(path): origin.source for path, origin in layer.origin.items()} == {
+    assert {".".join(path): origin.source for path, origin in layer.origins.items()} == {
         "A": "d/c.yaml:2",
         "A.k": "d/c.yaml:3",
         "A.m": "d/c.yaml:5",
@@ -110,9 +110,9 @@ def test_anchors_and_merge_keys():
     assert layer.values["B"] == {"k": 3, "l": 2}
     assert layer.values["C"] == {"k": {"x": 1}, "l": 2, "m": 1}
     assert layer.values["D"] == layer.values["A"]
-    assert layer.origin["B", "k"].source == "c.yaml:6"
-    assert layer.origin["B", "l"].source == layer.origin["D", "l"].source == "c.yaml:3"
-    assert ("B", "k", "x") not in layer.origin
+    assert layer.origins["B", "k"].source == "c.yaml:6"
+    assert layer.origins["B", "l"].source == layer.origins["D", "l"].source == "c.yaml:3"
+    assert ("B", "k", "x") not in layer.origins
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,6 @@ def test_files_that_cannot_be_read(tmp_path):
         load(tmp_path / "latin.yaml")
 
 
-def test_a_byte_order_mark_is_no_key(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbfS: {k: 1}\n")
     assert load(tmp_path / "c.yaml").values == {"S": {"k": 1}}

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = [
-    {"errors", "context", "streams", "codec", "log", "tasks"},
+    {"errors", "context", "environment", "text", "streams", "codec", "log", "prctl", "tasks"},
     {"config", "transport"},
     {"sdk", "rpc"},
     {"kv_router", "llm", "http"},

@@ -1,4 +1,4 @@
-"""Frames come out as they went in, however the bytes are cut; what is not ours is refused."""
+"""Frames are read as they were packed, however the bytes are split; other bytes are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_byte_by_byte(sent: list[tuple[int, bytes]]) -> None:
 
 
 @pytest.mark.parametrize("length", [0, frames.MAX_FRAME_BYTES + 1, 0xFFFFFFFF])
-def test_refuses_lengths_that_cannot_be(length: int) -> None:
+def test_refuses_impossible_lengths(length: int) -> None:
     good = frames.pack(frames.END, b"x")
     reader = frames.FrameReader(lambda *_: None)
     reader.feed(good)
@@ -44,7 +44,7 @@ def test_refuses_lengths_that_cannot_be(length: int) -> None:
         reader.feed(struct.pack("!IB", length, 1))
 
 
-def test_refuses_to_pack_what_no_receiver_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_to_pack_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 10)
     assert read([frames.pack(1, b"123456789")]) == [(1, b"123456789")]
     with pytest.raises(ValueError, match="too many"):

@@ -1,4 +1,4 @@
-"""The ledger against a naive model: whatever an engine does, changes and snapshots lead to the same set."""
+"""BlockMap against a naive model: whatever an engine does, changes and snapshots lead to the same set."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ actions = st.lists(
 
 @given(actions, st.booleans())
 def test_changes_from_any_snapshot_lead_to_what_the_engine_holds(steps: Sequence[tuple], physical: bool) -> None:
-    engine, ledger = Engine(physical=physical), BlockMap(SIZE)
+    engine, block_map = Engine(physical=physical), BlockMap(SIZE)
     followed: list[set[BlockHash]] = [set()]  # subscribers: from the start, and from each snapshot
     for step in steps:
         events: list[EngineEvent] = []
@@ -97,44 +97,46 @@ def test_changes_from_any_snapshot_lead_to_what_the_engine_holds(steps: Sequence
             names = [there[index % len(there)] for index in step[1]] if there else []
             names = list((Counter(names) & engine.held).elements())
             engine.held -= Counter(names)
-            events.append(BlocksRemoved([*names, 5]))  # one that nobody knows, too
+            events.append(BlocksRemoved([*names, 5]))  # and an unknown one
         elif step[0] == "clear":
             engine.held.clear()
             events.append(BlocksCleared())
-        ledger.apply(events)
+        block_map.apply(events)
         if step[0] in ("ask", "snapshot"):
-            changes = ledger.changes()
+            changes = block_map.changes()
             assert all(a.stored is not b.stored for a, b in itertools.pairwise(changes))
             for seen in followed:
                 apply(seen, changes)
             if step[0] == "snapshot":
-                followed.append(set(ledger.blocks()))
+                followed.append(set(block_map.blocks()))
     holds = {expected(prefix) for prefix in engine.prefixes()}
-    changes = ledger.changes()
+    changes = block_map.changes()
     for seen in followed:
         apply(seen, changes)
         assert seen == holds
-    assert set(ledger.blocks()) == holds
-    assert len(ledger) == len(holds) == len(ledger.blocks())
-    assert ledger.changes() == []
+    assert set(block_map.blocks()) == holds
+    assert len(block_map) == len(holds) == len(block_map.blocks())
+    assert block_map.changes() == []
 
 
-def stored(ledger: BlockMap, *names: int, parent: int | None = None, size: int = SIZE, salt: str = "") -> list[Change]:
-    ledger.apply([BlocksStored(names, parent, list(range(size * len(names))), size, salt)])
-    return ledger.changes()
+def stored(
+    block_map: BlockMap, *names: int, parent: int | None = None, size: int = SIZE, salt: str = ""
+) -> list[Change]:
+    block_map.apply([BlocksStored(names, parent, list(range(size * len(names))), size, salt)])
+    return block_map.changes()
 
 
 def test_blocks_are_named_as_the_router_names_them() -> None:
-    ledger, tokens = BlockMap(4), list(range(100, 112))
-    ledger.apply([BlocksStored([1], None, tokens[:4], 4), BlocksStored([2, 3], 1, tokens[4:], 4)])
-    (change,) = ledger.changes()
+    block_map, tokens = BlockMap(4), list(range(100, 112))
+    block_map.apply([BlocksStored([1], None, tokens[:4], 4), BlocksStored([2, 3], 1, tokens[4:], 4)])
+    (change,) = block_map.changes()
     assert change.stored
-    assert unpack(change.hashes) == block_hashes(tokens, 4) == ledger.blocks()
+    assert unpack(change.hashes) == block_hashes(tokens, 4) == block_map.blocks()
 
 
 def test_neighbours_of_one_kind_are_one_change() -> None:
-    ledger = BlockMap(SIZE)
-    ledger.apply(
+    block_map = BlockMap(SIZE)
+    block_map.apply(
         [
             BlocksStored([1], None, [1, 2], SIZE),
             BlocksRemoved([9]),  # unknown: no change between the two
@@ -143,39 +145,39 @@ def test_neighbours_of_one_kind_are_one_change() -> None:
             BlocksRemoved([1]),
         ]
     )
-    assert [(change.stored, len(unpack(change.hashes))) for change in ledger.changes()] == [(True, 2), (False, 2)]
+    assert [(change.stored, len(unpack(change.hashes))) for change in block_map.changes()] == [(True, 2), (False, 2)]
 
 
 def test_a_block_behind_an_unknown_one_is_left_out_and_its_removal_does_no_harm() -> None:
-    ledger = BlockMap(SIZE)
-    assert stored(ledger, 3, 4, parent=2) == []
-    assert stored(ledger, 5, parent=4) == []
-    ledger.apply([BlocksRemoved([3, 4, 5])])
-    assert ledger.changes() == []
-    assert len(ledger) == 0
+    block_map = BlockMap(SIZE)
+    assert stored(block_map, 3, 4, parent=2) == []
+    assert stored(block_map, 5, parent=4) == []
+    block_map.apply([BlocksRemoved([3, 4, 5])])
+    assert block_map.changes() == []
+    assert len(block_map) == 0
 
 
 def test_a_copy_behind_an_unknown_block_counts() -> None:
-    ledger = BlockMap(SIZE)
-    stored(ledger, 1, 2)
-    ledger.apply([BlocksStored([2], 77, [2, 3], SIZE), BlocksRemoved([2])])
-    assert len(ledger) == 2
-    ledger.apply([BlocksRemoved([2])])
-    assert len(ledger) == 1
+    block_map = BlockMap(SIZE)
+    stored(block_map, 1, 2)
+    block_map.apply([BlocksStored([2], 77, [2, 3], SIZE), BlocksRemoved([2])])
+    assert len(block_map) == 2
+    block_map.apply([BlocksRemoved([2])])
+    assert len(block_map) == 1
 
 
 def test_blocks_of_another_size_are_left_out() -> None:
-    ledger = BlockMap(SIZE)
-    assert stored(ledger, 1, size=SIZE + 1) == []
-    ledger.apply([BlocksStored([1, 2], None, [1, 2], SIZE)])  # tokens of one block only
-    assert ledger.changes() == []
+    block_map = BlockMap(SIZE)
+    assert stored(block_map, 1, size=SIZE + 1) == []
+    block_map.apply([BlocksStored([1, 2], None, [1, 2], SIZE)])  # tokens of one block only
+    assert block_map.changes() == []
 
 
 @given(st.lists(st.sampled_from(["", "a", "b"]), min_size=3, max_size=3))
 def test_salted_blocks_match_others_of_the_same_salts_only(salts: list[str]) -> None:
-    ledger, plain = BlockMap(SIZE), block_hashes([0, 1] * 3, SIZE)
+    block_map, plain = BlockMap(SIZE), block_hashes([0, 1] * 3, SIZE)
     for name, salt in enumerate(salts):
-        ledger.apply([BlocksStored([name], name - 1 if name else None, [0, 1], SIZE, salt)])
+        block_map.apply([BlocksStored([name], name - 1 if name else None, [0, 1], SIZE, salt)])
     first_salt = next((index for index, salt in enumerate(salts) if salt), 3)
-    assert ledger.blocks()[:first_salt] == plain[:first_salt]
-    assert not set(ledger.blocks()[first_salt:]) & set(plain)
+    assert block_map.blocks()[:first_salt] == plain[:first_salt]
+    assert not set(block_map.blocks()[first_salt:]) & set(plain)

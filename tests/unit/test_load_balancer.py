@@ -1,4 +1,4 @@
-"""Laws of choosing an instance by its load."""
+"""Laws of load balancing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ready(counts: list[int]) -> Ready:
 
 
 @given(loads, st.data())
-def test_the_lightest_is_the_first_of_the_least_from_the_start_on(counts: list[int], data: st.DataObject) -> None:
+def test_the_first_least_loaded_instance_from_the_start_is_chosen(counts: list[int], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(counts) - 1))
     chosen = lightest(ready(counts), start)
     assert counts[chosen] == min(counts)
@@ -27,7 +27,7 @@ def test_the_lightest_is_the_first_of_the_least_from_the_start_on(counts: list[i
 
 
 @given(loads, st.integers(1, 4))
-def test_idle_instances_share(counts: list[int], rounds: int) -> None:
+def test_idle_instances_take_turns(counts: list[int], rounds: int) -> None:
     """Calls that end before the next one begins go to the least loaded in turn."""
     least = [position for position, count in enumerate(counts) if count == min(counts)]
     turn, chosen = 0, []
@@ -39,7 +39,7 @@ def test_idle_instances_share(counts: list[int], rounds: int) -> None:
 
 
 @given(loads, st.integers(0, 100))
-def test_calls_that_do_not_end_level_the_loads(counts: list[int], more: int) -> None:
+def test_calls_that_do_not_end_even_out_the_loads(counts: list[int], more: int) -> None:
     counts = list(counts)
     enough = max(counts) * len(counts) - sum(counts) + more
     for turn in range(enough):

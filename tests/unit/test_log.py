@@ -1,4 +1,4 @@
-"""Lines of the log: always JSON where JSON is asked for, never two of one record, nothing that a client can forge."""
+"""Log lines: always JSON if JSON is configured, one line for each record, and no lines forged by clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def record(message: Any, *args: Any, **extra: Any) -> logging.LogRecord:
 
 
 @given(st.text(), st.text(), st.text())
-def test_text_is_one_line_however_it_is_forged(source: str, message: str, name: str) -> None:
+def test_clients_cannot_forge_lines_of_text(source: str, message: str, name: str) -> None:
     token = log.request_id.set(name)
     try:
         first, *further = log.Formatter(source, as_json=False).format(record("%s", message)).splitlines()
@@ -50,7 +50,7 @@ values = st.recursive(
 
 
 @given(values, st.text())
-def test_json_is_one_valid_line_whatever_is_in_it(value: object, message: str) -> None:
+def test_json_is_one_valid_line_for_any_values(value: object, message: str) -> None:
     line = log.Formatter("W", as_json=True).format(record(message, thing=value, spite=Spiteful()))
     found = json.loads(line, parse_constant=pytest.fail)
     assert line.isascii()
@@ -74,12 +74,12 @@ def test_values_are_kept_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_arguments_that_do_not_fit_are_shown(as_json: bool) -> None:
+def test_mismatched_arguments_are_shown(as_json: bool) -> None:
     line = log.Formatter("W", as_json=as_json).format(record("%d of %d", "one"))
     assert "%d of %d (arguments ('one',): " in line
 
 
-def test_a_long_line_is_cut_to_what_the_supervisor_reads() -> None:
+def test_a_long_line_is_shortened_to_what_the_supervisor_reads() -> None:
     made = record("ü" * 100_000, other="y" * 100_000)
     made.exc_info = (ValueError, ValueError("first " + "z" * 100_000 + " last"), None)
     line = log.Formatter("W", as_json=True).format(made)
@@ -144,7 +144,7 @@ def run(program: str, tmp_path: Path, **environment: str) -> tuple[int, list[str
     return done.returncode, done.stderr.splitlines()
 
 
-def test_whatever_a_process_writes_is_json(tmp_path: Path) -> None:
+def test_all_output_of_a_process_is_json(tmp_path: Path) -> None:
     code, lines = run(PROGRAM, tmp_path, DYN_LOGGING_JSONL="true")
     found = [json.loads(line) for line in lines]
     assert code == 1
@@ -186,7 +186,7 @@ TOKENS = "tokens 9 in (4 cached), 2 out"
         (ended(stream=True, ttft_s=0.1), "INFO", 200, f" stream: 200 in 0.500 s, first token after 0.100 s, {TOKENS}"),
         (ended(outcome="disconnect"), "INFO", None, f": disconnect in 0.500 s, {TOKENS}"),
         (ended(RequestError("too\nlong")), "INFO", 400, f": 400 in 0.500 s, {TOKENS}: too long"),
-        (ended(UnavailableError("nobody")), "WARNING", 503, f": 503 in 0.500 s, {TOKENS}: nobody"),
+        (ended(UnavailableError("no worker")), "WARNING", 503, f": 503 in 0.500 s, {TOKENS}: no worker"),
         (ended(EngineError("dead"), stream=True), "WARNING", 500, f" stream: 500 in 0.500 s, {TOKENS}: dead"),
         (
             ended(EngineError("dead"), stream=True, ttft_s=0.1),
@@ -215,16 +215,16 @@ def test_each_outcome_has_its_line(
     }.items() <= found.items()
 
 
-def test_what_went_well_can_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_successful_requests_can_be_filtered_out(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dynamo.http.access_log"):
         access_log.log_completed(ended())
         access_log.log_rejected("completions", RequestError("no"))
         access_log.log_disconnected("completions", 0.1)
-        access_log.log_completed(ended(UnavailableError("nobody")))
+        access_log.log_completed(ended(UnavailableError("no worker")))
     assert [made.levelname for made in caplog.records] == ["WARNING"]
 
 
-def test_a_refused_request_quotes_little_of_what_the_client_sent(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rejected_request_quotes_little_of_the_client_s_text(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "dynamo.http.access_log"):
         access_log.log_rejected("GET /" + "p" * 9999, RequestError("e" * 9999), status=405)
     (made,) = caplog.records

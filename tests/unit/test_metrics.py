@@ -59,7 +59,7 @@ def of(text: bytes, name: str, **labels: str) -> float:
 
 def process(number: int, service: str = "Worker") -> ProcessMetrics:
     found = ProcessMetrics(number, {})
-    found.belong("test", service, [("test", service)], 3)
+    found.identify("test", service, [("test", service)], 3)
     return found
 
 
@@ -141,16 +141,16 @@ def test_a_metric_of_another_type_is_replaced_by_a_comment() -> None:
 def test_a_process_exports_its_resources_and_its_own_metrics() -> None:
     found = process(0xABC, "Processor")
     Gauge("mine", "Mine.", ["service"], registry=found.registry).labels("billing").set(7)
-    lent = CollectorRegistry()
-    Counter("lent", "Of the HTTP server.", registry=lent)
-    found.lend(lent)
+    shared = CollectorRegistry()
+    Counter("shared", "Of the HTTP server.", registry=shared)
+    found.share(shared)
     text, labels = found.text(), whose("abc", "Processor")
     assert of(text, "process_resident_memory_bytes", **labels) > 1 << 20
     assert of(text, "process_cpu_seconds_total", **labels) > 0
     assert of(text, "process_open_fds", **labels) >= 3
     assert of(text, "process_start_time_seconds", **labels) > 1e9
     assert of(text, "mine", exported_service="billing", **labels) == 7
-    assert b"lent_total" not in text
+    assert b"shared_total" not in text
 
 
 def test_labels_of_the_process_win() -> None:
@@ -352,13 +352,13 @@ def test_workers_that_left_leave_the_routers_metrics() -> None:
     registry, router = CollectorRegistry(), KvRouter()
     metrics = RouterMetrics(router, registry)
     for worker in (0xA, 0xB):
-        router.caches.join(worker)
-        router.caches.is_blind(worker, "it tells none")
+        router.state.join(worker)
+        router.state.mark_without_events(worker, "no KV events")
     for number in range(4):
         request = RouteRequest(str(number), 32, 32, b"")
-        metrics.decided(request, router.route(request), 0.001)
+        metrics.count_decision(request, router.route(request), 0.001)
     routed = {s.labels["worker"] for f in registry.collect() if f.name == "dynamo_router_requests" for s in f.samples}
     assert routed == {"a", "b"}
-    router.caches.leave(0xB)
+    router.state.leave(0xB)
     routed = {s.labels["worker"] for f in registry.collect() if f.name == "dynamo_router_requests" for s in f.samples}
     assert routed == {"a"}

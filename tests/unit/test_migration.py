@@ -1,4 +1,4 @@
-"""A request whose workers are lost on the way: what the reader gets is what one worker would have given."""
+"""Migration: the reader of a request whose workers are lost gets the same as from one worker."""
 
 from __future__ import annotations
 
@@ -39,12 +39,15 @@ TOKENIZER = Tokenizer(tokenizer_dir("dynamo-tiny"))
 FAST = FastTokenizer.from_file(str(tokenizer_dir("dynamo-tiny") / "tokenizer.json"))
 EOS = next(iter(FAST.get_added_tokens_decoder()))
 PROMPT = FAST.encode("Say it in all languages: ").ids
-LOST = WorkerLostError("the worker is gone")
+LOST = WorkerLostError("the worker was lost")
 
 
 def scripted(scripts: list[list[int]], request: GenerateRequest) -> list[Delta]:
-    """What a worker gives that says one of the scripts, by the seed. Text as vLLM makes it: held back where it may be
-    the beginning of a stop string or of a character, and of a state that knows only this request."""
+    """Return the deltas of a worker that says one of the scripts, chosen by the seed.
+
+    The text is as vLLM makes it: held back where it may begin a stop string or a character, from the tokens of this
+    request alone.
+    """
     sampling = request.sampling
     choices = [_say(scripts[(sampling.seed or 0) + i], i, request) for i in range(sampling.n)]
     longest = max(map(len, choices))
@@ -84,7 +87,7 @@ def _say(script: list[int], index: int, request: GenerateRequest) -> list[Delta]
 
 
 class Workers:
-    """Answers requests and loses the first ones: the i-th after `cuts[i]` deltas, with an error."""
+    """Workers that answer requests and lose the first ones: the i-th after `cuts[i]` deltas, with an error."""
 
     def __init__(self, answer: Callable[[GenerateRequest], list[Delta]], cuts: list[tuple[int, Exception]]) -> None:
         self.answer, self.cuts = answer, cuts
@@ -114,7 +117,7 @@ class Workers:
 
 
 class Said(NamedTuple):
-    """One choice, put together."""
+    """One choice as the reader has it at the end."""
 
     text: str
     tokens: list[int]
@@ -191,7 +194,7 @@ def test_cut_anywhere_the_answer_is_the_same(case: Any) -> None:
     st.integers(0, 30),
     st.lists(st.sampled_from("aeist"), max_size=2),
 )
-def test_the_mock_engine_goes_on_identically(cut: int, n: int, final_only: bool, least: int, stop: list[str]) -> None:
+def test_the_mock_engine_continues_identically(cut: int, n: int, final_only: bool, least: int, stop: list[str]) -> None:
     async def both() -> tuple[list[Delta], list[Delta]]:
         engine = MockEngine("dynamo-tiny", {"speedup-ratio": 0}, lambda _: None)
         await engine.start()
@@ -219,7 +222,7 @@ def one_script(cuts: list[tuple[int, Exception]]) -> Workers:
     return Workers(lambda request: scripted([SCRIPT], request), cuts)
 
 
-async def test_the_rest_is_asked_of_others_and_counted() -> None:
+async def test_other_workers_get_the_remaining_request_and_are_counted() -> None:
     workers, counted = one_script([(2, LOST), (1, EngineDeadError("x"))]), list[str]()
     sampling = Sampling(max_tokens=40, min_tokens=3)
     await read(workers.ask(GenerateRequest(PROMPT, sampling, "r", rank=1, expected_hit=5), counted=counted))
@@ -232,7 +235,7 @@ async def test_the_rest_is_asked_of_others_and_counted() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])
-async def test_the_limit_ends_it_with_the_error_after_what_was_said(limit: int) -> None:
+async def test_at_the_limit_the_error_follows_the_text_so_far(limit: int) -> None:
     workers = one_script([(1, LOST)] * 5)
     stream = workers.ask(GenerateRequest(PROMPT, Sampling()), limit)
     seen = [await anext(stream) for _ in range(limit + 1)]
@@ -248,12 +251,12 @@ async def test_the_limit_ends_it_with_the_error_after_what_was_said(limit: int) 
         (EngineError("this request"), 2, 1),
         (RequestError("bad"), 0, 1),
         (NoInstancesError("none"), 0, 1),
-        (TransportError("nats is away"), 0, 1),
+        (TransportError("nats is not reachable"), 0, 1),
         (UnavailableError("stopping"), 2, 2),
-        (WorkerLostError("gone"), 0, 2),
+        (WorkerLostError("lost"), 0, 2),
     ],
 )
-async def test_which_errors_are_of_the_worker(error: Exception, after: int, tries: int) -> None:
+async def test_which_errors_cause_a_migration(error: Exception, after: int, tries: int) -> None:
     workers = one_script([(after, error)])
     request = GenerateRequest(PROMPT, Sampling())
     if tries == 1:
@@ -296,13 +299,13 @@ async def test_the_processor_asks_for_another_instance() -> None:
 
 
 @pytest.mark.parametrize("later", [NoInstancesError("none"), TransportError("no answer"), UnavailableError("stopping")])
-async def test_nobody_left_is_the_first_error(later: Exception) -> None:
+async def test_without_another_worker_the_first_error_is_raised(later: Exception) -> None:
     workers = one_script([(2, LOST), *[(0, later)] * 4])
     with pytest.raises(WorkerLostError):
         await read(workers.ask(GenerateRequest(PROMPT, Sampling())))
 
 
-async def test_a_refusal_instead_of_a_stream_is_the_first_error() -> None:
+async def test_after_a_refused_call_the_first_error_is_raised() -> None:
     workers = one_script([(2, LOST)])
     send = workers.send
 
@@ -323,7 +326,7 @@ async def test_structured_output_starts_again_only_before_its_first_token() -> N
         await read(one_script([(1, LOST)]).ask(request))
 
 
-async def test_all_ended_before_the_loss_is_no_loss() -> None:
+async def test_a_loss_after_all_choices_ended_is_ignored() -> None:
     workers = one_script([])
     whole = scripted([SCRIPT], GenerateRequest(PROMPT, Sampling()))
 
@@ -338,7 +341,7 @@ async def test_all_ended_before_the_loss_is_no_loss() -> None:
     assert await read(workers.ask(GenerateRequest(PROMPT, Sampling()))) == whole
 
 
-async def test_a_reader_that_leaves_stops_the_worker_in_charge() -> None:
+async def test_a_cancelled_reader_stops_the_current_worker() -> None:
     sent, cancelled = list[Channel[Delta]](), list[int]()
 
     async def send(request: GenerateRequest, lost: Set[int]) -> Stream[Delta]:
@@ -362,7 +365,7 @@ async def test_a_reader_that_leaves_stops_the_worker_in_charge() -> None:
     assert cancelled == [1]
 
 
-async def test_a_reader_that_leaves_between_two_workers() -> None:
+async def test_a_reader_cancelled_between_two_workers() -> None:
     asked = asyncio.Event()
     stopped = list[bool]()
 

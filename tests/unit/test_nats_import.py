@@ -1,4 +1,4 @@
-"""What importing nats-py brings along."""
+"""Importing nats-py does not import aiohttp."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOOK = "import sys, dynamo.transport.nats; print('aiohttp' in sys.modules); impo
 
 @pytest.mark.skipif(importlib.util.find_spec("aiohttp") is None, reason="comes with vLLM")
 @pytest.mark.parametrize(("server", "there"), [("nats://a:4222", False), ("", False), ("wss://a", True)])
-def test_aiohttp_waits_until_it_is_wanted(server: str, there: bool) -> None:
+def test_aiohttp_is_imported_for_websockets_only(server: str, there: bool) -> None:
     env = {**os.environ, "NATS_SERVER": server}
     look = subprocess.run([sys.executable, "-c", LOOK], env=env, capture_output=True, text=True, check=True)
     assert look.stdout.split() == [str(there), "aiohttp"]

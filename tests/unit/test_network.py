@@ -1,4 +1,4 @@
-"""Which address this host has for others, and whether something is on this host at all."""
+"""The addresses and the identity of this host, and listening sockets."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "url", ["", "localhost", "nats://localhost:4222", "nats://127.0.0.1:4222,nats://10.0.0.1:4222"]
 )
-def test_a_server_on_this_host_is_faced_by_loopback(url: str) -> None:
+def test_loopback_for_a_server_on_this_host(url: str) -> None:
     assert advertised_host(url) == bound_host(url) == "127.0.0.1"
 
 
-def test_a_name_that_nobody_knows_is_no_error_here() -> None:
+def test_an_unresolvable_name_is_no_error() -> None:
     assert advertised_host("nats://no.such.host.invalid:4222") == "127.0.0.1"
 
 
-def test_a_given_address_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configured_address_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYN_HOST_IP", "127.0.0.2")
     assert advertised_host("") == bound_host("") == "127.0.0.2"
     monkeypatch.setenv("DYN_BIND_IP", "0.0.0.0")
@@ -56,11 +56,11 @@ def test_a_given_address_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"DYN_HOST_IP": NOT_MINE}, f"DYN_HOST_IP={NOT_MINE}: not an address of this host", "DYN_BIND_IP=0.0.0.0"),
         ({"DYN_HOST_IP": "no.such.host.invalid"}, "DYN_HOST_IP=no.such.host.invalid: not an address", "DYN_BIND_IP"),
-        ({"DYN_HOST_IP": "0.0.0.0"}, "DYN_HOST_IP=0.0.0.0: nobody reaches", "DYN_BIND_IP=0.0.0.0"),
+        ({"DYN_HOST_IP": "0.0.0.0"}, "DYN_HOST_IP=0.0.0.0: other hosts cannot connect", "DYN_BIND_IP=0.0.0.0"),
         ({"DYN_BIND_IP": NOT_MINE}, f"DYN_BIND_IP={NOT_MINE}: not an address of this host", "0.0.0.0 for all"),
     ],
 )
-def test_what_cannot_be_is_an_error(
+def test_addresses_of_other_hosts_are_errors(
     env: dict[str, str], message: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in env.items():
@@ -71,7 +71,7 @@ def test_what_cannot_be_is_an_error(
     assert hint in (caught.value.hint or "")
 
 
-def test_the_id_of_a_host_tells_its_network_from_its_files() -> None:
+def test_the_id_of_a_host_has_its_network_and_its_files() -> None:
     network, files = host_id().split("-")
     assert same_network(host_id())
     assert same_network(f"{network}-00000000")
@@ -79,10 +79,10 @@ def test_the_id_of_a_host_tells_its_network_from_its_files() -> None:
 
 
 def test_without_namespaces_the_machine_is_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(path: str) -> str:
+    def missing(path: str) -> str:
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(module.os, "readlink", gone)
+    monkeypatch.setattr(module.os, "readlink", missing)
     assert host_id.__wrapped__() == host_id.__wrapped__() != host_id()
 
 
@@ -119,7 +119,7 @@ def test_interfaces() -> None:
         ("nats://me@a:sekret", "nats://?"),
     ],
 )
-def test_what_is_shown_of_urls(urls: str, shown: str) -> None:
+def test_credentials_are_removed_from_urls(urls: str, shown: str) -> None:
     assert without_credentials(urls) == shown
 
 

@@ -1,4 +1,4 @@
-"""Errors come back as the same class, or as the nearest one that says as much."""
+"""Errors are raised in the other process as the same class, or as the nearest known one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dynamo.rpc.remote_errors import Failure, pack, unpack
 
 
 def cross(error: BaseException, where: str = "") -> Exception:
-    """As through a connection: packed, encoded, decoded, unpacked."""
+    """Send an error as over a connection: pack, encode, decode, unpack."""
     return unpack(msgspec.msgpack.decode(codec.encode(pack(error, where)), type=Failure))
 
 
@@ -92,7 +92,7 @@ def test_arguments_that_cannot_cross_become_text(argument: Any) -> None:
     assert isinstance(back.args[0], str)
 
 
-def test_odd_constructor_is_a_remote_error() -> None:
+def test_another_constructor_is_a_remote_error() -> None:
     back = cross(Odd(needed=3))
     assert type(back) is RemoteError
     assert str(back) == "Odd: needed 3"
@@ -104,19 +104,19 @@ def test_unknown_class_is_a_remote_error() -> None:
     assert str(back) == "Boom: it went wrong"
 
 
-def test_unknown_or_odd_class_of_our_tree_keeps_its_status() -> None:
+def test_unknown_class_or_constructor_of_our_tree_keeps_its_status() -> None:
     back = cross(OddRequest(3))
     assert type(back) is RequestError
     assert (back.message, back.hint, back.param) == ("3 is too much", "send less", "size")
     packed = pack(OddRequest(3))
-    packed.kind = "no.such.module:Gone"
+    packed.kind = "no.such.module:Missing"
     assert type(unpack(packed)) is RequestError
 
 
 @pytest.mark.parametrize(
     "kind", ["builtins:SystemExit", "builtins:KeyboardInterrupt", "builtins:print", "os:system", "", ":", "builtins:"]
 )
-def test_never_calls_what_is_no_exception(kind: str) -> None:
+def test_never_calls_a_class_that_is_no_exception(kind: str) -> None:
     assert type(unpack(Failure(kind, "m", args=["m"]))) is RemoteError
 
 
@@ -124,7 +124,7 @@ def test_a_broken_str_does_not_hide_the_failure() -> None:
     assert type(cross(Broken("x"))) is Broken
 
 
-def test_notes_say_where_it_happened_first() -> None:
+def test_the_note_has_the_first_place() -> None:
     back = cross(ValueError("x"), "Worker generate")
     assert back.__notes__ == ["raised in Worker generate"]
     assert cross(back, "Processor chat").__notes__ == ["raised in Worker generate"]

@@ -1,4 +1,4 @@
-"""Which run directories are removed when the next graph starts."""
+"""The run directories that are removed when the next graph starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynamo.launcher.run_dir import FILE, KEPT_S, announce, remove_abandoned
 
 
 def run_dir(directory: Path, name: str = "dynamo-one", age_s: float = KEPT_S + 60) -> Path:
-    """With a log, as its supervisor left it when it was killed."""
+    """Create a run directory with a log, as a killed supervisor leaves it."""
     found = directory / name
     (found / "logs").mkdir(parents=True)
     (found / "logs" / "Frontend.log").write_text("the end")
@@ -28,14 +28,14 @@ def age(directory: Path, age_s: float) -> None:
         os.utime(path, (then, then))
 
 
-def test_old_ones_without_a_graph_go(tmp_path: Path) -> None:
+def test_old_directories_without_a_graph_are_removed(tmp_path: Path) -> None:
     old, recent = run_dir(tmp_path), run_dir(tmp_path, "dynamo-two", KEPT_S - 600)
     remove_abandoned(tmp_path)
     assert not old.exists()
     assert (recent / "logs" / "Frontend.log").exists()
 
 
-def test_one_whose_graph_lives_stays_however_old(tmp_path: Path) -> None:
+def test_the_directory_of_a_running_graph_is_kept(tmp_path: Path) -> None:
     found = run_dir(tmp_path)
     with announce(found, "graphs.agg:Frontend", None, {}):
         age(found, 30 * KEPT_S)
@@ -46,7 +46,7 @@ def test_one_whose_graph_lives_stays_however_old(tmp_path: Path) -> None:
     assert not found.exists()
 
 
-def test_a_log_that_was_written_lately_keeps_it(tmp_path: Path) -> None:
+def test_a_recently_written_log_keeps_the_directory(tmp_path: Path) -> None:
     found = run_dir(tmp_path)
     (found / "logs" / "Frontend.log").touch()
     remove_abandoned(tmp_path)
@@ -54,7 +54,7 @@ def test_a_log_that_was_written_lately_keeps_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"run_dir": "/elsewhere"})])
-def test_what_is_not_ours_stays(text: str, tmp_path: Path) -> None:
+def test_foreign_directories_are_kept(text: str, tmp_path: Path) -> None:
     found = run_dir(tmp_path)
     (found / FILE).write_text(text)
     link = tmp_path / "dynamo-link"

@@ -318,6 +318,45 @@ async def test_credit_passes_through_pipes_from_the_last_reader() -> None:
     assert credits == [CREDIT_BATCH, CREDIT_BATCH]
 
 
+# -- from an iterator
+
+
+async def test_stream_of_an_iterator() -> None:
+    async def count(end: int, error: Exception | None = None) -> AsyncIterator[int]:
+        for number in range(end):
+            yield number
+            await asyncio.sleep(0)
+        if error is not None:
+            raise error
+
+    assert await collect(Stream.from_iterator(count(3))) == [0, 1, 2]
+    failing = Stream.from_iterator(count(1, KeyError("x")))
+    assert await anext(failing) == 0
+    with pytest.raises(KeyError):
+        await anext(failing)
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_cancelling_a_stream_closes_its_iterator(has_begun: bool) -> None:
+    events: list[str] = []
+
+    async def wait() -> AsyncIterator[int]:
+        try:
+            events.append("begun")
+            yield 0
+            await asyncio.Event().wait()
+        finally:
+            events.append("closed")
+
+    stream = Stream.from_iterator(wait())
+    if has_begun:
+        assert await anext(stream) == 0
+    stream.cancel()
+    assert await collect(stream) == []
+    await asyncio.sleep(0.01)
+    assert events == (["begun", "closed"] if has_begun else [])
+
+
 # -- opening
 
 

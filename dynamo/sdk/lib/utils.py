@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from dynamo.config.environment import get_host_port, get_system_app_host_port, str_to_bool
+from dynamo.environment import get_host_port, get_system_app_host_port, str_to_bool
 from dynamo.errors import ConfigError
 
 __all__ = ["get_capi_library_path", "get_host_port", "get_system_app_host_port", "str_to_bool"]

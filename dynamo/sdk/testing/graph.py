@@ -168,7 +168,7 @@ class _InMemory:
         spec = spec_of(cls)
         namespace = namespace_of(cls, self._settings)
         runtime = MemoryRuntime(self._network, worker_id)
-        runtime.metrics.belong(namespace, spec.name, [], worker_id)
+        runtime.metrics.identify(namespace, spec.name, [], worker_id)
         return ServiceContext(
             service_name=spec.name,
             namespace=namespace,

@@ -1,0 +1,74 @@
+"""`ServePlan`: all that is known of one `dynamo serve` before anything starts. Made once per start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from dynamo.config.settings import constructor_arguments, declared
+from dynamo.launcher import gpus, metrics_port, ports
+from dynamo.launcher.managed_process import ProcessSpec
+from dynamo.launcher.plan import plan
+from dynamo.sdk.spec import spec_of
+from dynamo.worker.environment import namespace_of
+from dynamo.worker.http_service import http_address
+
+if TYPE_CHECKING:
+    from dynamo.config.merge import Resolved
+    from dynamo.config.options import ServeOptions
+    from dynamo.sdk.graph import Graph
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """`entry_address`: host and port of the entry service; None if it serves no HTTP or runs elsewhere (`--depends`)."""
+
+    graph: Graph
+    resolved: Resolved
+    options: ServeOptions
+    processes: tuple[ProcessSpec, ...]
+    entry_address: tuple[str, int] | None
+
+    @property
+    def services(self) -> list[tuple[str, type]]:
+        """Namespace and class of each service that is started."""
+        return [(namespace_of(cls, self.resolved.services), cls) for cls in self.graph.services.values()]
+
+    def reserved_ports(self) -> set[int]:
+        """Return the ports that the processes will listen on by their configuration."""
+        return ports.configured_ports(self.entry_address, self.processes)
+
+    def processes_with(self, environment: Mapping[str, str]) -> list[ProcessSpec]:
+        """Return the processes with variables that are known only at the start; a service's own variables win."""
+        return [replace(process, env={**environment, **process.env}) for process in self.processes]
+
+
+def make_plan(graph: Graph, resolved: Resolved, options: ServeOptions) -> ServePlan:
+    """Plan the processes of a graph. Raises ConfigError if there are too few GPUs."""
+    processes = plan(graph, resolved.services, working_dir=options.working_dir, visible_gpus=gpus.visible())
+    return ServePlan(graph, resolved, options, tuple(processes), _entry_address(graph, resolved))
+
+
+def check_ports(plan: ServePlan) -> None:
+    """Raise ConfigError for a port or an address on which the entry service or the metrics port cannot listen."""
+    if plan.entry_address is not None:
+        ports.check(*plan.entry_address)
+    metrics_port.check(plan.options, os.environ.get("NATS_SERVER", ""), plan.reserved_ports())
+
+
+def _entry_address(graph: Graph, resolved: Resolved) -> tuple[str, int] | None:
+    if graph.entry not in graph.services.values():
+        return None
+    given = resolved.services.get(graph.entry.__name__, {})
+    spec = spec_of(graph.entry)
+    if spec.routes or spec.app:
+        host, port = http_address(graph.entry, given, entry=True)
+        return None if port is None else (host, port)
+    found = declared(graph.entry)
+    if found is None or not {"host", "port"} <= found.settings.keys():
+        return None
+    settings = {name: setting.default for name, setting in found.settings.items()}
+    settings.update(constructor_arguments(graph.entry, given))
+    return settings["host"], settings["port"]
