@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("dynamo", "components", "graphs", "examples", "benchmarks", "tests", "container", "docs", ".ci")
+FOLDERS = ("dynamo", "components", "graphs", "configs", "benchmarks", "tests", "container", "deploy", "docs", ".ci")
 LEFT_OUT = ("dynamo/llm/tiny/", "tests/compat/graphs/", ".ci/words.py")
 """The tiny model's lessons, which it was trained on; graphs as users of 0.x wrote them; the word list."""
+SUFFIXES = (".py", ".md", ".yaml", ".yml", ".sh", ".toml", ".txt", ".html", ".conf")
 REFUSED = re.compile(
     r"\b(tell|tells|telling|told|untold|hear|hears|heard|gone|nobody|whoever|whomever|by lot|for ever|at all events"
     r"|shall|thereby|whither|hither|behoof|tidings|anew|betimes|ere|lest|thence|whence)\b",
@@ -66,9 +67,9 @@ VERBS = frozenset(
 
 
 def sentences(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line, text) of all prose in a file: Markdown as it is; of Python, comments, strings, function names."""
+    """Yield (line, text) of all prose in a file: of Python, comments and strings; of any other file, all lines."""
     text = path.read_text("utf-8")
-    if path.suffix == ".md":
+    if path.suffix != ".py":
         yield from enumerate(text.splitlines(), 1)
         return
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -117,10 +118,10 @@ def findings(path: Path) -> list[tuple[int, str]]:
 def main(paths: list[str]) -> int:
     """Print findings as path:line: text; return 1 where there are any."""
     chosen = [Path(p).resolve() for p in paths] or [
-        *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*")) if file.suffix in (".py", ".md")),
-        *sorted(ROOT.glob("*.md")),
+        *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*")) if file.suffix in SUFFIXES),
+        *sorted(file for file in ROOT.glob("*") if file.suffix in SUFFIXES),
     ]
-    files = [f for p in chosen for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.suffix in (".py", ".md")]
+    files = [f for p in chosen for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.suffix in SUFFIXES]
     count = 0
     for file in files:
         name = str(file.relative_to(ROOT))

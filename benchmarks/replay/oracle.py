@@ -33,7 +33,8 @@ class Cache:
     """
 
     def __init__(self, block: int, capacity: int | None = None) -> None:
-        self._block, self._capacity = block, capacity
+        self._block = block
+        self._capacity = capacity
         self._chains = Chains()
         self._held: OrderedDict[int, int] = OrderedDict()  # block -> its tokens
 

@@ -84,7 +84,8 @@ class _Worker:
         answer, now_s = request.answer, self._simulation.now_s
         request.output.append(request.first_token + len(request.output))
         if len(request.output) == 1:
-            answer.ttft_s, answer.cached_tokens = now_s - answer.due_s, request.cached_tokens
+            answer.ttft_s = now_s - answer.due_s
+            answer.cached_tokens = request.cached_tokens
         if len(request.output) < answer.request.output_length:
             return False
         answer.end_s = now_s - answer.due_s

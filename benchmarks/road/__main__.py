@@ -1,9 +1,11 @@
 """`python -m benchmarks.road`: count the files and functions of this project that one streaming chat runs through.
 
 Serve graphs.agg on the mock engine, warm it up, then record every Python call in the service processes during one chat
-of three tokens. `--list` prints the functions by file; `--repository DIR` measures another checkout, with its own
-`.venv`. Functions that run on a timer (heartbeat, liveness) count when they happen to run meanwhile, so the smallest of
-several chats is given.
+of three tokens. Functions that run on timers (heartbeat, liveness) are recorded first, without a request, and left out;
+so are comprehensions, which are functions in Python 3.11 only. The engine's own files are counted apart: with vLLM they
+are vLLM's. The smallest of several chats is given.
+
+`--list` prints the functions by file; `--repository DIR` measures another checkout, with its own `.venv`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
 START_LIMIT_S = 60.0
 RECORD_LIMIT_S = 10.0
+IDLE_S = 2.5
+"""Longer than the longest period of a timer that runs while nothing is asked."""
+COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
+ENGINES = ("dynamo/engines/", "dynamo/llm/engines/")
 
 
 class Function(NamedTuple):
@@ -81,12 +88,12 @@ def chat(port: int) -> None:
         assert b"[DONE]" in answer.read()
 
 
-def recorded(repository: Path, port: int, services: dict[int, str], directory: Path) -> Calls:
-    """Return the calls of this project's functions in each service during one chat."""
+def recorded(repository: Path, services: dict[int, str], directory: Path, act: Callable[[], None]) -> Calls:
+    """Return the calls of this project's functions in each service while `act` runs."""
     for pid in services:
         os.kill(pid, signal.SIGUSR1)
     time.sleep(0.2)
-    chat(port)
+    act()
     for pid in services:
         os.kill(pid, signal.SIGUSR2)
     calls: Calls = {}
@@ -103,7 +110,7 @@ def recorded(repository: Path, port: int, services: dict[int, str], directory: P
                 place = Path(file).relative_to(repository)
             except ValueError:
                 continue
-            if place.parts[0] in ("dynamo", "components"):
+            if place.parts[0] in ("dynamo", "components") and not name.endswith(COMPREHENSIONS):
                 counts[Function(str(place), line, name)] += number
         path.unlink()
     return calls
@@ -124,10 +131,20 @@ def serve(repository: Path, repetitions: int) -> list[Calls]:
             for _ in range(3):
                 chat(port)
             services = service_processes(process.pid)
-            return [recorded(repository, port, services, Path(directory)) for _ in range(repetitions)]
+            timers = recorded(repository, services, Path(directory), lambda: time.sleep(IDLE_S))
+            chats = [recorded(repository, services, Path(directory), lambda: chat(port)) for _ in range(repetitions)]
+            return [without(calls, timers) for calls in chats]
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=30)
+
+
+def without(calls: Calls, timers: Calls) -> Calls:
+    """Return the calls of functions that do not run on timers."""
+    return {
+        service: collections.Counter({f: n for f, n in counts.items() if f not in timers[service]})
+        for service, counts in calls.items()
+    }
 
 
 def wait_until_healthy(port: int, process: subprocess.Popen[bytes]) -> None:
@@ -143,7 +160,7 @@ def wait_until_healthy(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    """Print the counts; exit code 1 above `--max-files` or `--max-functions`."""
+    """Print the counts."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.road", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -154,16 +171,22 @@ def main() -> None:
     repository = arguments.repository.resolve()
     best = min(serve(repository, arguments.repetitions), key=lambda calls: len(set().union(*calls.values())))
     functions = sorted(set().union(*best.values()))
-    files = sorted({function.file for function in functions})
     if arguments.list:
-        for file in files:
+        for file in sorted({function.file for function in functions}):
             print(file)
             for function in (f for f in functions if f.file == file):
                 counts = " ".join(f"{service}:{calls[function]}" for service, calls in best.items() if calls[function])
                 print(f"    {function.line:4} {function.name}  {counts}")
-    total = sum(sum(calls.values()) for calls in best.values())
-    by_service = ", ".join(f"{service} {sum(calls.values())}" for service, calls in best.items())
-    print(f"{len(files)} files, {len(functions)} functions, {total} calls ({by_service})")
+    engine = [function for function in functions if function.file.startswith(ENGINES)]
+    road = [function for function in functions if function not in engine]
+    print(f"{summary(road, best)}; in the mock engine {summary(engine, best)}")
+
+
+def summary(functions: list[Function], calls: Calls) -> str:
+    """Describe how many files and functions there are, and how often these were called."""
+    files = {function.file for function in functions}
+    total = sum(counts[function] for counts in calls.values() for function in functions)
+    return f"{len(files)} files, {len(functions)} functions, {total} calls"
 
 
 if __name__ == "__main__":

@@ -240,7 +240,8 @@ class Client:
         payload = codec.encode(envelope)
         if len(payload) > self._nats.max_payload_bytes:
             connection.control(frames.BODY, (stream.sid, bytes(envelope.body)))
-            envelope.body, envelope.body_ahead = _NIL, True
+            envelope.body = _NIL
+            envelope.body_ahead = True
             payload = codec.encode(envelope)
         answer = await self._nats.request(instance.subject, payload, timeout_s, stream.reply)
         if answer:

@@ -55,7 +55,7 @@ def test_dynamic(worker: Script, env: dict[str, str]) -> None:
     assert errors[:2] == [f"error ['a', 'b'] {name}", f"error instance_id=12345 not found for {path}"]
     assert errors[2].startswith("error Invalid request: invalid Request: data: Field required")
     assert errors[3].startswith(f"error static() on the client of {path}")
-    assert errors[4] == 'error no instances found for endpoint "instances/low-level/nobody/generate"'
+    assert errors[4] == 'error no instances found for endpoint "instances/low-level/absent/generate"'
     assert len(errors) == 5
 
 

@@ -65,7 +65,7 @@ async def start(private_infra: Infra, namespace: str) -> AsyncIterator[Start]:
         await runtime.close()
 
 
-async def modes_told(etcd: Etcd) -> list[str]:
+async def published_modes(etcd: Etcd) -> list[str]:
     """What the processes say that they have."""
     items, _ = await etcd.get_prefix("settings/")
     return sorted(json.loads(item.value)["mode"]["value"] for item in items)
@@ -86,10 +86,10 @@ async def test_put_and_delete_reach_every_process(start: Start, etcd: Etcd, name
     await etcd.delete(f"/{namespace}/tuned/mode")
     await soon(lambda: [instance.mode for instance in both] == ["quiet", "hushed"])
     async with asyncio.timeout(5):
-        while await modes_told(etcd) != ["hushed", "quiet"]:
+        while await published_modes(etcd) != ["hushed", "quiet"]:
             await asyncio.sleep(0.01)
-    await first.close()  # what it told goes with it
-    assert await modes_told(etcd) == ["hushed"]
+    await first.close()  # what it published is removed with it
+    assert await published_modes(etcd) == ["hushed"]
 
 
 async def test_etcd_away(start: Start, etcd: Etcd, namespace: str, private_infra: Infra) -> None:
@@ -115,4 +115,4 @@ async def test_a_class_without_live_settings_follows_nothing(start: Start, etcd:
     await etcd.put(f"/{namespace}/tuned/mode", b"loud")
     await soon(lambda: other.mode == "loud")
     assert instance.mode == "quiet"
-    assert len(await modes_told(etcd)) == 1
+    assert len(await published_modes(etcd)) == 1

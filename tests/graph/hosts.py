@@ -214,7 +214,7 @@ class Hosts:
         return found.output
 
     def cut(self) -> None:
-        """From now on nothing passes, and nobody is told."""
+        """Drop all packets from now on, without any error to the senders."""
         self._broken = [f"ip route {{}} blackhole {address}/32" for address in (A, B)]
         self.router.run(*(command.format("add") for command in self._broken))
 

@@ -55,9 +55,9 @@ class Front(Service):
     @async_on_start
     async def start(self) -> None:
         self.done: dict[int, int] = {}
-        await self.worker.ended.subscribe(self.hear)
+        await self.worker.ended.subscribe(self.on_done)
 
-    def hear(self, done: Done) -> None:
+    def on_done(self, done: Done) -> None:
         self.done[done.number] = done.tries
 
     @api

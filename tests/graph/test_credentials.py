@@ -38,7 +38,7 @@ class Joined(Served):
             )
 
 
-async def test_a_graph_tells_nobody(private_infra: Infra, tmp_path: Path) -> None:
+async def test_a_graph_reveals_no_credentials(private_infra: Infra, tmp_path: Path) -> None:
     served = Joined(tmp_path / "output", private_infra)
     try:
         served.ready()

@@ -167,7 +167,7 @@ def test_it_works_without_nats_and_etcd(host: Host) -> None:
         assert (health.status_code, health.json()["status"]) == (200, "healthy")
 
 
-def alone_tells(page: str) -> dict[str, Metric]:
+def alone_reports(page: str) -> dict[str, Metric]:
     return parsed(httpx.get(page, trust_env=False).raise_for_status().text)
 
 
@@ -194,7 +194,7 @@ def test_a_service_alone_has_a_port_and_all_are_found(host: Host, tmp_path: Path
             time.sleep(0.05)
         base = f"http://127.0.0.1:{port}/metrics"
         assert f"metrics: {base}\n" in (tmp_path / "output").read_text()
-        while not by_process(families := alone_tells(base), "dynamo_supervisor_process_up")["Processor", "1"]:
+        while not by_process(families := alone_reports(base), "dynamo_supervisor_process_up")["Processor", "1"]:
             assert time.monotonic() < deadline, (tmp_path / "output").read_text()
             time.sleep(0.05)
         assert families["process_open_fds"].samples

@@ -105,7 +105,7 @@ def test_kill_9_of_serve_leaves_nothing_and_the_next_start_works(serve_graph: St
     again.stop()
 
 
-def test_kill_9_of_the_supervisor_is_told_by_the_guard(serve_graph: Start) -> None:
+def test_kill_9_of_the_supervisor_is_reported_by_the_guard(serve_graph: Start) -> None:
     served = serve_graph(*MOCK).ready()
     (supervisor,) = guard.children(served.process.pid)
     assert served.processes()

@@ -200,7 +200,7 @@ def test_carrier_loss_is_no_different(hosts: Hosts, frontend: Command, workers: 
     assert instances(hosts) == before
 
 
-def test_a_firewall_is_told_once_with_the_ports(hosts: Hosts, frontend: Command, workers: Command) -> None:
+def test_a_firewall_is_reported_once_with_the_ports(hosts: Hosts, frontend: Command, workers: Command) -> None:
     wait_for_workers(hosts)
     seen = len(frontend.output)
     hosts.block_ports()
@@ -216,7 +216,7 @@ def test_a_firewall_is_told_once_with_the_ports(hosts: Hosts, frontend: Command,
     wait_for_workers(hosts)
 
 
-def test_an_address_of_loopback_is_told_and_not_called(hosts: Hosts, frontend: Command, workers: Command) -> None:
+def test_a_loopback_address_is_reported_and_not_called(hosts: Hosts, frontend: Command, workers: Command) -> None:
     seen = len(frontend.output)
     trapped = hosts.dynamo(B, *AGG, *WORKERS, "--VllmWorker.ServiceArgs.workers=1", DYN_HOST_IP="127.0.0.1").ready()
     told = frontend.wait_for("[Processor] dynamo/VllmWorker", after=seen)

@@ -55,7 +55,7 @@ class Worker(Service):
     texts = Topic(dict[str, int], name="texts-of-all")
     tasks = WorkQueue(Ask, max_tasks=10)
 
-    async def tell(self) -> None:
+    async def inform(self) -> None:
         assert_type(self.tokens, OpenTopic[Token])
         await self.tokens.publish(Token(1))
         await self.texts.publish({"a": 1})
@@ -92,13 +92,13 @@ class Processor(Service):
 
     @async_on_start
     async def listen(self) -> None:
-        subscription = await self.worker.tokens.subscribe(self.hear)
+        subscription = await self.worker.tokens.subscribe(self.on_event)
         assert_type(subscription, Subscription)
         await self.worker.tasks.put(Ask(""))
         assert_type(await self.worker.tasks.size(), int)
         await subscription.close()
 
-    def hear(self, token: Token) -> None: ...
+    def on_event(self, token: Token) -> None: ...
 
     @endpoint
     async def chat(self, request: Ask) -> AsyncIterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from dynamo.llm.engine import EngineInfo
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
 from dynamo.llm.remote_prefill import RemotePrefill
 from dynamo.sdk import Service, Stream, bind, depends, is_linked, service
-from dynamo.sdk.depends import Choice, Stub
+from dynamo.sdk.depends import Choice, StartCall, Stub
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.graph import build
 from dynamo.sdk.links import EDGES
@@ -110,7 +111,10 @@ class Pool:
     def in_flight(self) -> dict[int, int]:
         return {}
 
-    def call(self, endpoint: EndpointSpec, request: Any, choice: Choice) -> Stream[Any]:
+    def endpoint(self, spec: EndpointSpec) -> StartCall:
+        return partial(self.start, spec)
+
+    def start(self, endpoint: EndpointSpec, request: Any, choice: Choice, avoid: frozenset[int]) -> Stream[Any]:
         assert choice == 7
         return Reply.opening(self.run_endpoint(endpoint.name, request))
 

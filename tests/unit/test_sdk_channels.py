@@ -94,7 +94,7 @@ async def test_every_subscriber_gets_an_equal_message_of_its_own(number: int, ta
     assert len({id(event) for event in [message, *seen]}) == count + 1
 
 
-async def test_a_subscriber_that_fails_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_subscriber_does_not_stop_others(caplog: pytest.LogCaptureFixture) -> None:
     worker, seen = Worker(), list[Event]()
 
     def fail(event: Event) -> None:
@@ -140,12 +140,12 @@ def test_an_interface_may_have_channels() -> None:
         async def run(self, request: int) -> int: ...
 
     @service
-    class Told(Telling):
+    class Notified(Telling):
         @endpoint
         async def run(self, request: int) -> int:
             return request
 
-    assert list(spec_of(Told).channels) == ["events"]
+    assert list(spec_of(Notified).channels) == ["events"]
 
 
 def test_wrong_declarations() -> None:

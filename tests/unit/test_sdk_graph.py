@@ -184,7 +184,7 @@ def test_file_named_like_a_module_of_the_library(write: Any, tmp_path: Path) -> 
     [
         ("", "no_such_module_x:A", r"graph module 'no_such_module_x' not found\nhint: run from"),
         ("", "no_such_package_x.graph:A", "graph module 'no_such_package_x.graph' not found"),
-        ("", "gone.py:A", r"graph file gone.py does not exist"),
+        ("", "absent.py:A", r"graph file absent.py does not exist"),
         ("", "", "is not a module name"),
         ("", ":A", "is not a module name"),
         ("", "a/b:A", "is not a module name"),

@@ -75,7 +75,7 @@ async def test_implementations_and_their_children() -> None:
     assert set(spec_of(ManagedProcess).endpoints) == {"foo", "bar"}
 
 
-def test_each_mistake_is_told_apart() -> None:
+def test_each_mistake_has_its_message() -> None:
     class Mistaken(Foo, Baz):
         def foo(self, x: int) -> int:
             return x

@@ -114,7 +114,7 @@ def test_inheritance_of_endpoints_and_hooks() -> None:
             return n
 
         @endpoint
-        async def gone(self, n: int) -> int:
+        async def removed(self, n: int) -> int:
             return n
 
         @async_on_start
@@ -131,7 +131,7 @@ def test_inheritance_of_endpoints_and_hooks() -> None:
         async def run(self, n: str) -> AsyncIterator[bytes]:  # type: ignore[override]
             yield b""
 
-        gone = None  # type: ignore[assignment]
+        removed = None  # type: ignore[assignment]
 
         def first(self) -> None: ...
 

@@ -17,7 +17,7 @@ from dynamo.streams import CREDIT_BATCH, Channel, Reply, Stream
 
 
 class Ends:
-    """What a pipe heard."""
+    """Items and end that a pipe received."""
 
     def __init__(self) -> None:
         self.items: list[Any] = []
@@ -106,7 +106,7 @@ async def test_cancel_drops_what_is_buffered(channel: Channel[int], cancels: lis
     assert cancels == ["cancelled"]
 
 
-async def test_cancel_after_the_end_drops_too_and_tells_nobody(channel: Channel[int], cancels: list[str]) -> None:
+async def test_cancel_after_the_end_drops_items_and_calls_no_one(channel: Channel[int], cancels: list[str]) -> None:
     stream = Stream(channel)
     channel.push(1)
     channel.end(ValueError())
@@ -190,7 +190,7 @@ async def test_pipe_after_the_end(channel: Channel[int], error: Exception | None
 
 
 @pytest.mark.parametrize("buffered", [0, 2])
-async def test_a_failing_consumer_hears_of_it_once(channel: Channel[int], cancels: list[str], buffered: int) -> None:
+async def test_a_failing_consumer_gets_its_error_once(channel: Channel[int], cancels: list[str], buffered: int) -> None:
     for _ in range(buffered):
         channel.push(0)
 

@@ -103,7 +103,9 @@ class Lessons:
     """Draws conversations from one seeded generator."""
 
     def __init__(self, faq: dict[str, str], words: list[str], seed: int) -> None:
-        self.faq, self.words, self.random = faq, words, Random(seed)
+        self.faq = faq
+        self.words = words
+        self.random = Random(seed)
         self.questions = list(faq)
         self.sentences = [s.strip(".") + "." for answer in faq.values() for s in answer.split(". ")]
 

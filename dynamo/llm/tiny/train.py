@@ -78,7 +78,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.role_ids = {role: tokenizer.token_to_id(f"<|{role}|>") for role in ROLES}
         self.role_ids["developer"] = self.role_ids["system"]
-        self.begin_id, self.end_id = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+        self.begin_id = tokenizer.token_to_id(BEGIN)
+        self.end_id = tokenizer.token_to_id(END)
 
     def __call__(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         ids, learn = [self.begin_id], [False]

@@ -42,9 +42,9 @@ async def worker(runtime: DistributedRuntime):
             await joined(await call)
         except Exception as error:
             print("error", error)
-    nobody = await runtime.namespace("low-level").component("nobody").endpoint("generate").client()
+    absent = await runtime.namespace("low-level").component("absent").endpoint("generate").client()
     try:
-        await nobody.random({})
+        await absent.random({})
     except Exception as error:
         print("error", error)
 
