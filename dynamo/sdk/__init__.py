@@ -24,6 +24,7 @@ from dynamo.sdk.depends import (
     round_robin,
 )
 from dynamo.sdk.endpoint import async_on_shutdown, async_on_start, endpoint, liveness, on_shutdown, readiness
+from dynamo.sdk.hooks import ServiceHooks
 from dynamo.sdk.interface import abstract_endpoint
 from dynamo.sdk.lib.config import ServiceConfig
 from dynamo.sdk.lib.image import DYNAMO_IMAGE
@@ -42,6 +43,7 @@ __all__ = [
     "Service",
     "ServiceConfig",
     "ServiceContext",
+    "ServiceHooks",
     "Stream",
     "Topic",
     "WorkQueue",
