@@ -23,7 +23,7 @@ serve: install ## run graphs.agg with the tiny model on the CPU, ready for curl 
 test: install ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: install ## ruff, mypy --strict, pyright
+lint: install ## ruff, mypy --strict, pyright, and the language check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pyright && $(BIN)/python .ci/words.py
 
 fmt: install ## format the code
