@@ -26,7 +26,7 @@ test: install ## run all tests, 3 files at a time; 10 minutes on two cores
 test-fast: install ## run the tests that start no server: unit tests and typing; under a minute
 	@$(BIN)/python -m pytest -n 2 tests/unit tests/typing $(ARGS)
 
-lint: install ## ruff, mypy --strict, pyright
+lint: install ## ruff, mypy --strict, pyright, and the language check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pyright && $(BIN)/python .ci/words.py
 
 fmt: install ## format the code

@@ -217,7 +217,7 @@ async def test_a_truncated_page_is_dropped(run_dir: Path) -> None:
 
 async def test_a_socket_path_that_is_too_long_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with answering(tmp_path / ("x" * 120), pages("Worker")):
-        assert "the metrics port does not show this process" in caplog.text
+        assert "the metrics port will not include this process" in caplog.text
 
 
 def state(service: str, worker: int, *, ready: bool, restarts: int = 0, pid: int | None = None) -> ProcessState:

@@ -113,7 +113,7 @@ async def test_a_wrong_type_in_a_response_is_a_500_and_logged_once_by_the_client
     words: Client, errors: ErrorLog
 ) -> None:
     with pytest.raises(BadCallError) as caught:
-        await words.call({"words": 7}, "round_robin", codec.decoder(str), streaming=False)
+        await words.call({"words": 7}, "round_robin", decode=codec.decoder(str), streaming=False)
     fact = f"invalid response of instance {words.instance_ids()[0]:x}: invalid str: Expected `str`, got `int`"
     assert caught.value.message == fact
     assert status_of(caught.value) == 500

@@ -84,7 +84,7 @@ async def pair(private_infra: Infra, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for endpoint in spec_of(VllmWorker).endpoints.values():
         method: Any = getattr(worker, endpoint.method)
         await theirs.serve(NAMESPACE, "VllmWorker", endpoint.name, method, endpoint.types()[0])
-    await caller.open()
+    await caller.connect()
     for client in caller.clients.values():
         await client.wait_for_instances()
     yield Pair(engine, worker, router, (theirs, ours))

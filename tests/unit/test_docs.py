@@ -21,7 +21,11 @@ from dynamo.config.settings import declared
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(path for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md") if (path := ROOT / name).exists()),
+    *(
+        path
+        for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "AGENTS.md", "SECURITY.md")
+        if (path := ROOT / name).exists()
+    ),
     *(ROOT / folder / "README.md" for folder in ("container", "deploy")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
