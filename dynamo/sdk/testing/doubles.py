@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from dynamo import codec
 from dynamo.context import deadline, request_id
-from dynamo.errors import GraphError, NoInstancesError, WorkerLostError
+from dynamo.errors import BadCallError, GraphError, NoInstancesError, WorkerLostError
 from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Choice, StartCall, Stub
 from dynamo.sdk.endpoint import EndpointSpec
@@ -86,6 +86,9 @@ class MemoryPool:
             number = self._pick(spec, choice, avoid)
             request_type, item_type = spec.types()
             argument = codec.decoder(request_type)(codec.encode(request))
+        except codec.DecodeError as error:
+            channel.end(BadCallError(f"{self.spec.name}.{spec.name}: invalid request: {error.message}"))
+            return stream
         except Exception as error:
             channel.end(error)
             return stream
@@ -133,7 +136,10 @@ class MemoryPool:
         error: Exception | None = None
 
         def push(item: Any) -> None:
-            channel.push(decode(codec.encode(item)))
+            try:
+                channel.push(decode(codec.encode(item)))
+            except codec.DecodeError as fault:
+                raise BadCallError(f"invalid response of {self.spec.name}:{number}: {fault.message}") from None
 
         try:
             result = method()
