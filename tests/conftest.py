@@ -5,7 +5,9 @@ NATS and etcd are one pair for each xdist worker, and private pairs for tests th
 
 from __future__ import annotations
 
+import getpass
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,11 +30,25 @@ hypothesis.settings.load_profile("untimed")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# Code that torch has compiled is kept from run to run, as it would be in the temporary directory that tests replace.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 if WORKER:  # commands such as `dynamo status` look for graphs in the temporary directory: not those of other workers
-    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{WORKER}-")  # short: sockets go below it
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"{WORKER}-")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they start
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if WORKER:
+        config.option.basetemp = f"{tempfile.gettempdir()}/t"  # short: unix sockets go below `tmp_path`
+
+
+def pytest_unconfigure() -> None:
+    if WORKER:
+        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)

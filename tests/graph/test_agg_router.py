@@ -68,7 +68,7 @@ async def held(served: Served, workers: int = 3) -> dict[str, int]:
         client = await runtime.client(*VllmWorker.dynamo_address(), "kv_snapshot")
         found = {}
         for worker in await client.wait_for_instances(workers, 10):
-            parts = client.call(SnapshotRequest(), worker, codec.decoder(KvSnapshot), streaming=True)
+            parts = client.call(SnapshotRequest(), worker, decode=codec.decoder(KvSnapshot), streaming=True)
             found[f"{worker:x}"] = sum([len(part.hashes) // 8 async for part in parts])
         return found
     finally:

@@ -60,13 +60,13 @@ async def test_etcd_by_hand(served: Served, env: dict[str, str]) -> None:
         while 'tuned.Voice.mode: expected one of loud, quiet, found "shrill"; keeping quiet' not in (
             command("status", **env).stdout.splitlines()
         ):
-            assert time.monotonic() - before < 5
+            assert time.monotonic() - before < 30
         await etcd.put("/tuned/voice/mode", b'"loud"')
         while ask(served) != ["loud 4"] * 2:
-            assert time.monotonic() - before < 10
+            assert time.monotonic() - before < 40
         await etcd.delete("/tuned/voice/mode")
         while ask(served) != ["quiet 4"] * 2:
-            assert time.monotonic() - before < 15
+            assert time.monotonic() - before < 50
 
 
 def test_calls_in_flight(served: Served) -> None:

@@ -40,21 +40,24 @@ def test_every_question_of_the_faq_is_answered_word_for_word(tiny_graph: Served)
 
 
 def test_a_stream_gives_the_same_text_in_many_chunks(tiny_graph: Served) -> None:
-    stream = tiny_graph.client().chat.completions.create(
-        model="dynamo-tiny",
-        messages=[{"role": "user", "content": QUESTION}],
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    chunks = list(stream)
-    texts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
-    assert "".join(texts) == FAQ[QUESTION]
+    for _ in range(10):  # a busy machine sends several tokens at a time
+        stream = tiny_graph.client().chat.completions.create(
+            model="dynamo-tiny",
+            messages=[{"role": "user", "content": QUESTION}],
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        texts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
+        assert "".join(texts) == FAQ[QUESTION]
+        usage = chunks[-1].usage
+        assert usage is not None
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        assert len(texts) <= usage.completion_tokens
+        if len(texts) > 20:
+            break
     assert len(texts) > 20
-    usage = chunks[-1].usage
-    assert usage is not None
-    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert len(texts) <= usage.completion_tokens
 
 
 def test_the_answer_depends_on_the_whole_context(tiny_graph: Served) -> None:

@@ -25,7 +25,7 @@ from dynamo.llm.protocol import GenerateRequest, Sampling
 from tests.vllm.engine_process import EngineFailureError, EngineProcess, Engines
 from tests.vllm.fork_server import ForkServer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
 BLOCK = 32
 BLOCKS = 129  # vLLM reserves one of them
