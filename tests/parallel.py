@@ -11,8 +11,9 @@ import functools
 import pytest
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
-VLLM = "real vLLM"
-"""all tests that start it: two starts at a time would take both cores of a small machine from all other tests"""
+VLLM, NODES = "real vLLM", "tests/vllm/test_nodes.py"
+"""Tests that start vLLM are one group, and the longest of them another one: more starts at a time would take both cores
+of a small machine from all other tests."""
 GROUPS = {
     "tests/cli/test_run.py::test_the_tiny_model_answers_and_can_be_stopped": VLLM,
     "tests/cli/test_run.py::test_ctrl_c_while_loading_leaves_no_process": VLLM,
@@ -25,13 +26,12 @@ GROUPS = {
     "tests/vllm/test_kv_path.py": VLLM,
     "tests/vllm/test_kv_transfer.py": VLLM,
     "tests/vllm/test_mock_parity.py": VLLM,
-    "tests/vllm/test_nodes.py": VLLM,
     "tests/vllm/test_tiny_model.py": VLLM,
     "tests/deploy/test_dashboards.py": "busy graph",
     "tests/deploy/test_prometheus.py": "busy graph",
 }
 """the group of a file or test; others are groups by file"""
-LONGEST_FIRST = (VLLM, "tests/graph/test_two_hosts.py", "busy graph")
+LONGEST_FIRST = (VLLM, NODES, "tests/graph/test_two_hosts.py", "busy graph")
 """then folder by folder, so that the short tests of the last ones fill the end"""
 FOLDERS = ("graph", "contract", "compat", "cli", "benchmarks", "container", "deploy", "typing", "unit")
 
@@ -53,7 +53,7 @@ def rank(group: str) -> int:
 def arrange(items: list[pytest.Item]) -> None:
     """Put tests in the order in which their groups start. Raises UsageError for a test of vLLM outside its group."""
     for item in items:
-        if item.get_closest_marker("vllm") and group_of(item.nodeid) != VLLM:
+        if item.get_closest_marker("vllm") and group_of(item.nodeid) not in (VLLM, NODES):
             raise pytest.UsageError(f"{item.nodeid} has the marker vllm: add it to GROUPS of tests/parallel.py")
     items.sort(key=lambda item: rank(group_of(item.nodeid)))
 
