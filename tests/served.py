@@ -133,3 +133,11 @@ class Served:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
+    """Wait until the condition holds; `what` it is, for the failure."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.05)

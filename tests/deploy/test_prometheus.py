@@ -22,9 +22,8 @@ from dynamo.transport.etcd import Etcd
 from tests.deploy.conftest import BusyGraph
 from tests.deploy.container import DEPLOY, METRICS, compose, here, running
 from tests.deploy.dashboard import FILES, NOW, Query, queries
-from tests.graph.test_disagg import until
 from tests.ports import free_port, free_ports
-from tests.served import Served, Start
+from tests.served import Served, Start, until
 
 CONFIGURATION = DEPLOY / "metrics/prometheus.yml"
 # Neither exporter is here: these queries can be parsed and not more.

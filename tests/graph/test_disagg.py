@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 
@@ -16,7 +15,7 @@ from dynamo.engines.mock import MockEngine
 from dynamo.llm.protocol import GenerateRequest, Sampling
 from tests.cli.terminal import command
 from tests.graph.test_agg_router import metrics
-from tests.served import Served, Start
+from tests.served import Served, Start, until
 
 LONG, TOKENS = 3000, 12
 _NEW = count(1)
@@ -77,13 +76,6 @@ def local(served: Served, reason: str) -> float:
 
 def remote(served: Served) -> float:
     return total(served, "dynamo_disagg_remote_prefills_total")
-
-
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.05)
 
 
 def settled(served: Served) -> None:
