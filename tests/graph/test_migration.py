@@ -17,6 +17,7 @@ from tests.served import Served, Start, until
 
 TWO = ("-f", "configs/agg_mock.yaml", "--VllmWorker.ServiceArgs.workers=2")
 STREAMS = 32
+TOKENS = 400  # two seconds of the mock engine's time: a busy client is late, and the worker must still be at work
 
 
 class Answer(NamedTuple):
@@ -80,10 +81,10 @@ def migrations(served: Served) -> float:
 )
 def test_kill_9_of_one_of_two_workers_changes_no_answer(serve_graph: Start, config: str, graph: str) -> None:
     served = serve_graph("-f", f"configs/{config}.yaml", *TWO[2:], graph=graph).ready()
-    expected = streams(served, 150)
-    assert all(answer.finish == ["length"] and answer.usage["completion_tokens"] == 150 for answer in expected)
+    expected = streams(served, TOKENS)
+    assert all(answer.finish == ["length"] and answer.usage["completion_tokens"] == TOKENS for answer in expected)
     worker = served.pids("--service-name VllmWorker")[0]
-    assert streams(served, 150, lambda: os.kill(worker, signal.SIGKILL)) == expected
+    assert streams(served, TOKENS, lambda: os.kill(worker, signal.SIGKILL)) == expected
     until(lambda: migrations(served) > 0, "the Frontend has the Processor's metrics")  # a busy one may miss a scrape
     assert migrations(served) <= STREAMS
     assert served.stop() == 0
@@ -127,7 +128,7 @@ def test_without_another_worker_the_stream_goes_on_or_ends_with_an_error(serve_g
 def test_the_limit_of_zero_leaves_the_error(serve_graph: Start) -> None:
     served = serve_graph(*TWO, "--Processor.migration-limit=0").ready()
     worker = served.pids("--service-name VllmWorker")[0]
-    answers = streams(served, 150, lambda: os.kill(worker, signal.SIGKILL))
+    answers = streams(served, TOKENS, lambda: os.kill(worker, signal.SIGKILL))
     failed = [answer for answer in answers if answer.errors]
     assert len(failed) == STREAMS // 2
     assert {answer.errors[0]["code"] for answer in failed} == {"worker_lost"}
