@@ -47,7 +47,7 @@ def costs(
 
 
 def draw(scores: Sequence[float], temperature: float = 0.0) -> int:
-    """Return the position of the lowest score, a random one of several; with a temperature, draw by softmax.
+    """Return the position of the lowest score, at random among equal ones; with a temperature, draw by softmax.
 
     The softmax is over the negated scores, scaled to 0..1 before.
     """

@@ -39,7 +39,7 @@ class KvRouter:
     def route(self, request: RouteRequest) -> Route:
         """Choose a cache for a request and count the request there.
 
-        Raises NoInstancesError if there are no workers but excluded ones.
+        Raises NoInstancesError if there is no worker, or none that is not excluded.
         """
         state = self.state
         candidates = state.caches
