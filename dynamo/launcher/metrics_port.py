@@ -103,7 +103,7 @@ def _listen_on_free_port(hosts: Sequence[str], reserved: Collection[int]) -> tup
             if error.errno != errno.EADDRINUSE:
                 raise _cannot_listen(error, hosts[0], port) from None
     raise ConfigError(
-        f"ports {DEFAULT_PORTS[0]} to {DEFAULT_PORTS[-1]} are taken on {hosts[0]}, one is for metrics",
+        f"no free port for metrics on {hosts[0]}: {DEFAULT_PORTS[0]} to {DEFAULT_PORTS[-1]} are in use",
         hint="choose a port with --metrics-port, or 0 for none",
     )
 
