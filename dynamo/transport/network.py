@@ -146,7 +146,7 @@ def listening_socket(host: str, backlog: int = 128, *, reuse_port: bool = False)
         try:
             return listening_at(host, port, backlog, reuse_port=reuse_port)
         except OSError as error:
-            reason = error.strerror
+            reason = error.strerror or str(error)
     raise TransportError(f"cannot listen on {host}: {reason}", hint=f"set {ADVERTISED} to an address of this host")
 
 

@@ -136,7 +136,6 @@ def test_no_password_is_shown(user: str, password: str, hosts: list[str]) -> Non
 
 
 def test_a_port_in_use_is_an_error_without_python_s_address() -> None:
-    with listening_socket("127.0.0.1") as found:
-        with pytest.raises(OSError) as caught:
-            listening_at("127.0.0.1", found.getsockname()[1])
+    with listening_socket("127.0.0.1") as found, pytest.raises(OSError, match="already in use") as caught:
+        listening_at("127.0.0.1", found.getsockname()[1])
     assert (caught.value.errno, caught.value.strerror) == (errno.EADDRINUSE, "Address already in use")
