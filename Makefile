@@ -6,10 +6,10 @@ PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-fast lint fmt bench docs clean
+.PHONY: help install serve test lint fmt bench docs clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## set up .venv: vLLM for the CPU, the project, the tools
 
@@ -22,9 +22,6 @@ serve: install ## run graphs.agg with the tiny model on the CPU, ready for curl 
 
 test: install ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
-
-test-fast: install ## run the tests that start no servers: unit tests and typing
-	@$(BIN)/python -m pytest tests/unit tests/typing $(ARGS)
 
 lint: install ## ruff, mypy --strict, pyright, and the language check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pyright && $(BIN)/python .ci/words.py
