@@ -145,8 +145,8 @@ class Client:
         self._closed = True
         opening = dict(self._opening)
         for task, channel in opening.items():
-            task.cancel()
-            channel.end(self._closed_error())
+            if task.cancel():  # False if it has just sent the request: then the response goes on
+                channel.end(self._closed_error())
         await asyncio.gather(*opening, return_exceptions=True)
 
     async def send_with_retry(

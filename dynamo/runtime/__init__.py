@@ -7,10 +7,13 @@ from dynamo.runtime.component import Annotated, Component, ComponentClient, Comp
 from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.worker import dynamo_endpoint, dynamo_worker
 
-Endpoint = ComponentEndpoint  # its name in the 0.x binding
+# their names in the 0.x binding
+Client = ComponentClient
+Endpoint = ComponentEndpoint
 
 __all__ = [
     "Annotated",
+    "Client",
     "Component",
     "ComponentClient",
     "ComponentEndpoint",
