@@ -142,11 +142,11 @@ async def test_a_lost_instance_ends_its_calls() -> None:
 
 async def test_requests_are_checked_as_between_processes() -> None:
     client: Any = pool(Worker())
-    with pytest.raises(BadCallError, match="Worker.speak: invalid request: .*Expected `str`, got `int`"):
+    with pytest.raises(BadCallError, match=r"Worker\.speak: invalid request: .*Expected `str`, got `int`"):
         await anext(client.speak(Word(3)))  # type: ignore[arg-type]
     with pytest.raises(EndpointMissingError, match="Worker has no endpoint 'helper'"):
         client.helper()
-    with pytest.raises(BadCallError, match="invalid response of Worker:1: .*Expected `int`, got `str`"):
+    with pytest.raises(BadCallError, match=r"invalid response of Worker:1: .*Expected `int`, got `str`"):
         await double(Worker, number="five").number()
 
 
