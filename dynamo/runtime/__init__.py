@@ -1,4 +1,4 @@
-"""The `dynamo.runtime` binding of ai-dynamo 0.x: the runtime by hand, without graphs.
+"""The `dynamo.runtime` binding of ai-dynamo 0.x: namespaces, components and endpoints without a graph.
 
 Kept for code written for 0.1 to 0.3, over `dynamo.rpc`, which services of a graph use.
 """

@@ -1,4 +1,4 @@
-"""Calls between services that can be seen to fail before anything runs: `self.worker.method(...)` without `@endpoint`."""
+"""Static check of the calls between services: `self.worker.method(...)` needs an `@endpoint`."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class TestGraph:
 
     In memory there are no sockets, NATS or etcd: all services run on the test's event loop, with the real components,
     and requests are encoded as between processes. With `real=True`, `dynamo serve` runs the graph with its embedded
-    servers; what is said through this class stays the same, so that one test runs both ways.
+    servers. The interface of this class is the same for both, so one test can run both ways.
 
     Args:
         entry: the entry service, or a graph as `dynamo serve` takes it (`"graphs.agg:Frontend"`).
@@ -109,7 +109,11 @@ class TestGraph:
         return cast("list[T]", list(self._running.pools[spec_of(service).name].instances.values()))
 
     async def kill(self, service: type[Any], worker_id: int = 1) -> None:
-        """Let one worker of a service die at once, with what it was answering. Real ones are restarted by the supervisor."""
+        """Kill one worker of a service; its running calls end with WorkerLostError.
+
+        The supervisor restarts real ones; in memory the worker stays absent. Raises GraphError when there is no such
+        worker.
+        """
         await self._running.kill(service, worker_id)
 
     def http(self) -> httpx.AsyncClient:
