@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, TypeVar, cast
 from dynamo import codec
 from dynamo.context import deadline, request_id
 from dynamo.errors import BadCallError, GraphError, NoInstancesError, UnavailableError, WorkerLostError
+from dynamo.rpc.remote_errors import raised_in_another_process
 from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Choice, StartCall, Stub
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.in_memory_broker import InMemoryBroker
-from dynamo.sdk.spec import ServiceSpec, spec_of
+from dynamo.sdk.spec import ServiceSpec, is_service, spec_of
 from dynamo.streams import Channel, Reply, Stream
 from dynamo.tasks import TaskSet
 
@@ -56,7 +57,7 @@ class MemoryPool:
         """Add an instance with that id, by default the next one. Its topics and queues are those of the pool."""
         if number is None:
             number = max(self._running, default=0) + 1
-        if spec_or_none(type(instance)) is not None:
+        if is_service(type(instance)):
             attach(instance, self.broker)
         self.instances[number] = instance
         self._running[number] = {}
@@ -164,7 +165,8 @@ class MemoryPool:
             else:
                 raise TypeError(f"returned a {type(result).__name__}, not an async iterator or awaitable")
         except Exception as raised:
-            raised.add_note(f"raised in {self.spec.name}:{number}")
+            if not raised_in_another_process(raised):
+                raised.add_note(f"raised in {self.spec.name}:{number}")
             error = raised
         finally:
             self._running[number].pop(channel, None)  # before the caller sees the end
@@ -173,14 +175,6 @@ class MemoryPool:
     async def aclose(self) -> None:
         """Cancel what is running."""
         await self._tasks.aclose()
-
-
-def spec_or_none(cls: type[Any]) -> ServiceSpec | None:
-    """Return the declaration of a service class; None for any other class."""
-    try:
-        return spec_of(cls)
-    except GraphError:
-        return None
 
 
 def pool(*instances: T, of: type[Any] | None = None) -> T:
