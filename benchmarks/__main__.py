@@ -17,6 +17,9 @@ from benchmarks.processes import StartError
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure CPU and latency.")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="folder of benchmarks/peers/install.sh")
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="another checkout of dynamo, with a .venv of its own"
+    )
     parser.add_argument("--vllm", action="store_true", help="also measure the start of the tiny model on vLLM")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="runs of each point; 3 by default")
@@ -27,7 +30,7 @@ def main() -> int:
     if not points:
         parser.error(f"no point has {options.only!r} in its name; points: {', '.join(p.name for p in serving.POINTS)}")
     try:
-        results = serving.measure(serving.systems(options.peers), points, options.repetitions, say)
+        results = serving.measure(serving.systems(options.peers, options.against), points, options.repetitions, say)
         if options.vllm:
             serving.measure_vllm_start(results)
     except (StartError, LoadError) as error:

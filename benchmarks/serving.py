@@ -18,13 +18,14 @@ import uvloop
 from benchmarks.load import Client, Load, LoadError, percentile
 from benchmarks.peers import rust, sdk
 from benchmarks.processes import CpuMeter
-from benchmarks.system import Running, System, serve_graph
+from benchmarks.system import REPOSITORY, Running, System, serve_graph
 from dynamo.engines.mock import MockEngine
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
 
 T = TypeVar("T")
 
 OURS = "ours"
+OTHER = "other commit"
 START_LIMIT_S = 60.0
 VLLM_START_LIMIT_S = 240.0
 WARM_UP = 2  # requests for each connection before a point is measured
@@ -83,16 +84,20 @@ class Results:
         self.runs.setdefault(point, {}).setdefault(system, []).append(measured)
 
 
-def start_graph(run_dir: Path, paced: bool) -> Running:
-    """Serve graphs.agg with mock workers."""
+def start_graph(run_dir: Path, paced: bool, *, name: str = OURS, repository: Path = REPOSITORY) -> Running:
+    """Serve graphs.agg of a checkout with mock workers."""
     settings = [f"VllmWorker.speedup-ratio={int(paced)}"]
     config = "configs/agg_mock.yaml"
-    return serve_graph(OURS, "dynamo-tiny", "graphs.agg:Frontend", config, settings, run_dir, START_LIMIT_S)
+    return serve_graph(
+        name, "dynamo-tiny", "graphs.agg:Frontend", config, settings, run_dir, START_LIMIT_S, repository=repository
+    )
 
 
-def systems(peers: Path | None) -> list[System]:
-    """Return our system and the peers installed in the folder `peers`."""
+def systems(peers: Path | None, against: Path | None = None) -> list[System]:
+    """Return our system, another checkout of it, and the peers installed in the folder `peers`."""
     found = [System(OURS, start_graph)]
+    if against is not None:
+        found.append(System(OTHER, partial(start_graph, name=OTHER, repository=against.resolve())))
     known: list[tuple[str, str, Callable[[Path, Path, bool], Running]]] = [
         (rust.NAME, "dynamo-1.6", rust.start),
         (sdk.NAME, "dynamo-0.3", sdk.start),

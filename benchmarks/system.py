@@ -66,16 +66,19 @@ def serve_graph(
     run_dir: Path,
     limit_s: float,
     env: Mapping[str, str] | None = None,
+    repository: Path = REPOSITORY,
 ) -> Running:
     """Start `dynamo serve` with its own NATS and etcd and wait until it is ready.
 
-    `settings` are KEY=VALUE. Raises StartError if it is not ready within `limit_s`.
+    `settings` are KEY=VALUE; `repository` is a checkout, whose `.venv` is used if it is not this one. Raises StartError if
+    it is not ready within `limit_s`.
     """
     port = free_port()
+    python = sys.executable if repository == REPOSITORY else repository / ".venv/bin/python"
     process = Process(
-        [sys.executable, "-m", "dynamo", "serve", graph, "-f", config, "--infra", "embedded", "--host", "127.0.0.1",
+        [python, "-m", "dynamo", "serve", graph, "-f", config, "--infra", "embedded", "--host", "127.0.0.1",
          "--port", str(port), *(f"--{setting}" for setting in settings)],
-        run_dir / "serve.log", {"DYN_LOG": "warn", **(env or {})}, REPOSITORY,
+        run_dir / "serve.log", {"DYN_LOG": "warn", **(env or {})}, repository,
     )  # fmt: skip
     running = Running(name, port, model, [process], role_of)
     with stopped_on_error(running):
