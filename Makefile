@@ -6,10 +6,10 @@ PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint fmt bench docs clean
+.PHONY: help install serve test test-fast lint fmt bench docs clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## set up .venv: vLLM for the CPU, the project, the tools
 
@@ -20,8 +20,11 @@ $(VENV)/.installed: pyproject.toml container/install-cpu.sh container/constraint
 serve: install ## run graphs.agg with the tiny model on the CPU, ready for curl on port 8000
 	@$(BIN)/dynamo serve graphs.agg:Frontend -f configs/agg_tiny.yaml $(ARGS)
 
-test: install ## run all tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: install ## run all tests, 3 files at a time; 10 minutes on two cores
+	@$(BIN)/python -m pytest -n 3 $(ARGS)
+
+test-fast: install ## run the tests that start no server: unit tests and typing; under a minute
+	@$(BIN)/python -m pytest -n 2 tests/unit tests/typing $(ARGS)
 
 lint: install ## ruff, mypy --strict, pyright, and the language check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pyright && $(BIN)/python .ci/words.py

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, ServedMod
 from dynamo.log import request_id
 from dynamo.openai.app import create_app
 from dynamo.streams import Channel, Stream
+from tests.ports import free_port
 
 MODEL = ServedModel("tiny/model", "dynamo-tiny", 4096, 1_700_000_000)
 
@@ -103,18 +102,6 @@ class Site:
     port: int
     backend: FakeBackend
     server: HttpServer
-
-
-def free_port() -> int:
-    """Return a free port below the kernel's range for outgoing connections."""
-    for port in random.sample(range(20000, 32000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise OSError("no free port")
 
 
 @asynccontextmanager

@@ -161,7 +161,7 @@ def _setting_changes(snapshot: Snapshot) -> list[str]:
         service = process.namespace, process.service
         for name, setting in process.settings.items():
             if setting.error:
-                counts[service, f"{process.namespace}.{setting.error}; it stays {setting.value}"] += 1
+                counts[service, f"{process.namespace}.{setting.error}; keeping {setting.value}"] += 1
             elif setting.value != setting.configured:
                 counts[service, f"{'.'.join(service)}.{name}: {setting.configured} -> {setting.value}"] += 1
     return [

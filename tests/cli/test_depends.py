@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.launcher.embedded_servers import free_ports
 from tests.cli.conftest import Graph
 from tests.cli.terminal import COMMAND, ROOT, command, environment
+from tests.ports import free_port
 
 AGG = ("serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml")
 
@@ -55,7 +55,7 @@ def test_dry_run_lists_the_processes_that_would_start():
 
 
 def test_a_second_frontend_for_a_running_graph(graph: Graph, tmp_path: Path):
-    port = free_ports(1)[0]
+    port = free_port()
     elsewhere = ("--depends", "VllmWorker=elsewhere", "--depends", "Processor=elsewhere")
     log = tmp_path / "output"
     with log.open("wb") as output:

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from dynamo.engines.mock import MockEngine
-from dynamo.launcher.embedded_servers import free_ports
 from dynamo.llm.model_files import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, Sampling
@@ -25,6 +24,7 @@ from dynamo.llm.tiny import faq
 from dynamo.llm.tokenizer import Tokenizer
 from tests.cli.conftest import Graph
 from tests.cli.terminal import COMMAND, CTRL_C, CTRL_D, ROOT, Terminal, command, environment
+from tests.ports import free_port
 
 MOCK = ("run", "--engine", "mock")
 
@@ -263,7 +263,7 @@ def scripted() -> Iterator[Callable[..., str]]:
             "Handler", (_Scripted,), {"script": script, "status": status, "client_left": _Scripted.client_left}
         )
         _Scripted.client_left.clear()
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", free_ports(1)[0]), handler))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}"
 
@@ -358,7 +358,7 @@ def _processes_with(text: str) -> list[str]:
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
 def test_the_tiny_model_answers_and_can_be_stopped(terminal, tmp_path):
-    question, answer = next((q, a) for q, a in faq().items() if len(a) > 120)
+    question, answer = max(faq().items(), key=lambda pair: len(pair[1]))  # time to stop it
     with tempfile.TemporaryDirectory(prefix="d-") as directory:
         result = command("run", question, timeout_s=120, TMPDIR=directory)
         assert not [path for path in Path(directory).rglob("*") if path.is_socket()]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.launcher.embedded_servers import free_ports
 from tests.cli.terminal import COMMAND, ROOT, command, environment
 from tests.cli.test_depends import planned
+from tests.ports import free_port
 
 DISAGG = ("serve", "graphs.disagg:Frontend", "-f", "configs/disagg_mock.yaml")
 AGG = ("serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml")
@@ -62,7 +62,7 @@ def test_errors_are_one_line_and_a_hint(arguments: list[str], code: int, message
 
 @pytest.mark.parametrize("many", [(), ("--VllmWorker.ServiceArgs.workers=2",)])
 def test_without_nats_and_etcd_both_variables_are_named(many: tuple[str, ...]) -> None:
-    port = free_ports(1)[0]
+    port = free_port()
     result = command(*AGG, *WORKER, *many, NATS_SERVER=f"nats://127.0.0.1:{port}")
     assert result.returncode == 1
     assert result.stderr.splitlines()[:2] == [
@@ -73,7 +73,7 @@ def test_without_nats_and_etcd_both_variables_are_named(many: tuple[str, ...]) -
 
 @pytest.mark.parametrize("many", [(), ("--VllmWorker.ServiceArgs.workers=2",)])
 def test_the_hint_is_a_field_of_json_lines(many: tuple[str, ...]) -> None:
-    port = free_ports(1)[0]
+    port = free_port()
     result = command(*AGG, *WORKER, *many, NATS_SERVER=f"nats://127.0.0.1:{port}", DYN_LOGGING_JSONL="true")
     assert result.returncode == 1
     failed, *rest = [json.loads(line) for line in result.stderr.splitlines()]
@@ -155,7 +155,7 @@ def test_a_single_process_runs_in_the_foreground(nats_server: str, etcd_server: 
 
 
 def test_a_foreground_process_logs_json(nats_server: str, etcd_server: str, tmp_path: Path) -> None:
-    port = str(free_ports(1)[0])
+    port = str(free_port())
     variables = {"DYN_LOGGING_JSONL": "true", "DYN_LOG": "debug"}
     joined = Joined(tmp_path / "output", nats_server, etcd_server, "--metrics-port", port, **variables)
     joined.wait_for("joined joined/VllmWorker of the graph at")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.graph.conftest import Served, serve_graph
-
-__all__ = ["serve_graph"]
+from tests.served import Served, Start
 
 HERE = Path(__file__).parent / "graphs"
-Start = Callable[..., Served]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def era(serve_graph: Start) -> Start:
     """Start `tests.compat.graphs.<name>:Frontend`, with its configuration where it has one."""
 

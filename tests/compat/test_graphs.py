@@ -7,8 +7,7 @@ import json
 import httpx
 import pytest
 
-from tests.compat.conftest import Start
-from tests.graph.conftest import Served
+from tests.served import Served, Start
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,12 @@ import httpx
 import pytest
 
 from dynamo.rpc.runtime import Runtime
-from tests.compat.conftest import Start
-from tests.graph.conftest import ROOT, Served
+from tests.served import ROOT, Served, Start
 
 LINE = "Frontend: Middle: Backend: test-mid-back"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hello_02(era: Start) -> Served:
     return era(
         "hello_02",
@@ -32,7 +31,7 @@ def hello_02(era: Start) -> Served:
     ).ready()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hello_03(era: Start) -> Served:
     return era("hello_03").ready()
 
@@ -194,7 +193,7 @@ def test_system_app_of_a_service_alone(hello_system: tuple[subprocess.Popen[byte
 
 @pytest.fixture
 def hello_system(nats_server: str, etcd_server: str) -> object:
-    from dynamo.launcher.embedded_servers import free_ports
+    from tests.ports import free_ports
 
     port, http_port = free_ports(2)
     env = {

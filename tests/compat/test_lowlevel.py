@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.graph.conftest import ROOT
+from tests.served import ROOT
 
 
 class Script:

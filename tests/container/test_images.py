@@ -21,9 +21,9 @@ from types import ModuleType
 
 import pytest
 
-from dynamo.launcher.embedded_servers import free_ports
 from dynamo.launcher.run_dir import announce
 from tests.cli.terminal import COMMAND, environment
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 CONTAINER = ROOT / "container"
@@ -147,7 +147,7 @@ def healthcheck(pid: int, directory: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_graph_is_healthy_only_while_it_serves() -> None:
     directory = Path(tempfile.mkdtemp(prefix="dt-"))  # short: unix sockets go below it
-    port = free_ports(1)[0]
+    port = free_port()
     log = directory / "log"
     with log.open("wb") as output:
         arguments = [
@@ -179,7 +179,7 @@ def test_a_graph_is_healthy_only_while_it_serves() -> None:
 
 def test_joining_services_are_unhealthy_until_they_are_ready(nats_server: str, etcd_server: str) -> None:
     directory = Path(tempfile.mkdtemp(prefix="dt-"))
-    log, port = directory / "log", str(free_ports(1)[0])
+    log, port = directory / "log", str(free_port())
     arguments = ["graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--service-name", "Processor", "--supervise"]
     variables = {"TMPDIR": str(directory), "NATS_SERVER": nats_server, "ETCD_ENDPOINTS": etcd_server}
     env = environment(**variables, DYN_METRICS_PORT=port)
@@ -232,7 +232,7 @@ def http(status: int, text: str = "") -> Iterator[int]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", free_ports(1)[0]), Answer)
+    server = HTTPServer(("127.0.0.1", free_port()), Answer)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
@@ -256,7 +256,7 @@ def test_the_status_code_decides(check: ModuleType, tmp_path: Path, status: int,
 def test_a_closed_port_is_unhealthy(check: ModuleType, tmp_path: Path) -> None:
     run_dir = tmp_path / "dynamo-one"
     run_dir.mkdir()
-    with announce(run_dir, "graphs.agg:Frontend", ("127.0.0.1", free_ports(1)[0]), {}):
+    with announce(run_dir, "graphs.agg:Frontend", ("127.0.0.1", free_port()), {}):
         assert "Connection refused" in check.fault(1)
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from dynamo.errors import ConfigError, TransportError
-from dynamo.launcher.embedded_servers import Infra, free_ports
+from dynamo.launcher.embedded_servers import Infra
 from dynamo.transport.etcd import Delete, Etcd, Event, KeyValue, Put, Snapshot, _range_of
 from dynamo.transport.etcd_cluster import rpc
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ class Proxy:
     """A TCP proxy in front of etcd that can be cut, or drop the replies."""
 
     def __init__(self, etcd_endpoints: str, tls: ssl.SSLContext | None = None) -> None:
-        self.port = free_ports(1)[0]
+        self.port = free_port()
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self._upstream = int(etcd_endpoints.rpartition(":")[2])
         self._tls = tls
@@ -219,7 +220,7 @@ async def test_a_lease_id_can_be_chosen_once(etcd: Etcd) -> None:
 
 
 async def test_an_unreachable_etcd_is_reported_soon_and_clearly() -> None:
-    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    url = f"http://127.0.0.1:{free_port()}"
     begin = time.monotonic()
     async with Etcd.connect(url) as client:
         with pytest.raises(TransportError) as caught:

@@ -24,13 +24,13 @@ from dynamo.errors import ConfigError
 from dynamo.http import metrics_server
 from dynamo.http.prometheus_text import Pages, family
 from dynamo.launcher import host_metrics, metrics_port, ports
-from dynamo.launcher.embedded_servers import free_ports
 from dynamo.launcher.host_metrics import HostMetrics, ask_process, serve, serve_alone
 from dynamo.launcher.managed_process import ProcessSpec
 from dynamo.launcher.metrics_port import MetricsPort, check, check_addresses, claim
 from dynamo.launcher.supervisor import ProcessState
 from dynamo.worker import metrics_socket
 from dynamo.worker.metrics_socket import METRICS, TARGETS, MetricsSocket, ask, path_of
+from tests.ports import free_port, free_ports
 
 NATS = "nats://127.0.0.1:4222"
 
@@ -87,7 +87,7 @@ def test_the_first_free_port_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_port_of_the_graph_is_refused() -> None:
-    port = free_ports(1)[0]
+    port = free_port()
     check(ServeOptions(metrics_port=port), NATS, {port + 1})
     check(ServeOptions(), NATS, {port})
     with pytest.raises(ConfigError, match=f"--metrics-port {port}: the graph's own HTTP has this port"):
@@ -112,7 +112,7 @@ def test_an_address_of_another_host_is_an_error(variable: str, monkeypatch: pyte
 
 
 def test_the_announced_address_is_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_ports(1)[0]
+    port = free_port()
     monkeypatch.setenv("DYN_HOST_IP", "127.0.0.2")
     with claimed(port=port) as found:
         assert found.address == f"127.0.0.2:{port}"
@@ -132,7 +132,7 @@ def test_the_announced_address_is_reachable(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_pages_are_served_from_the_first_connection_on() -> None:
-    with claimed(port=free_ports(1)[0]) as port:
+    with claimed(port=free_port()) as port:
         serving = asyncio.create_task(serve(port, pages("Worker")))
         base = port.url.removesuffix(METRICS)
         async with httpx.AsyncClient(base_url=base, trust_env=False) as http:
@@ -159,7 +159,7 @@ async def test_a_failing_page_leaves_the_server_running(caplog: pytest.LogCaptur
     async def fail() -> bytes:
         raise RuntimeError("broken")
 
-    with claimed(port=free_ports(1)[0]) as port:
+    with claimed(port=free_port()) as port:
         serving = asyncio.create_task(serve(port, {METRICS: fail, TARGETS: pages("Worker")[TARGETS]}))
         async with httpx.AsyncClient(trust_env=False) as http:
             assert (await http.get(port.url)).status_code == 500
@@ -174,7 +174,7 @@ async def test_a_failing_server_is_logged(monkeypatch: pytest.MonkeyPatch, caplo
         raise RuntimeError("broken")
 
     monkeypatch.setattr(metrics_server.MetricsServer, "serve", fail)
-    with claimed(port=free_ports(1)[0]) as port:
+    with claimed(port=free_port()) as port:
         serving = asyncio.create_task(serve(port, pages("Worker")))
         async with httpx.AsyncClient(trust_env=False) as http:
             with pytest.raises(httpx.TransportError):
@@ -298,7 +298,7 @@ async def test_concurrent_scrapers_share_one_rendering(monkeypatch: pytest.Monke
 
 async def test_a_process_without_supervisor_reports_itself() -> None:
     ready, spec = False, ProcessSpec("Worker", 1, (), {}, "/", 1, "mine")
-    with claimed(port=free_ports(1)[0]) as port:
+    with claimed(port=free_port()) as port:
         serving = asyncio.create_task(serve_alone(port, spec, pages("Worker"), lambda: ready))
         async with httpx.AsyncClient(trust_env=False) as http:
             labels = '{namespace="mine",service="Worker",worker="1"}'

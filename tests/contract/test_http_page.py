@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from dynamo.openai.info_routes import PAGE
-from tests.http_backend import MODEL, Call, Site, free_port, site
+from tests.http_backend import MODEL, Call, Site, site
+from tests.ports import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

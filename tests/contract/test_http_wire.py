@@ -427,6 +427,6 @@ async def test_all_addresses() -> None:
 
 
 async def _port() -> int:
-    from tests.http_backend import free_port
+    from tests.ports import free_port
 
     return free_port()

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from dynamo.errors import OverloadedError, TransportError
-from dynamo.launcher.embedded_servers import Infra, free_ports
+from dynamo.launcher.embedded_servers import Infra
 from dynamo.launcher.server_kinds import NATS, find_binary
 from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import Job, Service, WorkQueue, bind, depends, endpoint, service
@@ -26,6 +26,7 @@ from dynamo.transport.nats import Nats
 from dynamo.worker.broker import ServiceBroker, delete_queues, streams
 from dynamo.worker.stubs import InstancePool
 from tests.contract.rpc_steps import Make, make, namespace, soon
+from tests.ports import free_port
 
 __all__ = ["make", "namespace"]  # fixtures
 
@@ -349,7 +350,7 @@ async def test_nats_is_killed_and_restarted(
 
 
 async def test_a_server_without_jetstream(tmp_path: Any, namespace: str, etcd_server: str) -> None:
-    port = free_ports(1)[0]
+    port = free_port()
     process = await asyncio.create_subprocess_exec(
         find_binary(NATS), "--addr", "127.0.0.1", "--port", str(port), stderr=asyncio.subprocess.PIPE
     )

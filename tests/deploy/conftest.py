@@ -7,25 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from dynamo.launcher.embedded_servers import free_ports
-from tests.graph.conftest import Served, serve_graph
 from tests.graph.test_disagg import ask, prompt
 from tests.graph.test_migration import streams
-
-__all__ = ["serve_graph"]
+from tests.ports import free_port
+from tests.served import Served
 
 
 class BusyGraph:
     """graphs.disagg_router with mock engines. `metrics`: host and port that Prometheus scrapes."""
 
-    def __init__(self, serve: Callable[..., Served]) -> None:
-        port = free_ports(1)[0]
+    def __init__(self, log: Path) -> None:
+        port = free_port()
         self.metrics = f"127.0.0.1:{port}"
         options = (
             "-f",
@@ -33,7 +31,7 @@ class BusyGraph:
             "--VllmWorker.ServiceArgs.workers=2",
             f"--metrics-port={port}",
         )
-        self.served = serve(*options, graph="graphs.disagg_router:Frontend").ready()
+        self.served = Served(log, *options, graph="graphs.disagg_router:Frontend")
 
     def work(self, meanwhile: Callable[[], None] | None = None) -> None:
         """32 streams with short prompts, and then prompts that PrefillWorkers compute, one that is known, and an error."""
@@ -54,10 +52,15 @@ class BusyGraph:
 
 
 @pytest.fixture(scope="session")
-def busy_graph(serve_graph: Callable[..., Served]) -> BusyGraph:
-    graph = BusyGraph(serve_graph)
-    graph.work(graph.lose_a_worker)
-    return graph
+def busy_graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BusyGraph]:
+    """Tests that use it are a group in tests/parallel.py."""
+    graph = BusyGraph(tmp_path_factory.mktemp("busy") / "output")
+    try:
+        graph.served.ready()
+        graph.work(graph.lose_a_worker)
+        yield graph
+    finally:
+        graph.served.end()
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,12 @@ from typing import Any
 import httpx
 import pytest
 
-from dynamo.launcher.embedded_servers import free_ports
 from dynamo.transport.etcd import Etcd
 from tests.deploy.conftest import BusyGraph
 from tests.deploy.container import DEPLOY, METRICS, compose, here, running
 from tests.deploy.dashboard import FILES, NOW, Query, queries
-from tests.graph.conftest import Served
-from tests.graph.test_agg_router import environment
-from tests.graph.test_disagg import until
+from tests.ports import free_port, free_ports
+from tests.served import Served, Start, until
 
 CONFIGURATION = DEPLOY / "metrics/prometheus.yml"
 # Neither exporter is here: these queries can be parsed and not more.
@@ -76,7 +74,7 @@ def scraping(prometheus: Path, busy_graph: BusyGraph, tmp_path_factory: pytest.T
     """Prometheus as the compose file starts it, with other ports and directories."""
     directory = tmp_path_factory.mktemp("prometheus")
     own, closed_port = free_ports(2)
-    etcd = environment(busy_graph.served)["ETCD_ENDPOINTS"].removeprefix("http://")
+    etcd = busy_graph.served.servers["ETCD_ENDPOINTS"].removeprefix("http://")
     configuration = directory / "prometheus.yml"
     frontend = busy_graph.served.url.removeprefix("http://")
     places = {"localhost:9091": busy_graph.metrics, "localhost:8000": frontend, "localhost:2379": etcd}
@@ -137,12 +135,12 @@ def test_gpu_exporters_are_read_from_a_file(scraping: Prometheus) -> None:
 
 @pytest.mark.timeout(240)
 def test_another_host_is_added_and_removed_automatically(
-    scraping: Prometheus, busy_graph: BusyGraph, serve_graph: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+    scraping: Prometheus, busy_graph: BusyGraph, serve_graph: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other host has its own `dynamo serve` and metrics port; both hosts are this machine."""
-    for name, value in environment(busy_graph.served).items():
+    for name, value in busy_graph.served.servers.items():
         monkeypatch.setenv(name, value)
-    port = free_ports(1)[0]
+    port = free_port()
     options = ("-f", "configs/disagg_router_mock.yaml", "--VllmWorker.ServiceArgs.workers=2", f"--metrics-port={port}")
     alone = ("--service-name", "VllmWorker", "--infra", "external")
     other = serve_graph(*options, *alone, graph="graphs.disagg_router:Frontend")
@@ -208,7 +206,7 @@ class OtherGraph:
     SERVICES = ("Frontend", "Processor", "Router", "VllmWorker", "PrefillWorker")
 
     def __init__(self, serve: Callable[..., Served]) -> None:
-        port = free_ports(1)[0]
+        port = free_port()
         self.metrics = f"127.0.0.1:{port}"
         options = [f"--{name}.ServiceArgs.dynamo.namespace={self.NAMESPACE}" for name in self.SERVICES]
         options += [f"--{name}.ServiceArgs.workers=1" for name in self.SERVICES]
@@ -223,9 +221,9 @@ class OtherGraph:
 
 @pytest.mark.timeout(240)
 def test_a_dead_host_has_no_samples_and_a_first_error_is_shown(
-    scraping: Prometheus, busy_graph: BusyGraph, serve_graph: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+    scraping: Prometheus, busy_graph: BusyGraph, serve_graph: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in environment(busy_graph.served).items():
+    for name, value in busy_graph.served.servers.items():
         monkeypatch.setenv(name, value)
     graph, choice = OtherGraph(serve_graph), {"namespace": OtherGraph.NAMESPACE}
     asked = values_of_now(choice)

@@ -12,10 +12,10 @@ from urllib.request import urlopen
 
 import nats
 
-from dynamo.launcher.embedded_servers import free_ports
 from dynamo.launcher.server_kinds import ETCD, NATS, find_binary
 from dynamo.transport.etcd import Etcd
 from tests.deploy.container import SERVERS, compose, running
+from tests.ports import free_ports
 
 SERVICES = compose(SERVERS)["services"]
 

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from itertools import count
 
 import httpx
@@ -19,9 +18,8 @@ from dynamo import codec
 from dynamo.kv_router.events import KvSnapshot, SnapshotRequest
 from dynamo.rpc.runtime import Runtime
 from tests.cli.terminal import command
-from tests.graph.conftest import Served
+from tests.served import Served, Start
 
-Start = Callable[..., Served]
 MOCK = ("-f", "configs/agg_router_mock.yaml", "--VllmWorker.ServiceArgs.workers=3", "--VllmWorker.speedup-ratio=20")
 BLOCK = 16
 _NEW = count(100)
@@ -62,21 +60,15 @@ def metrics(served: Served) -> dict[str, list[tuple[dict[str, str], float]]]:
     return found
 
 
-def environment(served: Served) -> dict[str, str]:
-    found = re.search(r"nats (\S+), etcd (\S+) in", served.output)
-    assert found
-    return {"NATS_SERVER": f"nats://{found[1]}", "ETCD_ENDPOINTS": f"http://{found[2]}"}
-
-
 async def held(served: Served, workers: int = 3) -> dict[str, int]:
     """Return the number of blocks in each worker's cache, as the workers report it."""
-    env = environment(served)
+    env = served.servers
     runtime = Runtime(nats_url=env["NATS_SERVER"], etcd_endpoints=env["ETCD_ENDPOINTS"])
     try:
         client = await runtime.client(*VllmWorker.dynamo_address(), "kv_snapshot")
         found = {}
         for worker in await client.wait_for_instances(workers, 10):
-            parts = client.call(SnapshotRequest(), worker, codec.decoder(KvSnapshot), streaming=True)
+            parts = client.call(SnapshotRequest(), worker, decode=codec.decoder(KvSnapshot), streaming=True)
             found[f"{worker:x}"] = sum([len(part.hashes) // 8 async for part in parts])
         return found
     finally:
@@ -150,12 +142,12 @@ def test_metrics_and_status_show_the_routing(served: Served) -> None:
     assert grown("dynamo_router_overlap_blocks_sum") == 8
     assert grown("llm_prefix_cache_hits_total") == 8 * BLOCK
     assert [labels["mode"] for labels, _ in after["dynamo_router_requests_total"]].count("kv") >= 1
-    table = command("status", **environment(served)).stdout
+    table = command("status", **served.servers).stdout
     assert re.search(r"ENDPOINT.* KV +HITS", table), table
 
 
 def test_the_mode_changes_while_it_runs(served: Served) -> None:
-    env = environment(served)
+    env = served.servers
     tokens = prompt(next(_NEW))
     assert command("set", "Processor.router=round-robin", **env).returncode == 0
     assert [complete(served, tokens).cached for _ in range(6)] == [0, 0, 0, *[8 * BLOCK] * 3]

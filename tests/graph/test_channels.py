@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
-from tests.graph.conftest import Served
+from tests.served import Start
 
 GRAPH = """
 import asyncio
@@ -72,7 +71,7 @@ class Front(Service):
 """
 
 
-def test_tasks_go_to_workers_and_messages_come_back(serve_graph: Callable[..., Served], tmp_path: Path) -> None:
+def test_tasks_go_to_workers_and_messages_come_back(serve_graph: Start, tmp_path: Path) -> None:
     (tmp_path / "jobs.py").write_text(GRAPH)
     served = serve_graph(graph="jobs:Front", cwd=tmp_path).ready()
 

@@ -11,11 +11,12 @@ import httpx
 import pytest
 
 from dynamo.errors import ConfigError, TransportError
-from dynamo.launcher.embedded_servers import Infra, free_ports
+from dynamo.launcher.embedded_servers import Infra
 from dynamo.transport.etcd import Etcd
 from dynamo.transport.nats import Nats
 from tests.cli.terminal import COMMAND, ROOT, command, environment
-from tests.graph.conftest import Served
+from tests.ports import free_port
+from tests.served import Served
 
 USER, PASSWORD = "ann", "sekret"
 
@@ -28,7 +29,7 @@ class Joined(Served):
     """A graph beside servers that are named with user and password, with all that its processes log."""
 
     def __init__(self, log: Path, infra: Infra) -> None:
-        self.port, self.log, self.started, self._seen = free_ports(1)[0], log, 0.0, set()
+        self.port, self.log, self.started, self._seen = free_port(), log, 0.0, set()
         arguments = ["serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "-p", str(self.port)]
         env = {variable: secret(url) for variable, url in infra.env.items()}
         env |= {"DYN_REQUEST_PLANE": "nats", "DYN_LOG": "debug", "DYN_METRICS_PORT": "0", "TMPDIR": str(log.parent)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 
@@ -15,10 +14,9 @@ import pytest
 from dynamo.engines.mock import MockEngine
 from dynamo.llm.protocol import GenerateRequest, Sampling
 from tests.cli.terminal import command
-from tests.graph.conftest import Served
-from tests.graph.test_agg_router import environment, metrics
+from tests.graph.test_agg_router import metrics
+from tests.served import Served, Start, until
 
-Start = Callable[..., Served]
 LONG, TOKENS = 3000, 12
 _NEW = count(1)
 
@@ -80,13 +78,6 @@ def remote(served: Served) -> float:
     return total(served, "dynamo_disagg_remote_prefills_total")
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.05)
-
-
 def settled(served: Served) -> None:
     """Wait until no worker holds a block or a task; KV that is not fetched is held for 30 s."""
 
@@ -138,7 +129,7 @@ def test_prompts_cached_by_the_decode_worker_are_not_long(served: Served) -> Non
 
 
 def test_prefill_workers_serve_no_model(served: Served) -> None:
-    table = command("status", **environment(served)).stdout
+    table = command("status", **served.servers).stdout
     models = [line for line in table.splitlines() if line.startswith("dynamo-tiny")]
     assert len(models) == 1
     assert "VllmWorker" in models[0]
@@ -226,7 +217,7 @@ def test_disconnected_clients_leave_nothing_behind(served: Served) -> None:
 
 
 def test_settings_change_while_the_graph_runs(served: Served) -> None:
-    env = environment(served)
+    env = served.servers
 
     def set_to(setting: str, value: str) -> None:
         done = command("set", f"VllmWorker.{setting}={value}", **env)
@@ -254,7 +245,7 @@ def test_settings_change_while_the_graph_runs(served: Served) -> None:
 
 
 def test_a_full_queue_and_a_slow_pool_delay_no_request(served: Served) -> None:
-    env = environment(served)
+    env = served.servers
     try:
         assert command("set", "VllmWorker.max-prefill-queue-size=2", **env).returncode == 0
         before = local(served, "queue"), remote(served)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.graph.conftest import Served
 from tests.graph.test_disagg import remote, settled, total
 from tests.graph.test_tiny import FAQ, ask
+from tests.served import Served, Start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -19,7 +18,7 @@ FETCHED = "vllm:prompt_tokens_by_source_total"
 
 
 @pytest.fixture(scope="module")
-def served(serve_graph: Callable[..., Served]) -> Served:
+def served(serve_graph: Start) -> Served:
     """Two engines at a time are what a small machine takes."""
     arguments = ("-f", "configs/disagg_tiny.yaml", "--VllmWorker.max-prefill-queue-size=100")
     return serve_graph(*arguments, graph="graphs.disagg:Frontend").ready(120)

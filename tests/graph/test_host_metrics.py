@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -17,8 +17,8 @@ import pytest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo.launcher.embedded_servers import free_ports
-from tests.graph.conftest import ROOT, Served
+from tests.ports import free_port, free_ports
+from tests.served import ROOT, Served, Start
 
 SERVICES = [("Frontend", "1"), ("Processor", "1"), ("VllmWorker", "1"), ("VllmWorker", "2")]
 LIMIT_S = 20
@@ -75,7 +75,7 @@ def stopped(*pids: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def host(serve_graph: Callable[..., Served]) -> Host:
+def host(serve_graph: Start) -> Host:
     port, system_port = free_ports(2)
     system = "--Processor.ServiceArgs.envs.DYNAMO_SYSTEM_APP_"
     arguments = ("--VllmWorker.ServiceArgs.workers=2", f"--metrics-port={port}")
@@ -172,13 +172,11 @@ def alone_reports(page: str) -> dict[str, Metric]:
 
 
 def test_a_service_alone_has_a_port_and_all_are_found(host: Host, tmp_path: Path) -> None:
-    nats, etcd = re.findall(r"127\.0\.0\.1:\d+", host.served.output)[:2]
-    port = free_ports(1)[0]
+    port = free_port()
     command = ["serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--service-name", "Processor"]
     env = {
         **os.environ,
-        "NATS_SERVER": f"nats://{nats}",
-        "ETCD_ENDPOINTS": f"http://{etcd}",
+        **host.served.servers,
         "DYN_METRICS_PORT": str(port),
     }
     with (tmp_path / "output").open("wb") as output:
@@ -209,7 +207,7 @@ def test_a_service_alone_has_a_port_and_all_are_found(host: Host, tmp_path: Path
 
 def test_a_port_that_is_taken_is_one_error_before_anything_starts(host: Host) -> None:
     command = ["serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--infra", "embedded"]
-    command += ["--port", str(free_ports(1)[0]), "--metrics-port", str(host.port)]
+    command += ["--port", str(free_port()), "--metrics-port", str(host.port)]
     done = subprocess.run(
         [sys.executable, "-m", "dynamo", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -231,7 +229,7 @@ def test_a_port_that_is_taken_is_one_error_before_anything_starts(host: Host) ->
 )
 def test_what_cannot_be_is_one_error_before_anything_starts(arguments: list[str], fact: str) -> None:
     command = ["serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "--infra", "embedded"]
-    port = str(free_ports(1)[0])
+    port = str(free_port())
     command += ["--port", port, *(argument.replace("PORT", port) for argument in arguments)]
     done = subprocess.run(
         [sys.executable, "-m", "dynamo", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -242,7 +240,7 @@ def test_what_cannot_be_is_one_error_before_anything_starts(arguments: list[str]
     assert hint.startswith("hint: ")
 
 
-def test_a_second_graph_takes_the_next_port_and_0_takes_none(serve_graph: Callable[..., Served]) -> None:
+def test_a_second_graph_takes_the_next_port_and_0_takes_none(serve_graph: Start) -> None:
     with_one = serve_graph("-f", "configs/agg_mock.yaml")
     without = serve_graph("-f", "configs/agg_mock.yaml", "--metrics-port", "0").ready()
     first = re.search(r"^metrics: (http://127\.0\.0\.1:9\d+/metrics)$", with_one.ready().output, re.MULTILINE)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
-from collections.abc import Callable
 
 import httpx
 import pytest
 
 from dynamo.transport.etcd import Etcd
 from tests.cli.terminal import command
-from tests.graph.conftest import Served
+from tests.served import Served, Start
 
 
 def ask(served: Served) -> list[str]:
@@ -23,15 +21,13 @@ def ask(served: Served) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def served(serve_graph: Callable[..., Served]) -> Served:
+def served(serve_graph: Start) -> Served:
     return serve_graph("--Voice.max-words=4", graph="tests.graph.tuned:Front").ready()
 
 
 @pytest.fixture
 def env(served: Served) -> dict[str, str]:
-    found = re.search(r"nats (\S+), etcd (\S+) in", served.output)
-    assert found
-    return {"NATS_SERVER": f"nats://{found[1]}", "ETCD_ENDPOINTS": f"http://{found[2]}"}
+    return served.servers
 
 
 def test_dynamo_set(served: Served, env: dict[str, str]) -> None:
@@ -64,13 +60,13 @@ async def test_etcd_by_hand(served: Served, env: dict[str, str]) -> None:
         while 'tuned.Voice.mode: expected one of loud, quiet, found "shrill"; keeping quiet' not in (
             command("status", **env).stdout.splitlines()
         ):
-            assert time.monotonic() - before < 5
+            assert time.monotonic() - before < 30
         await etcd.put("/tuned/voice/mode", b'"loud"')
         while ask(served) != ["loud 4"] * 2:
-            assert time.monotonic() - before < 10
+            assert time.monotonic() - before < 40
         await etcd.delete("/tuned/voice/mode")
         while ask(served) != ["quiet 4"] * 2:
-            assert time.monotonic() - before < 15
+            assert time.monotonic() - before < 50
 
 
 def test_calls_in_flight(served: Served) -> None:

@@ -7,16 +7,14 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.graph.conftest import Served
+from tests.served import Served, Start
 
-Start = Callable[..., Served]
 MOCK = ("-f", "configs/agg_mock.yaml")
 READY = re.compile(r'"message":"ready in [^"]*http')
 SECRET = "xylophone"

@@ -6,14 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dynamo.llm import tiny
-from tests.graph.conftest import ROOT, Served
+from tests.served import ROOT, Served, Start
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
@@ -100,7 +99,7 @@ def test_the_error_shown_is_the_error(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
-def test_the_service_of_ones_own(serve_graph: Callable[..., Served], tmp_path: Path) -> None:
+def test_the_service_of_ones_own(serve_graph: Start, tmp_path: Path) -> None:
     (tmp_path / "shout.py").write_text(block("python", "class Shout"))
     served = serve_graph("--working-dir", str(tmp_path), graph="shout.py").ready()
     command = block("bash", "/speak").splitlines()[1].replace("localhost:8000", f"127.0.0.1:{served.port}")
@@ -109,6 +108,6 @@ def test_the_service_of_ones_own(serve_graph: Callable[..., Served], tmp_path: P
 
 
 def test_make_targets_that_the_documents_name_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^)make ([a-z]+)", TEXT, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", TEXT, re.MULTILINE))
     assert {"serve", "test", "lint", "bench", "docs"} <= named <= targets

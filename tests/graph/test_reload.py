@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-from tests.graph.conftest import Served
+from tests.served import Start
 
 GREETER = """
 from dynamo.sdk import Service, async_on_start, endpoint, service
@@ -52,7 +51,7 @@ class Top(Service):
 """
 
 
-def test_the_edited_service_restarts(serve_graph: Callable[..., Served], tmp_path: Path) -> None:
+def test_the_edited_service_restarts(serve_graph: Start, tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
     greeter = project / "greeter.py"

@@ -6,16 +6,16 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo.launcher import guard
-from tests.graph.conftest import Served
+from tests.served import Served, Start
 
-Start = Callable[..., Served]
 MOCK = ("-f", "configs/agg_mock.yaml")
 
 
@@ -27,14 +27,6 @@ def chat(served: Served, text: str = "hello", **options: object) -> str:
         **{"max_tokens": 12, **options},  # type: ignore[call-overload]
     )
     return str(answer.choices[0].message.content)
-
-
-def test_each_service_reports_and_the_first_request_succeeds(serve_graph: Start) -> None:
-    served = serve_graph(*MOCK).ready()
-    assert chat(served)  # at once after "ready", no retries in the client
-    for name in ("VllmWorker", "Processor", "Frontend"):
-        assert re.search(rf"^{name} ready in [\d.]+ s", served.output, re.MULTILINE), served.output
-    assert served.stop() == 0
 
 
 def test_streamed_and_whole_answers_are_the_same(mock_graph: Served) -> None:
@@ -75,8 +67,11 @@ def test_unknown_model_and_too_long_prompt(mock_graph: Served) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_everything(serve_graph: Start, number: int) -> None:
+def test_a_graph_starts_answers_and_is_stopped_by_a_signal(serve_graph: Start, number: int) -> None:
     served = serve_graph(*MOCK).ready()
+    assert chat(served)  # right after "ready", no retries in the client
+    for name in ("VllmWorker", "Processor", "Frontend"):
+        assert re.search(rf"^{name} ready in [\d.]+ s", served.output, re.MULTILINE), served.output
     assert len(served.processes()) >= 5  # three services, nats-server, etcd
     assert served.stop(number) == 0
 
@@ -115,15 +110,22 @@ def test_kill_9_of_the_supervisor_is_reported_by_the_guard(serve_graph: Start) -
     assert served.output.endswith("error: the supervisor died (SIGKILL); all its processes were ended\n")
 
 
-@pytest.mark.parametrize("service", ["VllmWorker", "Processor", "Frontend"])
-def test_a_killed_service_comes_back(serve_graph: Start, service: str) -> None:
+@pytest.fixture(scope="module")
+def mended_graph(serve_graph: Start) -> Iterator[Served]:
+    """A graph whose processes tests kill: it is whole again after each test."""
     served = serve_graph(*MOCK).ready()
+    yield served
+    served.stop()
+
+
+@pytest.mark.parametrize("service", ["VllmWorker", "Processor", "Frontend"])
+def test_a_killed_service_comes_back(mended_graph: Served, service: str) -> None:
+    served = mended_graph
     before = len(served.output)
     (pid,) = served.pids(f"--service-name {service}")
     os.kill(pid, signal.SIGKILL)
     served.wait_for(f"{service} ready again", 20, after=before)
     assert chat(served)
-    served.stop()
 
 
 def test_one_of_two_workers_killed_under_load(serve_graph: Start) -> None:
@@ -137,8 +139,8 @@ def test_one_of_two_workers_killed_under_load(serve_graph: Start) -> None:
     served.stop()
 
 
-def test_killed_nats_and_etcd_come_back(serve_graph: Start) -> None:
-    served = serve_graph(*MOCK).ready()
+def test_killed_nats_and_etcd_come_back(mended_graph: Served) -> None:
+    served = mended_graph
     expected = chat(served)
     for server in ("etcd", "nats"):
         before = len(served.output)
@@ -148,7 +150,6 @@ def test_killed_nats_and_etcd_come_back(serve_graph: Start) -> None:
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline:
             assert chat(served) == expected
-    served.stop()
 
 
 def test_services_may_live_in_namespaces_of_their_own(serve_graph: Start, mock_graph: Served) -> None:
@@ -189,3 +190,30 @@ def test_a_taken_port_is_known_before_anything_starts(serve_graph: Start, mock_g
     served = serve_graph(*MOCK, f"--Frontend.port={mock_graph.port}")
     assert served.process.wait(20) == 1
     assert served.output.startswith(f"error: cannot listen on 127.0.0.1:{mock_graph.port}")
+
+
+def test_the_frontend_shows_every_process(mock_graph: Served) -> None:
+    model = {"model": "dynamo-tiny", "prompt": "hello", "max_tokens": 2}
+    httpx.post(f"{mock_graph.url}/v1/completions", json=model).raise_for_status()
+    deadline = time.monotonic() + 10
+    while (text := httpx.get(f"{mock_graph.url}/metrics").raise_for_status().text).count("process_open_fds{") < 4:
+        assert time.monotonic() < deadline, text  # a busy process may miss the first scrapes
+    types = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ")]
+    assert len(types) == len(set(types))
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    for name in (
+        "process_resident_memory_bytes",
+        "process_cpu_seconds",
+        "process_open_fds",
+        "process_start_time_seconds",
+    ):
+        found = [sample.labels for sample in families[name].samples]
+        assert sorted(labels["service"] for labels in found) == ["Frontend", "Processor", "VllmWorker", "VllmWorker"]
+        assert len({labels["worker_id"] for labels in found}) == 4
+        assert sorted(labels["worker"] for labels in found) == ["1", "1", "1", "2"]
+        assert {labels["namespace"] for labels in found} == {"dynamo"}
+    reasons = {sample.labels.get("reason") for sample in families["dynamo_migrations"].samples}
+    assert reasons >= {"worker_lost", "engine_dead"}, "a migration would be the first sample: rate() misses that"
+    requests = families["dynamo_frontend_requests"].samples
+    assert "success" in {sample.labels["status"] for sample in requests}
+    assert not any("worker_id" in sample.labels for sample in requests)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -14,7 +13,7 @@ import openai
 import pytest
 
 from dynamo.llm import tiny
-from tests.graph.conftest import Served
+from tests.served import Served
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
 
@@ -41,21 +40,24 @@ def test_every_question_of_the_faq_is_answered_word_for_word(tiny_graph: Served)
 
 
 def test_a_stream_gives_the_same_text_in_many_chunks(tiny_graph: Served) -> None:
-    stream = tiny_graph.client().chat.completions.create(
-        model="dynamo-tiny",
-        messages=[{"role": "user", "content": QUESTION}],
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    chunks = list(stream)
-    texts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
-    assert "".join(texts) == FAQ[QUESTION]
+    for _ in range(10):  # a busy machine sends several tokens at a time
+        stream = tiny_graph.client().chat.completions.create(
+            model="dynamo-tiny",
+            messages=[{"role": "user", "content": QUESTION}],
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        texts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
+        assert "".join(texts) == FAQ[QUESTION]
+        usage = chunks[-1].usage
+        assert usage is not None
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        assert len(texts) <= usage.completion_tokens
+        if len(texts) > 20:
+            break
     assert len(texts) > 20
-    usage = chunks[-1].usage
-    assert usage is not None
-    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert len(texts) <= usage.completion_tokens
 
 
 def test_the_answer_depends_on_the_whole_context(tiny_graph: Served) -> None:
@@ -157,10 +159,9 @@ def test_a_client_that_leaves_frees_the_engine(tiny_graph: Served) -> None:
     assert ask(tiny_graph, QUESTION) == FAQ[QUESTION]
 
 
-def test_a_killed_engine_core_is_replaced_and_nothing_survives_the_supervisor(
-    serve_graph: Callable[..., Served],
-) -> None:
-    served = serve_graph("-f", "configs/agg_tiny.yaml").ready(120)
+def test_a_killed_engine_core_is_replaced_and_nothing_survives_the_supervisor(tiny_graph: Served) -> None:
+    """The last of its group: it ends the graph."""
+    served = tiny_graph
     (core,) = served.pids("EngineCore")
     before = len(served.output)
     os.kill(core, signal.SIGKILL)

@@ -6,19 +6,17 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable
 
 import httpx
 import pytest
 
-from tests.graph.conftest import Served, serve_graph
+from tests.served import Served, Start
 
-__all__ = ["serve_graph"]
 BODY = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
-def served(serve_graph: Callable[..., Served]) -> Served:
+def served(serve_graph: Start) -> Served:
     return serve_graph("-f", "configs/agg_mock.yaml", "--Frontend.ServiceArgs.workers=2").ready()
 
 

@@ -158,7 +158,7 @@ def test_streams_across_a_link_that_is_cut_go_on_at_home(hosts: Hosts, frontend:
         assert streams(hosts, 800, hosts.cut) == whole
         assert time.monotonic() - started < 40
         assert "no heartbeat from" in frontend.output[seen:]
-        assert "goes on elsewhere" in frontend.output[seen:]
+        assert "continuing on another worker" in frontend.output[seen:]
     finally:
         assert home.stop() == 0
 

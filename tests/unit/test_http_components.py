@@ -18,6 +18,7 @@ from dynamo.sdk import Stream, bind
 from dynamo.sdk.depends import Choice, StartCall, Stub
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.spec import spec_of
+from dynamo.sdk.testing import InstanceCall, calls, double, lose
 
 
 class Caller:
@@ -125,35 +126,33 @@ def card(name: str = "tiny", **fields: Any) -> bytes:
     return msgspec.json.encode(ModelCard(name=name, source="s", kv_block_size=32, created=7, **{**values, **fields}))
 
 
-def no_answer(_: Any) -> Stream[Delta]:
-    raise AssertionError("nothing is called here")
+@pytest.fixture
+def processors() -> Any:
+    return double(Processor)
 
 
 @pytest.fixture
-def processors() -> Caller:
-    return Caller(no_answer, [1])
-
-
-@pytest.fixture
-def frontend(processors: Caller) -> Frontend:
+def frontend(processors: Any) -> Frontend:
     found = Frontend()
-    bind(found, processor=Stub(spec_of(Processor), processors))
+    bind(found, processor=processors)
     return found
 
 
-def test_models_need_a_card_and_a_processor(frontend: Frontend, processors: Caller) -> None:
+def test_models_need_a_card_and_a_processor(frontend: Frontend, processors: Any) -> None:
     assert frontend.models() == []
     assert not frontend.ready()
-    frontend.update_models({"models/tiny/1": card(), "models/tiny/2": card(), "models/other/3": card("other")})
+    cards = {"models/tiny/1": card(), "models/tiny/2": card(), "models/other/3": card("other")}
+    frontend.update_models(cards)
     assert [m.name for m in frontend.models()] == ["other", "tiny"]
     assert frontend.ready()
     assert frontend.instance_counts() == {"Processor": 1}
-    processors.instances.clear()
-    assert frontend.models() == []
-    assert not frontend.ready()
-    processors.instances.append(5)
     frontend.update_models({})
     assert frontend.models() == []
+    frontend.update_models(cards)
+    assert frontend.ready()
+    lose(processors, 1)
+    assert frontend.models() == []
+    assert not frontend.ready()
 
 
 def test_unreadable_cards_are_skipped(frontend: Frontend, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,9 +162,9 @@ def test_unreadable_cards_are_skipped(frontend: Frontend, caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize("names", ["alias", ["alias", "second"]])
-def test_served_names(names: Any, processors: Caller) -> None:
+def test_served_names(names: Any, processors: Any) -> None:
     found = Frontend(served_model_name=names)
-    bind(found, processor=Stub(spec_of(Processor), processors))
+    bind(found, processor=processors)
     found.update_models({"models/tiny/1": card()})
     assert [m.name for m in found.models()] == (["alias"] if names == "alias" else ["alias", "second"])
     assert found.models()[0].root == "s"
@@ -189,18 +188,9 @@ def test_api_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_requests_go_to_the_processor() -> None:
     found = Frontend()
-    seen: list[Any] = []
-
-    class Fake:
-        def chat(self, request: ChatRequest) -> str:
-            seen.append(request)
-            return "chat"
-
-        def completion(self, request: CompletionRequest) -> str:
-            seen.append(request)
-            return "completion"
-
-    bind(found, processor=Fake())
-    assert found.chat(chat()) == "chat"  # type: ignore[comparison-overlap]
-    assert found.completion(CompletionRequest("m", "x", Sampling())) == "completion"  # type: ignore[comparison-overlap]
-    assert len(seen) == 2
+    deltas = [Delta(token_ids=[1], text="one"), Delta(token_ids=[2], text="two")]
+    bind(found, processor=double(Processor, chat=deltas[:1], completion=deltas[1:]))
+    completion = CompletionRequest("m", "x", Sampling())
+    assert await read(found.chat(chat())) == deltas[:1]
+    assert await read(found.completion(completion)) == deltas[1:]
+    assert calls(found.processor) == [InstanceCall("chat", chat(), 1), InstanceCall("completion", completion, 1)]

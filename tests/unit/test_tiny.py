@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from dynamo.llm.tiny import FAQ_FILE, MODEL_DIR, NAME, faq, words
 from dynamo.llm.tiny.lessons import Lessons
@@ -22,6 +21,8 @@ TOKENIZER = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
+    from transformers import AutoTokenizer  # three seconds of CPU time
+
     return AutoTokenizer.from_pretrained(MODEL_DIR)
 
 

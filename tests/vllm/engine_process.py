@@ -1,14 +1,12 @@
 """vLLM engines in processes of their own, for tests and benchmarks that need several: `Engines` starts them.
 
-Run as a script, it is those processes: it imports vLLM once and forks an engine for each configuration in its arguments.
+Run as a script, it is one of those processes; a `ForkServer` runs `serve` in forks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import importlib
 import itertools
 import json
 import os
@@ -23,9 +21,11 @@ import msgspec
 
 from dynamo.llm.protocol import Delta, GenerateRequest, Sampling
 from dynamo.streams import Stream
+from tests.vllm.fork_server import ForkServer
 
 ROOT = Path(__file__).parents[2]
 LINE_BYTES = 1 << 24
+STOP_S = 60.0
 
 
 class EngineFailureError(Exception):
@@ -99,37 +99,51 @@ class EngineProcess:
 
 
 class Engines:
-    """Engine processes by name, as a context manager. A configuration has `model`, `arguments` and `environment`."""
+    """Engine processes by name, as a context manager. A configuration has `model`, `arguments` and `environment`.
 
-    def __init__(self, configurations: Mapping[str, Mapping[str, Any]]) -> None:
+    They are forks of `server`; without one, each is started by itself.
+    """
+
+    def __init__(self, configurations: Mapping[str, Mapping[str, Any]], server: ForkServer | None = None) -> None:
         self._configurations = configurations
+        self._server = server
+        self._forks: list[int] = []
+        self._processes: list[asyncio.subprocess.Process] = []
         self.by_name: dict[str, EngineProcess] = {}
 
     async def __aenter__(self) -> dict[str, EngineProcess]:
-        pairs = {name: socket.socketpair() for name in self._configurations}
-        arguments = [json.dumps({**c, "fd": pairs[n][1].fileno()}) for n, c in self._configurations.items()]
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.vllm.engine_process", *arguments),
-            pass_fds=[theirs.fileno() for _, theirs in pairs.values()],
-            cwd=ROOT,
-        )
-        for name, (ours, theirs) in pairs.items():
-            theirs.close()
+        for name, configuration in self._configurations.items():
+            ours, theirs = socket.socketpair()
+            with theirs:
+                await self._start(configuration, theirs.fileno())
             self.by_name[name] = EngineProcess(*await asyncio.open_connection(sock=ours, limit=LINE_BYTES))
         await asyncio.gather(*(engine.started() for engine in self.by_name.values()))
         return self.by_name
 
+    async def _start(self, configuration: Mapping[str, Any], fd: int) -> None:
+        environment = configuration.get("environment", {})
+        if self._server is not None:
+            serve_it = "tests.vllm.engine_process:serve"
+            self._forks.append(self._server.start(serve_it, configuration, fds=[fd], environment=environment))
+            return
+        command = (sys.executable, "-m", "tests.vllm.engine_process", json.dumps(configuration), str(fd))
+        env = {**os.environ, **environment}
+        self._processes.append(await asyncio.create_subprocess_exec(*command, pass_fds=[fd], cwd=ROOT, env=env))
+
     async def __aexit__(self, *_: object) -> None:
         for engine in self.by_name.values():
             engine.close()
-        await self._process.wait()
+        for process in self._processes:
+            await process.wait()
+        for fork in self._forks:
+            await asyncio.to_thread(self._server.wait, fork, STOP_S)  # type: ignore[union-attr]
 
 
-async def serve(configuration: Mapping[str, Any]) -> None:
+async def serve(configuration: Mapping[str, Any], fd: int) -> None:
     from dynamo.engines.vllm.engine import VllmEngine
     from dynamo.engines.vllm.process import child_pids
 
-    connection = socket.socket(fileno=configuration["fd"])
+    connection = socket.socket(fileno=fd)
     reader, writer = await asyncio.open_connection(sock=connection, limit=LINE_BYTES)
     engine = VllmEngine(configuration["model"], configuration["arguments"], lambda _: None)
     events: list[int] = []
@@ -200,34 +214,5 @@ async def serve(configuration: Mapping[str, Any]) -> None:
     await engine.stop()
 
 
-def main() -> None:
-    from dynamo.engines.vllm.options import CPU_ENVIRONMENT, ENVIRONMENT
-
-    configurations = [json.loads(argument) for argument in sys.argv[1:]]
-    if len(configurations) > 1:  # on the CPU only: it must not be forked after CUDA is initialized
-        for name, value in {**ENVIRONMENT, **CPU_ENVIRONMENT}.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        for module in ("vllm.v1.engine.async_llm", "vllm.v1.worker.cpu_worker", "vllm.v1.engine.core"):
-            importlib.import_module(module)
-    children = []
-    for configuration in configurations:
-        child = os.fork() if len(configurations) > 1 else 0
-        if child == 0:
-            for other in configurations:
-                if other is not configuration:
-                    os.close(other["fd"])
-            os.environ.update(configuration.get("environment", {}))
-            asyncio.run(serve(configuration))
-            os._exit(0)
-        children.append(child)
-    for configuration in configurations:
-        os.close(configuration["fd"])
-    for child in children:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(child, 0)
-
-
 if __name__ == "__main__":
-    main()
+    asyncio.run(serve(json.loads(sys.argv[1]), int(sys.argv[2])))

@@ -1,16 +1,13 @@
 """KV events of vLLM on the CPU: the prefix hits that they predict are those that vLLM then reports.
 
-vLLM runs in a process of its own (this file as a script), because it must see its environment before it is imported.
+vLLM runs in a fork of `vllm_process`, whose environment is set before vLLM is imported.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -25,6 +22,7 @@ from dynamo.kv_router.block_map import BlockMap
 from dynamo.kv_router.events import BlocksCleared, BlocksRemoved, BlocksStored, EngineEvent
 from dynamo.kv_router.hashing import block_hashes
 from dynamo.llm.protocol import GenerateRequest, Sampling
+from tests.vllm.fork_server import ForkServer
 
 pytestmark = pytest.mark.vllm
 
@@ -52,16 +50,9 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 # -- with vLLM
 
 
-def run(part: str) -> Any:
-    """Return the result of `watch` or `watch_ranks`, run in a process of its own."""
-    result = subprocess.run([sys.executable, __file__, part], capture_output=True, text=True, timeout=110, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def found() -> Any:
-    return run("watch")
+def found(vllm_process: ForkServer) -> Any:
+    return vllm_process.run("tests.vllm.test_kv_events:watch")
 
 
 def test_block_map_predicts_every_prompts_hit(found: Any) -> None:
@@ -99,9 +90,10 @@ def test_sockets_are_removed(found: Any) -> None:
     assert found["left"] is False
 
 
-def test_events_of_data_parallel_ranks_are_separate() -> None:
+def test_events_of_data_parallel_ranks_are_separate(vllm_process: ForkServer) -> None:
     info = [1024, BLOCK, BLOCKS, 2, SLOTS, ""]
-    assert run("watch_ranks") == {"info": info, "blocks": [3, 6], "queries": [100, 300]}
+    found = vllm_process.run("tests.vllm.test_kv_events:watch_ranks")
+    assert found == {"info": info, "blocks": [3, 6], "queries": [100, 300]}
 
 
 async def watch() -> dict[str, Any]:
@@ -380,7 +372,3 @@ async def test_unreadable_message_counts_as_lost(listen: Listen) -> None:
     await publisher.publish(stored(1))
     await until(lambda: len(events) == 2)
     assert isinstance(events[0], BlocksCleared)
-
-
-if __name__ == "__main__":
-    print(json.dumps(asyncio.run({"watch": watch, "watch_ranks": watch_ranks}[sys.argv[1]]())))

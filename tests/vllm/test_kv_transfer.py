@@ -23,8 +23,9 @@ from dynamo.engines.vllm.engine import VllmEngine
 from dynamo.errors import EngineError, StartError
 from dynamo.llm.protocol import GenerateRequest, Sampling
 from tests.vllm.engine_process import EngineFailureError, EngineProcess, Engines
+from tests.vllm.fork_server import ForkServer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
 BLOCK = 32
 BLOCKS = 129  # vLLM reserves one of them
@@ -41,7 +42,7 @@ LEASE_S = 2.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engines() -> AsyncIterator[dict[str, EngineProcess]]:
+async def engines(vllm_process: ForkServer) -> AsyncIterator[dict[str, EngineProcess]]:
     transfers = {
         "model": "dynamo-tiny",
         "arguments": {**ARGUMENTS, "kv-transfer": True},
@@ -54,7 +55,7 @@ async def engines() -> AsyncIterator[dict[str, EngineProcess]]:
         "brief": {**transfers, "arguments": brief},
         "decode": {**transfers, "events": True},
     }
-    async with Engines(configurations) as found:
+    async with Engines(configurations, vllm_process) as found:
         yield found
 
 

@@ -2,16 +2,13 @@
 
 vLLM's Scheduler is driven with invented tokens, so that its state can be read after each step. Tokens are a function of
 the request and the position, the same on both sides; vLLM's block hashes are translated into ours by block content. vLLM
-runs in a process of its own (this file as a script), because it must see its environment before it is imported.
+runs in a fork of `vllm_process`, whose environment is set before vLLM is imported.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +23,7 @@ from dynamo.kv_router.hashing import ROOT, block_hashes
 from dynamo.llm.engine import Engine
 from dynamo.llm.protocol import GenerateRequest, Sampling
 from dynamo.llm.tiny import MODEL_DIR
+from tests.vllm.fork_server import ForkServer
 
 pytestmark = pytest.mark.vllm
 
@@ -402,30 +400,17 @@ def engine_prompts() -> list[list[int]]:
     return [shared[: 64 + 40 * (number % 5)] + tokens(number % 7, 70 + 9 * number) for number in range(16)]
 
 
-def script(part: str) -> str:
-    """Run this file as a script and return the last line that it prints."""
-    result = subprocess.run(
-        [sys.executable, __file__, part],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.splitlines()[-1]
-
-
-def run_engine() -> None:
+def run_engine() -> Any:
     from dynamo.engines.vllm.engine import VllmEngine
 
     engine = VllmEngine("dynamo-tiny", ENGINE, lambda _: None)
-    print(msgspec.json.encode(asyncio.run(ask(engine, engine_prompts(), first_tokens=20))).decode())
+    return msgspec.to_builtins(asyncio.run(ask(engine, engine_prompts(), first_tokens=20)))
 
 
 @pytest.fixture(scope="module")
-def engine_log() -> EngineLog:
-    return msgspec.json.decode(script("engine"), type=EngineLog)
+def engine_log(vllm_process: ForkServer) -> EngineLog:
+    found = vllm_process.run("tests.vllm.test_mock_parity:run_engine", environment=ENVIRONMENT)
+    return msgspec.convert(found, EngineLog)
 
 
 def test_mock_scheduler_stores_and_hits_the_same_blocks_as_the_vllm_engine(engine_log: EngineLog) -> None:
@@ -461,18 +446,19 @@ async def test_mock_engine_has_the_same_prefix_hits(engine_log: EngineLog) -> No
     assert [kind for kind, *_ in mock.events] == [kind for kind, *_ in engine_log.events]
 
 
-def run_scheduler() -> None:
+def run_scheduler() -> Any:
     logs = {}
     for trace in traces():
         events: list[Any] = []
         scheduler, new_request = make_scheduler(trace, events)
         logs[trace.name] = run_vllm(trace, scheduler, events, new_request)
-    print(msgspec.json.encode(logs).decode())
+    return msgspec.to_builtins(logs)
 
 
 @pytest.fixture(scope="module")
-def vllm_logs() -> dict[str, TraceLog]:
-    return msgspec.json.decode(script("scheduler"), type=dict[str, TraceLog])
+def vllm_logs(vllm_process: ForkServer) -> dict[str, TraceLog]:
+    found = vllm_process.run("tests.vllm.test_mock_parity:run_scheduler", environment=ENVIRONMENT)
+    return msgspec.convert(found, dict[str, TraceLog])
 
 
 @pytest.mark.parametrize("trace", traces(), ids=lambda trace: trace.name)
@@ -500,7 +486,3 @@ def test_traces_cover_all_cases(vllm_logs: dict[str, TraceLog]) -> None:
                 kinds["stored twice"] += name in there
                 there.append(name)
     assert min(kinds.values()) > 5, kinds
-
-
-if __name__ == "__main__":
-    {"scheduler": run_scheduler, "engine": run_engine}[sys.argv[1]]()

@@ -7,28 +7,26 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from dynamo.launcher.embedded_servers import free_ports
 from dynamo.launcher.guard import descendants
 from tests.cli.terminal import COMMAND, ROOT, command
 from tests.cli.terminal import environment as clean
-from tests.graph.conftest import Served, serve_graph
-from tests.graph.test_agg_router import environment
+from tests.ports import free_port
+from tests.served import Served, Start
 
-__all__ = ["serve_graph"]
 START_S = 240
-pytestmark = pytest.mark.timeout(600)  # five starts of vLLM
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]  # five starts of vLLM
 TINY = ("-f", "configs/agg_tiny.yaml")
 
 
 @pytest.fixture
 def split() -> tuple[str, ...]:
-    keys = {"tensor-parallel-size": 2, "nnodes": 2, "master-addr": "127.0.0.1", "master-port": free_ports(1)[0]}
+    keys = {"tensor-parallel-size": 2, "nnodes": 2, "master-addr": "127.0.0.1", "master-port": free_port()}
     return tuple(f"--VllmWorker.{key}={value}" for key, value in keys.items())
 
 
@@ -56,14 +54,14 @@ class Follower:
 
 
 @pytest.fixture
-def leader(serve_graph: Callable[..., Served], split: tuple[str, ...]) -> Served:
+def leader(serve_graph: Start, split: tuple[str, ...]) -> Served:
     return serve_graph(*TINY, *split)
 
 
 @pytest.fixture
 def follower(leader: Served, split: tuple[str, ...], tmp_path: Path) -> Iterator[Follower]:
     leader.wait_for("starting 3 processes", 60)
-    found = Follower(tmp_path / "output", split, environment(leader))
+    found = Follower(tmp_path / "output", split, leader.servers)
     yield found
     found.process.send_signal(signal.SIGTERM)
     assert found.process.wait(60) == 0
@@ -83,9 +81,7 @@ def test_engine_over_two_nodes_answers_and_recovers_from_the_loss_of_either(lead
     assert re.search(r"VllmWorker ready in .* \(node 1 of 2 of the engine at 127", follower.log.read_text())
     whole = answer(leader)
     assert whole.startswith("Dynamo is a Python framework")
-    generating = re.findall(
-        r"^dynamo\.VllmWorker +\S+ +generate ", command("status", **environment(leader)).stdout, re.M
-    )
+    generating = re.findall(r"^dynamo\.VllmWorker +\S+ +generate ", command("status", **leader.servers).stdout, re.M)
     assert len(generating) == 1
     os.kill(follower.worker(), signal.SIGKILL)
     leader.wait_for("lost node 1 of 2 of this engine", 30)

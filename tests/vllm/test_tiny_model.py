@@ -1,20 +1,15 @@
 """`dynamo-tiny` on real vLLM on the CPU, in float32 and in bfloat16: the FAQ word for word, and recall from its context.
 
-vLLM runs in a process of its own (this file as a script), because it must see its environment before it is imported.
+vLLM runs in a fork of `vllm_process`, whose environment is set before vLLM is imported.
 """
 
 from __future__ import annotations
-
-import json
-import multiprocessing
-import os
-import subprocess
-import sys
 
 import pytest
 
 from dynamo.llm.tiny import MODEL_DIR, faq, words
 from dynamo.llm.tiny.lessons import NOTED, RECALL_QUESTION, Lessons, Message, recall
+from tests.vllm.fork_server import ForkServer
 
 pytestmark = pytest.mark.vllm
 
@@ -51,18 +46,11 @@ def exam() -> dict[str, list[list[Message]]]:
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[str, dict[str, list[str]]]:
+def answers(vllm_process: ForkServer) -> dict[str, dict[str, list[str]]]:
     """vLLM's answers by dtype and kind of case, in the exam's order."""
-    result = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return {
+        dtype: vllm_process.run("tests.vllm.test_tiny_model:answer", dtype, environment=ENVIRONMENT) for dtype in DTYPES
+    }
 
 
 @pytest.mark.parametrize("kind", MUST_ALL_BE_RIGHT)
@@ -102,14 +90,3 @@ def answer(dtype: str) -> dict[str, list[str]]:
     for (kind, _), output in zip(cases, outputs, strict=True):
         answers.setdefault(kind, []).append(output.outputs[0].text)
     return answers
-
-
-def main() -> None:
-    import vllm  # noqa: F401  # once for both engines; each has a process to itself, as vLLM's groups are per process
-
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        print(json.dumps(dict(zip(DTYPES, pool.map(answer, DTYPES, chunksize=1), strict=True))))
-
-
-if __name__ == "__main__":
-    main()
