@@ -60,8 +60,8 @@ class Frontend(Service):
     ) -> None:
         """
         Args:
-            served_model_name: what clients call the model; None: as the workers name it.
-            endpoint: where chat requests go, as namespace.component.endpoint.
+            served_model_name: name of the model for clients, or several; None: the name that the workers give it.
+            endpoint: endpoint that answers chat requests, as namespace.component.endpoint.
             host: address to listen on; 0.0.0.0 for all.
             port: port to listen on.
             timeout_s: each request's deadline in seconds; None: no limit.

@@ -32,7 +32,7 @@ class _Offer:
         self.ended = asyncio.Event()
 
     def end(self) -> None:
-        """Let go of the task."""
+        """End the offer, whether it was answered or not."""
         self.answered.set()
         self.ended.set()
 

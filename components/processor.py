@@ -119,7 +119,7 @@ class Processor(Service):
     def _add_metrics(self) -> None:
         from prometheus_client import Counter  # imported here to keep a dry run fast
 
-        text = "Requests continued by another worker, by the code of the error that ended them at the first."
+        text = "Requests continued by another worker, by the error code of the loss."
         self._migrations = Counter("dynamo_migrations", text, ["reason"], registry=metrics_registry())
         for reason in REASONS:  # start all series at 0: rate() misses the step of one that begins with its first event
             self._migrations.labels(reason)
@@ -143,11 +143,13 @@ class Processor(Service):
         return migrating(prepare, partial(self._generate, routing), decode, limit, self._count_migration)
 
     async def _generate(self, routing: Routing, request: GenerateRequest, lost: Set[int]) -> Stream[Delta]:
-        """Send a request to a worker, to none of those it has lost before."""
+        """Send a request to a worker, to one in `lost` only if there are no others."""
         if routing.worker is not None:
             return direct(self.worker, routing.worker).generate(request)
-        mode = routing.mode if routing.mode is not None else self.router
-        self._check_mode(mode)
+        mode = self.router
+        if routing.mode is not None:
+            self._check_mode(routing.mode)
+            mode = routing.mode
         if mode in LOCAL_MODES:
             return avoiding(LOCAL_MODES[mode](self.worker), lost).generate(request)
         return await self._generate_routed(request, cast(KvMode, mode), routing, lost)
@@ -216,8 +218,8 @@ def _echo(prompt: Callable[[], str], stream: Stream[Delta]) -> Stream[Delta]:
     return stream.map(add_prompt)
 
 
-# this service alone, under a debugger too: python -m components.processor -f configs/agg.yaml
 if __name__ == "__main__":
+    # this service alone, also under a debugger: python -m components.processor -f configs/agg.yaml
     from dynamo.launcher.foreground import alone
 
     alone(Processor)

@@ -187,8 +187,8 @@ class Router(Service):
         self._tasks.cancel()
 
 
-# this service alone: python -m components.router -f configs/agg_router.yaml
 if __name__ == "__main__":
+    # this service alone: python -m components.router -f configs/agg_router.yaml
     from dynamo.launcher.foreground import alone
 
     alone(Router)

@@ -121,7 +121,7 @@ class VllmWorker(EngineService):
         if not await self.start_engine():
             return
         cached_blocks.open(self.info)
-        # the way of a request: reporter, then the prefill client if there is one, then the engine
+        # a request passes through the reporter, the prefill client if there is one, and the engine
         generate: Generate = self.engine.generate
         if is_linked(self, "prefill_worker"):
             self.prefill_client = self._make_prefill_client(generate, cached_blocks, runtime)

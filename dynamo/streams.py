@@ -284,6 +284,9 @@ class Stream(Generic[T]):
             try:
                 async for item in items:
                     out.push(item)
+            except asyncio.CancelledError:  # raised by the iterator, unless the stream was cancelled
+                out.end(UnavailableError("the iterator behind the stream was cancelled"))
+                raise
             except Exception as error:
                 out.end(error)
             else:

@@ -16,7 +16,7 @@ Work = Coroutine[Any, Any, Any]
 class TaskSet:
     """Background tasks of one object: named, their failures logged, cancelled together by `aclose`.
 
-    A task that must outlive nothing but this object belongs here; tasks of one function belong in an
+    It is for tasks that may run for as long as the object exists; those of one function belong in an
     `asyncio.TaskGroup`.
     """
 

@@ -1,4 +1,4 @@
-"""Long text cut to a length that error messages and log lines can carry."""
+"""Shortening of long text for error messages and log lines."""
 
 from __future__ import annotations
 

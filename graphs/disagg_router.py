@@ -1,4 +1,4 @@
-"""Disaggregated serving with KV-aware routing: a request is decoded where its prefix is, a long rest is computed elsewhere.
+"""Disaggregated serving with KV-aware routing: the worker with the prefix decodes, prefill workers compute long new parts.
 
 dynamo serve graphs.disagg_router:Frontend -f configs/disagg_router.yaml
 """

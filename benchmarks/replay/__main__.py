@@ -181,7 +181,7 @@ def _replay(arguments: Sequence[str], *, simulated: bool = False) -> int:
     speed = options.speed
     if options.load is not None:
         if not statistics.seconds:
-            parser.error("--load needs a trace whose requests do not all come at once")
+            parser.error("--load needs a trace whose requests do not all arrive at the same time")
         speed = options.load * sustained / statistics.requests_per_s
     share = speed * statistics.requests_per_s / sustained
     console.print(

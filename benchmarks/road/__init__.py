@@ -1,1 +1,1 @@
-"""How far a request travels through the code: `python -m benchmarks.road`."""
+"""Count of the files and functions that a request runs through: `python -m benchmarks.road`."""

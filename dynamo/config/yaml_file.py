@@ -51,7 +51,7 @@ def _value(kind: str, text: str) -> Any:
     if kind == "str":
         return text
     if kind not in _PATTERNS or not _PATTERNS[kind].match(text):
-        raise ValueError(f"{text!r} is no {kind}")
+        raise ValueError(f"{text!r} is not a valid {kind}")
     if kind == "null":
         return None
     if kind == "bool":
@@ -60,7 +60,7 @@ def _value(kind: str, text: str) -> Any:
         return int(text, _BASES.get(text[:2], 10))
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is too large a number")
+        raise ValueError(f"the number {text} is too large")
     return number
 
 

@@ -4,9 +4,9 @@
     chat_completions dynamo-tiny: 503 in 0.002 s: no instance of dynamo.VllmWorker.generate is available
     GET /v1/model: 404 in 0.000 s: Unknown request URL: GET /v1/model. See /docs.
 
-Level info; warning where the server is at fault; error, with the traceback, for bugs. So
-`DYN_LOG=dynamo.http.access_log=warning` leaves out successful requests. Unknown URLs are logged at debug, since scanners
-try thousands of them. Prompts and answers are never logged.
+Level info; warning where the server is at fault; error for bugs, with the traceback unless another process has logged it.
+So `DYN_LOG=dynamo.http.access_log=warning` leaves out successful requests. Unknown URLs are logged at debug, since
+scanners try thousands of them. Prompts and answers are never logged.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from dynamo.errors import DynamoError
 from dynamo.http.errors import is_expected, status_of
+from dynamo.rpc.remote_errors import raised_in_another_process
 from dynamo.text import shorten
 
 log = logging.getLogger(__name__)
@@ -130,5 +131,7 @@ def _level(error: BaseException | None) -> int:
 
 
 def _bug(error: BaseException | None) -> BaseException | None:
-    """Return the exception whose traceback is to be logged."""
-    return None if error is None or is_expected(error) else error
+    """Return the exception if its traceback is to be logged: a bug that no other process has logged."""
+    if error is None or is_expected(error) or raised_in_another_process(error):
+        return None
+    return error

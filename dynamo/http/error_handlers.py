@@ -20,6 +20,7 @@ from starlette.responses import Response
 from dynamo.errors import DynamoError, RequestError
 from dynamo.http import errors
 from dynamo.http.access_log import log_rejected
+from dynamo.http.middleware import elapsed_s
 
 _REPLACED = (fastapi_defaults.http_exception_handler, fastapi_defaults.request_validation_exception_handler)
 """FastAPI registers these in every application; they answer `{"detail": ...}`."""
@@ -64,7 +65,7 @@ def place(request: Request) -> str:
 
 async def dynamo_error(request: Request, error: DynamoError) -> Response:
     """Answer with the error's own status."""
-    log_rejected(place(request), error)
+    _log(request, error)
     return _response(errors.status_of(error), errors.body(error), _headers(error))
 
 
@@ -81,14 +82,14 @@ async def http_exception(request: Request, error: HTTPException) -> Response:
     if status == 404 and request.scope.get("endpoint") is None:  # no route matched
         docs = getattr(request.app, "docs_url", None)
         text = f"Unknown request URL: {place(request)}.{f' See {docs}.' if docs else ''}"
-        log_rejected(place(request), RequestError(text), status=status, level=logging.DEBUG)
+        _log(request, RequestError(text), status=status, level=logging.DEBUG)
         body = errors.error_body(text, "invalid_request_error", code="unknown_url")
     elif status == 405 and "allow" in headers:
         text = f"{request.method} is not allowed on {request.url.path}; use {headers['allow']}."
-        log_rejected(place(request), RequestError(text), status=status)
+        _log(request, RequestError(text), status=status)
         body = errors.error_body(text, "invalid_request_error", code="method_not_allowed")
     else:
-        log_rejected(place(request), error)
+        _log(request, error)
         body = errors.body(error)
     return _response(status, body, headers)
 
@@ -100,7 +101,7 @@ async def validation_error(request: Request, error: RequestValidationError) -> R
     if len(problems) > MAX_REPORTED_PROBLEMS:
         shown.append(f"{len(problems) - MAX_REPORTED_PROBLEMS} more")
     text = "Invalid request: " + "; ".join(shown)
-    log_rejected(place(request), RequestError(text), status=422)
+    _log(request, RequestError(text), status=422)
     return _response(
         422, errors.error_body(text, "invalid_request_error", param=_param(problems[0]) if problems else None)
     )
@@ -117,6 +118,10 @@ def _shown_problem(problem: Mapping[str, Any]) -> str:
         cause = (problem.get("ctx") or {}).get("error")
         return f"the body is not JSON: {cause or reason}"
     return f"{'.'.join(map(str, problem['loc']))}: {reason}"
+
+
+def _log(request: Request, error: Exception, *, status: int | None = None, level: int | None = None) -> None:
+    log_rejected(place(request), error, elapsed_s(request.scope), status=status, level=level)
 
 
 def _headers(error: Exception) -> dict[str, str]:

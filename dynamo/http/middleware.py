@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import re
+import time
 import uuid
 from collections.abc import Collection
 from typing import Any
@@ -17,6 +18,7 @@ from dynamo.http.direct import DirectConnection, respond_error
 
 REQUEST_ID = "dynamo.request_id"
 DIRECT = "dynamo.direct"
+ARRIVED_AT = "dynamo.arrived_at"
 
 OPEN_PATHS = frozenset({"/", "/live", "/health", "/metrics", "/metrics/targets", "/docs", "/openapi.json"})
 """Paths that need no API key: for probes, Prometheus and a browser's first visit. None of them generates."""
@@ -54,13 +56,15 @@ class RequestIds:
         given = header(scope, b"x-request-id")
         name = scope[REQUEST_ID] = given if _usable_id(given) else uuid.uuid4().hex
         scope[DIRECT] = DirectConnection.of(send, scope)
+        scope[ARRIVED_AT] = time.monotonic()
         request_id.set(name)  # for this task, which ends with the request
-        started = completed = False
+        status: int | None = None  # None: the response has not started
+        completed = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started, completed
+            nonlocal status, completed
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode("ascii"))]
             elif not message.get("more_body"):
                 completed = True
@@ -70,11 +74,13 @@ class RequestIds:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             place = f"{scope['method']} {scope['path']}"
-            if started and not completed:  # uvicorn logs it and closes the connection, so that the client notices
+            if (
+                status is not None and not completed
+            ):  # uvicorn logs it and closes the connection, so that the client notices
                 error.add_note(f"while answering {place}")
                 raise
-            log_rejected(place, error)
-            if not started:
+            log_rejected(place, error, elapsed_s(scope), status=status)
+            if status is None:
                 await respond_error(send_with_id, error)
 
 
@@ -96,7 +102,7 @@ class ApiKeys:
             return
         text = "Incorrect API key provided." if key else "You did not provide an API key."
         error = AuthenticationError(text, hint="send it as Authorization: Bearer YOUR_KEY")
-        log_rejected(f"{scope['method']} {scope['path']}", error)
+        log_rejected(f"{scope['method']} {scope['path']}", error, elapsed_s(scope))
         await respond_error(send, error, [(b"www-authenticate", b"Bearer")])
 
     def _is_known(self, key: str) -> bool:
@@ -109,3 +115,9 @@ def request_name(scope: Scope) -> str:
     """Return the request's id, a new one where the application runs without `RequestIds`."""
     name: Any = scope.get(REQUEST_ID)
     return str(name or uuid.uuid4().hex)
+
+
+def elapsed_s(scope: Scope) -> float:
+    """Return the seconds since the request arrived; 0 where the application runs without `RequestIds`."""
+    arrived_at: float | None = scope.get(ARRIVED_AT)
+    return 0.0 if arrived_at is None else time.monotonic() - arrived_at

@@ -36,13 +36,12 @@ def listen(host: str, port: int | None, *, shared: bool = False) -> socket.socke
     """
     try:
         if port:
-            dual_stack = host == "::"  # all addresses, IPv4 included
-            listener = listening_at(host, port, BACKLOG, reuse_port=shared, dual_stack=dual_stack)
+            listener = listening_at(host, port, BACKLOG, reuse_port=shared)
         else:
-            listener = listening_socket(host, BACKLOG, reuse_port=shared, dual_stack=host == "::")
+            listener = listening_socket(host, BACKLOG, reuse_port=shared)
     except OSError as error:
         raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}",
+            f"cannot listen on {host}:{port}: {error.strerror}",
             hint="choose another port: `port` in the service's configuration, or --port",
         ) from None
     except TransportError as error:

@@ -36,9 +36,10 @@ def costs(
     """Return the cost of running a request on each of these caches; `overlaps` are by slot."""
     scale, credit, _ = weights
     prompt = float(prompt_blocks)  # Python adds and multiplies floats faster than a float and an int
+    overlap_of = overlaps.get
     found: list[float] = []
     for cache in caches:
-        to_compute = cache.prefill_blocks + prompt - credit * overlaps.get(cache.slot, 0)
+        to_compute = cache.prefill_blocks + prompt - credit * overlap_of(cache.slot, 0)
         if to_compute < 0.0:
             to_compute = 0.0
         found.append(scale * to_compute + cache.decode_blocks + prompt)
@@ -46,7 +47,7 @@ def costs(
 
 
 def draw(scores: Sequence[float], temperature: float = 0.0) -> int:
-    """Return the position of the lowest score, a random one of several; with a temperature, draw by softmax.
+    """Return the position of the lowest score, at random among equal ones; with a temperature, draw by softmax.
 
     The softmax is over the negated scores, scaled to 0..1 before.
     """

@@ -67,7 +67,7 @@ class PendingPrefixes:
     def raise_overlaps(self, overlaps: dict[int, int], prompt: Sequence[BlockHash], now_s: float) -> None:
         """Raise a prompt's overlaps, by slot, to what the caches will hold when their pending prompts are computed.
 
-        A pending prompt matters if it goes on where a cache's overlap with this prompt ends: there its next block is
+        A pending prompt matters if it continues where a cache's overlap with this prompt ends: there its next block is
         this prompt's next block.
         """
         for depth in {0, *overlaps.values()}:

@@ -39,11 +39,12 @@ class KvRouter:
     def route(self, request: RouteRequest) -> Route:
         """Choose a cache for a request and count the request there.
 
-        Raises NoInstancesError if there are no workers but excluded ones.
+        Raises NoInstancesError if there is no worker, or none that is not excluded.
         """
         state = self.state
-        excluded = request.exclude
-        candidates = [cache for cache in state.caches if cache.worker not in excluded]
+        candidates = state.caches
+        if request.exclude:
+            candidates = [cache for cache in candidates if cache.worker not in request.exclude]
         if not candidates:
             raise NoInstancesError("the router knows no worker", hint="it is starting, restarting or was not deployed")
         now_s = self._clock()

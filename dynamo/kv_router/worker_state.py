@@ -124,7 +124,7 @@ class WorkerState:
         return ranks[rank]
 
     def overlaps(self, prompt: Sequence[BlockHash], *, approximate: bool, now_s: float) -> dict[int, int]:
-        """Return by slot how many first blocks of a prompt each cache holds or is about to hold; none: 0 or no entry.
+        """Return by slot how many leading blocks of a prompt each cache holds or is about to hold; 0 may be left out.
 
         With `approximate` all caches count as caches without events.
         """

@@ -107,7 +107,7 @@ class Console:
         for line in lines:
             self.print(f"  | {line}")
         if path:
-            self.print(f"  its whole output: {path}")
+            self.print(f"  full output: {path}")
 
     # -- all lines
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynamo.errors import ConfigError
-from dynamo.launcher.ports import reason
 from dynamo.transport.network import ADVERTISED, BOUND, advertised_host, bound_host, is_loopback, listening_at
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _listen_on_free_port(hosts: Sequence[str], reserved: Collection[int]) -> tup
             if error.errno != errno.EADDRINUSE:
                 raise _cannot_listen(error, hosts[0], port) from None
     raise ConfigError(
-        f"ports {DEFAULT_PORTS[0]} to {DEFAULT_PORTS[-1]} are taken on {hosts[0]}, one is for metrics",
+        f"no free port for metrics on {hosts[0]}: {DEFAULT_PORTS[0]} to {DEFAULT_PORTS[-1]} are in use",
         hint="choose a port with --metrics-port, or 0 for none",
     )
 
@@ -123,4 +122,4 @@ def _cannot_listen(error: OSError, host: str, port: int | None) -> ConfigError:
     if port and error.errno in (errno.EADDRINUSE, errno.EACCES):  # EACCES: below 1024
         other = port + 1 if error.errno == errno.EADDRINUSE else DEFAULT_PORTS[0]
         hint = f"choose another port: --metrics-port {other}, or 0 for none"
-    return ConfigError(f"cannot listen on {place} for metrics: {reason(error)}", hint=hint)
+    return ConfigError(f"cannot listen on {place} for metrics: {error.strerror}", hint=hint)

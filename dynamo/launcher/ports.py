@@ -21,13 +21,8 @@ def check(host: str, port: int) -> None:
         listening_at(host, port).close()
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {reason(error)}", hint=f"choose another port: --port {port + 1}"
+            f"cannot listen on {host}:{port}: {error.strerror}", hint=f"choose another port: --port {port + 1}"
         ) from None
-
-
-def reason(error: OSError) -> str:
-    """Return the system's reason for a failed `listening_at`, without the address, which Python appends."""
-    return (error.strerror or str(error)).partition(" (")[0]
 
 
 def configured_ports(entry: tuple[str, int] | None, processes: Sequence[ProcessSpec]) -> set[int]:

@@ -1,4 +1,4 @@
-"""When a process that died is started again, and when the graph is given up instead."""
+"""The policy for processes that die: the delay before a restart, and the number of deaths that ends the graph."""
 
 from __future__ import annotations
 

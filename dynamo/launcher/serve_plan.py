@@ -1,4 +1,4 @@
-"""`ServePlan`: all that is known of one `dynamo serve` before anything starts. Made once per start."""
+"""The plan of one `dynamo serve`: graph, configuration, processes and ports, known before anything starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Migration: a request goes on when the worker that computes it is lost.
+"""Migration: another worker continues a request whose worker is lost.
 
 The tokens that the worker has generated are kept here. When it is lost, another worker gets the prompt with those tokens
 appended, and the reader's stream continues: same text, same usage. Each unfinished choice of a request with n > 1 is

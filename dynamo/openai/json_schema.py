@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from dynamo.text import shorten
+
 _SCHEMA = {"$ref": "#"}
 _SCHEMAS = {"type": "array", "minItems": 1, "items": _SCHEMA}
 _NAMED_SCHEMAS = {"type": "object", "additionalProperties": _SCHEMA}
@@ -63,8 +65,7 @@ def find_error(schema: Any, path: str) -> tuple[str, str] | None:
     error = next(_validator().iter_errors(schema), None)
     if error is None:
         return None
-    reason = error.message if len(error.message) <= MAX_REASON_CHARS else f"{error.message[:MAX_REASON_CHARS]} ..."
-    return ".".join([path, *map(str, error.absolute_path)]), reason
+    return ".".join([path, *map(str, error.absolute_path)]), shorten(error.message, MAX_REASON_CHARS)
 
 
 def _is_nested_deeply(value: Any) -> bool:

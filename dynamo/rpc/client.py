@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 ACK_TIMEOUT_S = 2.0
 """How long an instance may take to accept a request before another one is tried."""
 ACK_BYTES_PER_S = 10e6
-"""A request's body must arrive before the instance can accept it: what a slow network does at least."""
+"""Lowest network speed assumed: a request's body must arrive before the instance can accept it."""
 PATIENCE_S = 1.0
-"""How long a call waits for an instance, or for NATS if requests take it: enough for a fast service to restart."""
+"""How long a call waits for an instance, or for NATS if requests go over it: a fast service restarts in that time."""
 NAMED_PATIENCE_S = 0.2
 """The same for a named instance: the caller can name another one sooner."""
 RETRY_PAUSE_S = 0.05
 MIN_ATTEMPTS = 4
-"""Attempts that are made even after `PATIENCE_S`, for instances that take long to refuse."""
+"""Number of attempts made even if `PATIENCE_S` has passed: instances may take long to refuse."""
 _NIL = msgspec.Raw(codec.encode(None))
 
 REQUEST_PLANE = "DYN_REQUEST_PLANE"
@@ -60,7 +60,7 @@ def requests_over_nats() -> bool:
 class Client:
     """The instances of one endpoint and calls to them; created by `Runtime.client`.
 
-    Requests take the connection to their instance, or NATS with `over_nats`.
+    Requests go over the connection to their instance, or over NATS with `over_nats`.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class Client:
         self._closed = True
         opening = dict(self._opening)
         for task, channel in opening.items():
-            task.cancel()
-            channel.end(self._closed_error())
+            if task.cancel():  # False if it has just sent the request: then the response goes on
+                channel.end(self._closed_error())
         await asyncio.gather(*opening, return_exceptions=True)
 
     async def send_with_retry(
@@ -174,7 +174,7 @@ class Client:
                     raise failure or error from None
                 connection = pooled.connection
                 if connection is None:
-                    continue  # lost since
+                    continue  # lost meanwhile
                 try:
                     await self._send(instance, connection, channel, body, decode, context.time_left_s())
                     return

@@ -182,7 +182,7 @@ class PooledConnection:
         self._on_change()
 
     def retire(self) -> None:
-        """Reconnect no more, and close once the running streams have ended."""
+        """Stop reconnecting, and close once the running streams have ended."""
         self._task.cancel()
         if self.connection is not None:
             self.connection.retire()

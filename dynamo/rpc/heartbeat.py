@@ -81,8 +81,8 @@ def _echo_to(client: socket.socket) -> bool:
 class HeartbeatMonitor(asyncio.Protocol):
     """The client's end: sends a byte every BEAT_S and calls `on_silent`, once, after `silence_s` without an echo.
 
-    It counts unanswered beats, not seconds: this process may have been stopped itself. A connection that is lost is no
-    silence: if the process died, its RPC connection is lost too.
+    It counts unanswered beats, not seconds: this process may have been stopped itself. Losing this connection
+    does not count: if the process died, its RPC connection is lost too.
     """
 
     def __init__(self, silence_s: float, on_silent: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The `dynamo.runtime` binding of ai-dynamo 0.x: the runtime by hand, without graphs.
+"""The `dynamo.runtime` binding of ai-dynamo 0.x: namespaces, components and endpoints without a graph.
 
 Kept for code written for 0.1 to 0.3, over `dynamo.rpc`, which services of a graph use.
 """
@@ -7,10 +7,13 @@ from dynamo.runtime.component import Annotated, Component, ComponentClient, Comp
 from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.worker import dynamo_endpoint, dynamo_worker
 
-Endpoint = ComponentEndpoint  # its name in the 0.x binding
+# their names in the 0.x binding
+Client = ComponentClient
+Endpoint = ComponentEndpoint
 
 __all__ = [
     "Annotated",
+    "Client",
     "Component",
     "ComponentClient",
     "ComponentEndpoint",

@@ -11,10 +11,11 @@ from dynamo.transport.etcd import Etcd
 
 
 class DistributedRuntime:
-    """A process's connections, by hand: namespaces, and the lease that everything registered hangs on.
+    """The connections of one process, for code that works without a graph.
 
-    `event_loop` is accepted for 0.x and not used: the running loop is. With `is_static` there is no etcd: each endpoint
-    has one instance, at a fixed address. Further keywords are those of `Runtime`; `inner` is a runtime that exists.
+    `event_loop` is accepted for 0.x and ignored: the running loop is used. With `is_static` there is no etcd: each
+    endpoint has one instance, at a fixed address. Further keywords are those of `Runtime`, unless `inner` is given: an
+    existing runtime to wrap.
     """
 
     def __init__(
@@ -51,9 +52,9 @@ class DistributedRuntime:
         await self.inner.connect()
 
     def shutdown(self) -> None:
-        """Stop serving: calls that run are finished, `serve_endpoint` returns."""
+        """Stop serving: running calls may finish, `serve_endpoint` returns."""
         self.inner.shutdown()
 
     async def close(self) -> None:
-        """Close all connections; running calls are cut."""
+        """Close all connections. Running calls end with UnavailableError."""
         await self.inner.close()

@@ -8,6 +8,6 @@ from dynamo import log
 
 
 def configure_dynamo_logging(service_name: str | None = None, worker_id: int | None = None) -> None:
-    """Configure logging with that name on every line; without one, nothing where logging is set up already."""
+    """Configure logging with that name on every line. No-op without a name if logging is configured already."""
     if service_name is not None or not logging.root.handlers:
         log.configure(":".join(str(part) for part in (service_name, worker_id) if part is not None))

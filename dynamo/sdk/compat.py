@@ -31,7 +31,7 @@ lease: the process's lease, with `id()`
 
 
 def _fill(context: ServiceContext) -> None:
-    from dynamo.runtime.distributed import DistributedRuntime  # grpc and all, which a dry run must not load
+    from dynamo.runtime.distributed import DistributedRuntime  # loads gRPC, which a dry run must not
 
     runtime = DistributedRuntime(inner=context.runtime)  # type: ignore[arg-type]  # a service process has a real one
     component = runtime.namespace(context.namespace).component(context.service_name)

@@ -1,4 +1,4 @@
-"""`service_context()`: what a served process provides to its component; None where the class is plain Python."""
+"""`service_context()`: what a served process provides to its component; None in plain Python."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class ServiceContext:
     url: str = ""
     """of this process's HTTP server; empty before it listens"""
     headless: str = ""
-    """set by a start hook of a process that must not be called, such as a follower node of an engine: what it is;
-    it then registers no endpoint"""
+    """a description such as "follower node 1", set by a start hook of a process that must not be called: it registers
+    no endpoints"""
 
     def serve_at(self, url: str) -> None:
         """Set `url`, once the HTTP server listens."""

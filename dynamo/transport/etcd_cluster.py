@@ -35,9 +35,9 @@ StatusCode: Any = grpc.StatusCode
 rpc: Any = aetcd.rpc  # protobuf makes these classes at run time: no type checker sees them
 
 ATTEMPT_TIMEOUT_S = 1.5
-"""Of one attempt of a call; a call may take several, on one endpoint after the other."""
+"""Limit of one attempt; a call may make several, on one endpoint after the other."""
 PAUSE_S = 0.1
-"""Between two attempts."""
+"""Pause between two attempts."""
 FIRST_CONTACT_S = 2.0
 """A client that never reached etcd gives up after that: the address may be wrong."""
 _CHANNEL_OPTIONS = [

@@ -120,31 +120,31 @@ def _check_bindable(host: str, variable: str, hint: str) -> None:
         ) from None
 
 
-def listening_at(
-    host: str, port: int, backlog: int = 128, *, reuse_port: bool = False, dual_stack: bool = False
-) -> socket.socket:
-    """Return a listening TCP socket, of IPv6 if the host is an IPv6 address. Raises OSError.
+def listening_at(host: str, port: int, backlog: int = 128, *, reuse_port: bool = False) -> socket.socket:
+    """Return a listening TCP socket, of IPv6 if the host is an IPv6 address; on `::` it accepts IPv4 too.
 
-    With `reuse_port`, several sockets may listen on the port and the kernel spreads connections over them. With
-    `dual_stack`, or on `::`, an IPv6 socket accepts IPv4 too.
+    With `reuse_port`, several sockets may listen on the port and the kernel spreads connections over them. Raises OSError
+    with the reason as its `strerror`.
     """
-    return socket.create_server(
-        (host, port),
-        family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-        backlog=backlog,
-        reuse_port=reuse_port,
-        dualstack_ipv6=dual_stack or host == "::",
-    )
+    try:
+        return socket.create_server(
+            (host, port),
+            family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+            backlog=backlog,
+            reuse_port=reuse_port,
+            dualstack_ipv6=host == "::",
+        )
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while attempting")[0]  # Python appends the address
+        raise OSError(error.errno, reason) from None
 
 
-def listening_socket(
-    host: str, backlog: int = 128, *, reuse_port: bool = False, dual_stack: bool = False
-) -> socket.socket:
+def listening_socket(host: str, backlog: int = 128, *, reuse_port: bool = False) -> socket.socket:
     """Return a `listening_at` socket on a random free port of `STREAM_PORTS`. Raises TransportError if there is none."""
     reason = ""
     for port in random.sample(STREAM_PORTS, PORT_ATTEMPTS):
         try:
-            return listening_at(host, port, backlog, reuse_port=reuse_port, dual_stack=dual_stack)
+            return listening_at(host, port, backlog, reuse_port=reuse_port)
         except OSError as error:
             reason = error.strerror or str(error)
     raise TransportError(f"cannot listen on {host}: {reason}", hint=f"set {ADVERTISED} to an address of this host")

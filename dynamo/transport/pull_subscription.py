@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 ACK_TIMEOUT_S = 10.0
 """How long a worker tries to acknowledge a task: a restart of the server takes less."""
 ACK_ATTEMPT_TIMEOUT_S = 1.0
-"""Then the acknowledgement is sent again: a server that has just started may lose the first one."""
+"""Limit of one attempt, after which the acknowledgement is sent again: a server that has just started may lose the first."""
 ACK_RETRY_PAUSE_S = 0.05
 PULL_EXPIRES_S = 30.0
-"""A pull request ends after that, and is made again."""
+"""The server ends a pull request after that; another one is sent."""
 PULL_LOST_S = PULL_EXPIRES_S + 2.0
 """A pull request without an answer by then is lost."""
 STATUS_PULL_EXPIRED = "408"
@@ -213,7 +213,7 @@ class PullSubscription:
                 await self._nats.publish(delivery.ack_subject, b"+WPI")
 
     async def end(self) -> None:
-        """Receive no more tasks, and give back those that wait to be read. Tasks that were read may be finished."""
+        """Stop receiving, and give back the tasks that have not been read. Those that were read may still be finished."""
         self.ended = True
         self.changed.set()
         if self._listener is not None:

@@ -238,7 +238,7 @@ class ServiceProcess:
             await runtime.serve(self.namespace, self.name, endpoint.name, method, endpoint.types()[0], stats_data)
 
     async def _unless_stopping(self, work: Any) -> None:
-        """Await `work`, or until a stop is requested."""
+        """Await `work`; return early if a stop is requested."""
         waiting = asyncio.ensure_future(work)
         stopping = asyncio.ensure_future(self.stopping.wait())
         await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)

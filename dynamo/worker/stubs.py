@@ -43,7 +43,12 @@ class InstancePool:
         return self._calls.get(spec.name) or partial(self._connect_and_call, spec)
 
     def _connect_and_call(self, spec: EndpointSpec, request: Any, choice: Choice, avoid: frozenset[int]) -> Stream[Any]:
-        """Call before the process has connected, as from a start hook: connect, wait for an instance, call."""
+        """Call before the process has connected, as from a start hook: connect, wait for an instance, call.
+
+        A method that was read from the stub before that, as in a constructor, calls the client directly afterwards.
+        """
+        if spec.name in self._calls:
+            return self._calls[spec.name](request, choice, avoid)
 
         async def connected() -> Stream[Any]:
             client = await self._connect(spec)

@@ -281,7 +281,7 @@ def test_an_exit_during_the_start_shows_the_last_lines(serve: Serve) -> None:
     serve.start(CORE, ("Processor", {"load_s": 0.5, "exit": 3}), ("Frontend", {"load_s": 60}))
     assert serve.wait() == 1
     log = serve.dir / "logs/Processor.log"
-    last = f"Processor could not start: exited (3)\n  | started\n  | the last word\n  its whole output: {log}\n"
+    last = f"Processor could not start: exited (3)\n  | started\n  | the last word\n  full output: {log}\n"
     assert last in serve.err
     assert serve.err.count("could not start") == 1
 

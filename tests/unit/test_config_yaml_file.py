@@ -131,7 +131,7 @@ def test_anchors_and_merge_keys():
         ("S:\n  [1]: 3\n", "c.yaml:2 S: a key must be text"),
         ("S:\n  k: !path x\n", "c.yaml:2 S.k: the tag !path is not supported"),
         ("S:\n  k: !!python/object/apply:os.getcwd []\n", "c.yaml:2 S.k"),
-        ("S:\n  k: !!int x\n", "c.yaml:2 S.k: 'x' is no int"),
+        ("S:\n  k: !!int x\n", "c.yaml:2 S.k: 'x' is not a valid int"),
         ("S: &s\n  k: *s\n", "c.yaml:2 S.k: an alias refers to the mapping it stands in"),
         ("S:\n  <<: 5\n", "c.yaml:2 S: `<<` takes a mapping"),
         ("S: " + "[" * 100_000, "c.yaml:1: nested deeper than 50 levels"),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dynamo import log
 from dynamo.errors import EngineError, RequestError, UnavailableError
 from dynamo.http import access_log
+from dynamo.rpc.remote_errors import pack, unpack
 
 
 class Spiteful:
@@ -213,6 +214,16 @@ def test_each_outcome_has_its_line(
         "output_tokens": 2,
         "duration_s": 0.5,
     }.items() <= found.items()
+
+
+def test_a_bug_of_another_process_is_logged_there_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    error = unpack(pack(KeyError("x"), "VllmWorker:1 generate"))
+    with caplog.at_level(logging.INFO, "dynamo.http.access_log"):
+        access_log.log_completed(ended(error))
+        access_log.log_rejected("GET /", error)
+        access_log.log_stream_error("Api.method", error)
+    assert [(made.levelname, made.exc_info) for made in caplog.records] == [("ERROR", None)] * 3
+    assert all(made.getMessage().endswith("(raised in VllmWorker:1 generate)") for made in caplog.records)
 
 
 def test_successful_requests_can_be_filtered_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 import pytest
@@ -17,6 +18,7 @@ from dynamo.transport.network import (
     host_id,
     interface_of,
     is_loopback,
+    listening_at,
     listening_socket,
     same_network,
     without_credentials,
@@ -131,3 +133,9 @@ def test_credentials_are_removed_from_urls(urls: str, shown: str) -> None:
 def test_no_password_is_shown(user: str, password: str, hosts: list[str]) -> None:
     urls = ",".join(f"nats://{user}:{password}@{host}" for host in hosts)
     assert without_credentials(urls) == ",".join(f"nats://{host}" for host in hosts)
+
+
+def test_a_port_in_use_is_an_error_without_python_s_address() -> None:
+    with listening_socket("127.0.0.1") as found, pytest.raises(OSError, match="already in use") as caught:
+        listening_at("127.0.0.1", found.getsockname()[1])
+    assert (caught.value.errno, caught.value.strerror) == (errno.EADDRINUSE, "Address already in use")

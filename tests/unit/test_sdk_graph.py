@@ -255,6 +255,41 @@ def test_calls_that_may_be_endpoints_are_accepted(write: Any, tmp_path: Path, ca
     assert load(f"{write(CALLS.format(call=call))}:Entry", tmp_path).entry.__name__ == "Entry"
 
 
+PLAIN_OBJECTS = {
+    "assigned in the constructor": """
+    def __init__(self, local: bool = True) -> None:
+        if local:
+            self.worker = Worker()
+
+    def run(self) -> str:
+        return self.worker.helper()
+""",
+    "guarded by hasattr": """
+    def run(self) -> str:
+        return self.worker.helper() if hasattr(self.worker, "helper") else ""
+""",
+    "guarded by except": """
+    def run(self) -> str:
+        try:
+            return self.worker.helper()
+        except AttributeError:
+            return ""
+""",
+}
+
+
+@pytest.mark.parametrize("body", PLAIN_OBJECTS.values(), ids=PLAIN_OBJECTS)
+def test_calls_that_may_reach_a_plain_object_are_accepted(write: Any, tmp_path: Path, body: str) -> None:
+    entry = CALLS[: CALLS.rindex("    @endpoint")] + body
+    assert load(f"{write(entry)}:Entry", tmp_path).entry.__name__ == "Entry"
+
+
+def test_a_call_below_text_that_is_not_indented_is_refused(write: Any, tmp_path: Path) -> None:
+    text = CALLS.replace("def call():", 'prompt = """\nat the margin\n"""\n        def call():')
+    with pytest.raises(EndpointMissingError, match=r"\.py:23: Worker has no endpoint 'helper'"):
+        load(f"{write(text.format(call='self.worker.helper()'))}:Entry", tmp_path)
+
+
 def test_a_file_with_a_missing_import_gets_the_same_hint(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_thing_x\n")
     message = r"graph file 'broken\.py' cannot be imported: it needs module 'no_such_thing_x', which is not installed"

@@ -15,12 +15,14 @@ from dynamo.errors import (
     EndpointMissingError,
     GraphError,
     NoInstancesError,
+    UnavailableError,
     WorkerLostError,
 )
 from dynamo.sdk import (
     Service,
     Topic,
     api,
+    async_on_start,
     avoiding,
     bind,
     depends,
@@ -29,6 +31,7 @@ from dynamo.sdk import (
     in_flight,
     instance_ids,
     least_loaded,
+    on_shutdown,
     power_of_two,
     random,
     service,
@@ -141,7 +144,7 @@ async def test_a_lost_instance_ends_its_calls() -> None:
 
 async def test_requests_are_checked_as_between_processes() -> None:
     client: Any = pool(Worker())
-    with pytest.raises(BadCallError, match=r"Worker.speak: invalid request: .*Expected `str`, got `int`"):
+    with pytest.raises(BadCallError, match=r"Worker\.speak: invalid request: .*Expected `str`, got `int`"):
         await anext(client.speak(Word(3)))  # type: ignore[arg-type]
     with pytest.raises(EndpointMissingError, match="Worker has no endpoint 'helper'"):
         client.helper()
@@ -251,3 +254,101 @@ async def test_a_service_that_fails_to_start() -> None:
     with pytest.raises(RuntimeError, match="no luck"):
         async with TestGraph(Failing):
             pass
+
+
+async def test_a_call_cancelled_before_it_runs_is_not_in_flight() -> None:
+    client = pool(Worker())
+    client.speak(Word("ab")).cancel()  # type: ignore[attr-defined]
+    await asyncio.sleep(0.01)
+    assert in_flight(client) == {1: 0}
+
+
+@service
+class Waiting(Service):
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    @endpoint
+    async def wait(self) -> AsyncIterator[str]:
+        try:
+            yield "started"
+            await asyncio.sleep(60)
+        finally:
+            self.log.append("call ended")
+
+    @endpoint
+    async def cancelled(self) -> str:
+        raise asyncio.CancelledError  # as from awaiting a call that was cancelled
+
+    @on_shutdown
+    async def stop(self) -> None:
+        self.log.append("stopped")
+
+
+async def test_a_lost_instance_stops_computing() -> None:
+    waiting = Waiting()
+    client = pool(waiting)
+    stream = client.wait()
+    assert await anext(stream) == "started"
+    lose(client, 1)
+    with pytest.raises(WorkerLostError):
+        await anext(stream)
+    await asyncio.sleep(0.01)
+    assert waiting.log == ["call ended"]
+    with pytest.raises(GraphError, match=r"Waiting has no instance 1; it has none"):
+        lose(client, 1)
+
+
+async def test_an_endpoint_that_is_cancelled_ends_the_call() -> None:
+    async with asyncio.timeout(1):
+        with pytest.raises(UnavailableError, match="the call was cancelled"):
+            await pool(Waiting()).cancelled()
+
+
+async def test_calls_end_before_the_shutdown_hooks_run() -> None:
+    async with TestGraph(Waiting) as graph:
+        (waiting,) = graph.instances(Waiting)
+        stream = graph.client(Waiting).wait()
+        assert await anext(stream) == "started"
+    assert waiting.log == ["call ended", "stopped"]
+    with pytest.raises(UnavailableError):
+        await anext(stream)
+
+
+@service
+class Numbered(Service):
+    """Its first worker must not be called."""
+
+    @async_on_start
+    async def start(self) -> None:
+        context = service_context()
+        assert context is not None
+        await context.runtime.publish(f"numbers/{context.worker_id}", context.worker_id)
+        if context.worker_id == 1:
+            context.headless = "follower"
+
+    @endpoint
+    async def number(self) -> int:
+        context = service_context()
+        return 0 if context is None else context.worker_id
+
+    @api(http_method="GET")
+    async def who(self) -> str:
+        context = service_context()
+        return "" if context is None else context.service_name
+
+
+async def test_workers_of_a_graph_in_memory_keep_their_numbers() -> None:
+    async with TestGraph(Numbered, {"Numbered": {"ServiceArgs": {"workers": 3}}}) as graph:
+        client = graph.client(Numbered)
+        assert instance_ids(client) == [2, 3]
+        assert await direct(client, 3).number() == 3
+        await graph.kill(Numbered, 2)
+        assert instance_ids(client) == [3]
+        with pytest.raises(GraphError, match="Numbered has no instance 2; it has 3"):
+            await graph.kill(Numbered, 2)
+
+
+async def test_http_in_memory_runs_as_the_service() -> None:
+    async with TestGraph(Numbered, {"Numbered": {"ServiceArgs": {"workers": 2}}}) as graph, graph.http() as http:
+        assert (await http.get("/who")).json() == "Numbered"

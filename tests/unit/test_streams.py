@@ -486,3 +486,15 @@ async def test_reply_that_opens() -> None:
         return Stream(channel)
 
     assert await Reply.opening(source()) == 7
+
+
+async def test_an_iterator_that_is_cancelled_ends_its_stream() -> None:
+    async def cancelled() -> AsyncIterator[int]:
+        yield 1
+        raise asyncio.CancelledError  # as from awaiting a call that was cancelled
+
+    stream = Stream.from_iterator(cancelled())
+    async with asyncio.timeout(1):
+        assert await anext(stream) == 1
+        with pytest.raises(UnavailableError, match="was cancelled"):
+            await anext(stream)

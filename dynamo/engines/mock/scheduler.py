@@ -223,9 +223,8 @@ class Scheduler(Generic[S]):
     def _extend_decodes(self) -> None:
         """Compute one more token of each sequence past its prefill; preempt from the end where blocks run out."""
         prefilling = self._prefilling
-        for (
-            sequence
-        ) in self.running:  # a preemption removes the last entry, at most the current one: the loop ends earlier
+        # a preemption during this loop shortens the list from its end, at most down to the current entry
+        for sequence in self.running:
             if sequence is prefilling:
                 break
             computed = sequence.computed + 1

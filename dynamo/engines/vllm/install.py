@@ -1,4 +1,4 @@
-"""Which vLLM is installed and which flags it takes, found without importing it: the import takes 6 s."""
+"""Detection of the installed vLLM and of its flags without importing it, which takes 6 s."""
 
 from __future__ import annotations
 

@@ -43,9 +43,8 @@ def set_environment() -> None:
     """Set the variables that vLLM reads while it is imported and started, unless they are set already."""
     cpu = cpu_build()
     run_dir = os.environ.get("DYNAMO_RUN_DIR", "")
-    if (
-        0 < len(run_dir) <= MAX_SOCKET_DIR_BYTES
-    ):  # vLLM does not remove its sockets; this directory is removed with the graph
+    if 0 < len(run_dir) <= MAX_SOCKET_DIR_BYTES:
+        # vLLM does not remove its sockets; this directory is removed with the graph
         os.environ.setdefault("VLLM_RPC_BASE_PATH", run_dir)
     for name, value in {**ENVIRONMENT, **(CPU_ENVIRONMENT if cpu else {})}.items():
         os.environ.setdefault(name, value)

@@ -5,6 +5,7 @@ Requests and items are encoded and decoded as between processes, so that a wrong
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import inspect
 import itertools
@@ -15,12 +16,13 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from dynamo import codec
 from dynamo.context import deadline, request_id
-from dynamo.errors import BadCallError, GraphError, NoInstancesError, WorkerLostError
+from dynamo.errors import BadCallError, GraphError, NoInstancesError, UnavailableError, WorkerLostError
+from dynamo.rpc.remote_errors import raised_in_another_process
 from dynamo.sdk.channels import attach
 from dynamo.sdk.depends import Choice, StartCall, Stub
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.in_memory_broker import InMemoryBroker
-from dynamo.sdk.spec import ServiceSpec, spec_of
+from dynamo.sdk.spec import ServiceSpec, is_service, spec_of
 from dynamo.streams import Channel, Reply, Stream
 from dynamo.tasks import TaskSet
 
@@ -45,27 +47,33 @@ class MemoryPool:
         self.scopes: dict[int, contextvars.Context] = {}
         """context variables of the instances that run as services of a `TestGraph`"""
         self.calls: list[InstanceCall] = []
-        self._running: dict[int, set[Channel[Any]]] = {}
+        self._running: dict[int, dict[Channel[Any], asyncio.Task[None]]] = {}
         self._next = itertools.count()
         self._tasks = TaskSet(f"calls of {spec.name}")
         for instance in instances:
             self.add(instance)
 
-    def add(self, instance: object) -> int:
-        """Add an instance; return its id. Its topics and queues are those of the pool."""
-        number = max(self._running, default=0) + 1
-        if spec_or_none(type(instance)) is not None:
+    def add(self, instance: object, number: int | None = None) -> None:
+        """Add an instance with that id, by default the next one. Its topics and queues are those of the pool."""
+        if number is None:
+            number = max(self._running, default=0) + 1
+        if is_service(type(instance)):
             attach(instance, self.broker)
         self.instances[number] = instance
-        self._running[number] = set()
-        return number
+        self._running[number] = {}
 
     def lose(self, instance_id: int) -> None:
-        """Remove an instance as if its process had died: what it was answering ends with WorkerLostError."""
+        """Remove an instance as if its process had died: its running calls stop and end with WorkerLostError.
+
+        Raises GraphError when there is none of that id.
+        """
+        if instance_id not in self.instances:
+            known = ", ".join(map(str, self.instances)) or "none"
+            raise GraphError(f"{self.spec.name} has no instance {instance_id}; it has {known}")
         del self.instances[instance_id]
-        for channel in list(self._running[instance_id]):
+        for channel, task in list(self._running[instance_id].items()):
             channel.end(WorkerLostError("the connection to the instance was lost while it was answering"))
-        self._running[instance_id].clear()
+            task.cancel()
 
     def instance_ids(self) -> list[int]:
         """Return the ids of the instances that can be called."""
@@ -94,14 +102,20 @@ class MemoryPool:
             return stream
         self.calls.append(InstanceCall(spec.method, argument, number))
         channel.source = number
-        self._running[number].add(channel)
         method = getattr(self.instances[number], spec.method)
-        work = self._answer(
-            number, channel, partial(method, argument) if spec.parameter else method, codec.decoder(item_type)
-        )
+        bound = partial(method, argument) if spec.parameter else method
+        work = self._answer(number, channel, bound, codec.decoder(item_type))
         task = self._scope(number).run(partial(self._tasks.spawn, work, name=spec.method))
+        self._running[number][channel] = task
+        task.add_done_callback(partial(self._finish, number, channel))
         channel.on_cancel = task.cancel
         return stream
+
+    def _finish(self, number: int, channel: Channel[Any], task: asyncio.Task[None]) -> None:
+        """Forget a call that was cancelled, perhaps before it began; end it unless its caller cancelled it."""
+        self._running[number].pop(channel, None)
+        if task.cancelled():
+            channel.end(UnavailableError("the call was cancelled"))
 
     def _scope(self, number: int) -> contextvars.Context:
         """Return the context variables of a call: the instance's own, with the request's id and deadline."""
@@ -151,23 +165,16 @@ class MemoryPool:
             else:
                 raise TypeError(f"returned a {type(result).__name__}, not an async iterator or awaitable")
         except Exception as raised:
-            raised.add_note(f"raised in {self.spec.name}:{number}")
+            if not raised_in_another_process(raised):
+                raised.add_note(f"raised in {self.spec.name}:{number}")
             error = raised
         finally:
-            self._running[number].discard(channel)
+            self._running[number].pop(channel, None)  # before the caller sees the end
         channel.end(error)
 
     async def aclose(self) -> None:
         """Cancel what is running."""
         await self._tasks.aclose()
-
-
-def spec_or_none(cls: type[Any]) -> ServiceSpec | None:
-    """Return the declaration of a service class; None for any other class."""
-    try:
-        return spec_of(cls)
-    except GraphError:
-        return None
 
 
 def pool(*instances: T, of: type[Any] | None = None) -> T:

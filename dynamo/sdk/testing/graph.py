@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,7 @@ class TestGraph:
 
     In memory there are no sockets, NATS or etcd: all services run on the test's event loop, with the real components,
     and requests are encoded as between processes. With `real=True`, `dynamo serve` runs the graph with its embedded
-    servers; what is said through this class stays the same, so that one test runs both ways.
+    servers. The interface of this class is the same for both, so one test can run both ways.
 
     Args:
         entry: the entry service, or a graph as `dynamo serve` takes it (`"graphs.agg:Frontend"`).
@@ -109,7 +109,11 @@ class TestGraph:
         return cast("list[T]", list(self._running.pools[spec_of(service).name].instances.values()))
 
     async def kill(self, service: type[Any], worker_id: int = 1) -> None:
-        """Let one worker of a service die at once, with what it was answering. Real ones are restarted by the supervisor."""
+        """Kill one worker of a service; its running calls end with WorkerLostError.
+
+        The supervisor restarts real ones; in memory the worker stays absent. Raises GraphError when there is no such
+        worker.
+        """
         await self._running.kill(service, worker_id)
 
     def http(self) -> httpx.AsyncClient:
@@ -143,25 +147,24 @@ class _InMemory:
         self._network = MemoryNetwork()
         self._stopping = AsyncExitStack()
         self.pools = {name: MemoryPool(spec_of(cls), ()) for name, cls in graph.services.items()}
-        self._entry: Any = None
+        self._workers: dict[tuple[str, int], _Worker] = {}
+        self._entry: _Worker | None = None
+        """the last worker of the entry service"""
 
     async def start(self) -> None:
         """Construct the services, dependencies first; run their start hooks; wait until all are ready."""
         previous = ServiceConfig._instance
         ServiceConfig._instance = ServiceConfig(self._settings)  # for components that read it, as those of 0.x do
         self._stopping.callback(setattr, ServiceConfig, "_instance", previous)
-        workers = []
         for name, cls in self._graph.services.items():
             count = service_args(name, self._settings.get(name, {})).workers or spec_of(cls).workers
-            self._stopping.push_async_callback(self.pools[name].aclose)
             for worker_id in range(1, count + 1):
-                worker = _Worker(cls, self._context(cls, worker_id, count))
-                self._entry = worker.instance
+                worker = _Worker(cls, self._context(cls, worker_id, count), self.pools[name])
+                self._workers[name, worker_id] = self._entry = worker
                 targets = {attribute: self.client(target) for attribute, target in self._graph.targets[name].items()}
                 self._stopping.push_async_callback(worker.stop)
-                await worker.start(self.pools[name], targets, self._settings.get(name, {}))
-                workers.append(worker)
-        for worker in workers:
+                await worker.start(targets, self._settings.get(name, {}))
+        for worker in self._workers.values():
             await worker.wait_until_ready()
 
     def _context(self, cls: type[Any], worker_id: int, workers: int) -> ServiceContext:
@@ -181,7 +184,7 @@ class _InMemory:
         )
 
     async def stop(self) -> None:
-        """Run the shutdown hooks, the entry's first, and cancel what still runs."""
+        """Cancel the running calls and run the shutdown hooks of each service, the entry's first."""
         await self._stopping.aclose()
 
     def client(self, service: type[Any]) -> Any:
@@ -189,21 +192,25 @@ class _InMemory:
         return Stub(spec_of(service), self.pools[spec_of(service).name])
 
     async def kill(self, service: type[Any], worker_id: int) -> None:
-        """Remove an instance, with what it was answering."""
-        self.pools[spec_of(service).name].lose(worker_id)
+        """Remove an instance, with what it was answering and what it has published. Its shutdown hooks run at the end."""
+        name = spec_of(service).name
+        self.pools[name].lose(worker_id)
+        await self._workers[name, worker_id].withdraw()
 
     def http(self) -> httpx.AsyncClient:
         """Return a client of the entry's ASGI application."""
         import httpx
 
-        transport = httpx.ASGITransport(self._app(), raise_app_exceptions=False)
+        assert self._entry is not None
+        app = self._entry.in_scope(self._app(self._entry.instance))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test")
 
-    def _app(self) -> Any:
+    def _app(self, entry: Any) -> Any:
         spec = spec_of(self._graph.entry)
         if spec.routes or spec.app is not None:
-            return api_of(self._entry)
-        app = getattr(self._entry, "app", None)
+            return api_of(entry)
+        app = getattr(entry, "app", None)
         if app is None:
             raise GraphError(
                 f"{spec.name} serves no HTTP", hint="give it @api methods, or keep its ASGI app in self.app"
@@ -214,23 +221,25 @@ class _InMemory:
 class _Worker:
     """One instance of a service in memory; its code runs in a scope of context variables of its own."""
 
-    def __init__(self, cls: type[Any], context: ServiceContext) -> None:
+    def __init__(self, cls: type[Any], context: ServiceContext, pool: MemoryPool) -> None:
         self.instance: Any = object.__new__(cls)
         self._cls = cls
         self._context = context
+        self._pool = pool
         self._scope = contextvars.copy_context()
         self._scope.run(enter_task, context)
         self._started = False
 
-    async def start(self, pool: MemoryPool, targets: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Construct the instance, run its start hooks, make it callable."""
-        attach(self.instance, pool.broker)
+    async def start(self, targets: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Construct the instance, run its start hooks, make it callable under its worker id."""
+        attach(self.instance, self._pool.broker)
         bind(self.instance, **targets)
         self._scope.run(self.instance.__init__, **constructor_arguments(self._cls, settings))
         self._started = True
         await self._call_hooks("start")
         if not self._context.headless:
-            pool.scopes[pool.add(self.instance)] = self._scope
+            self._pool.scopes[self._context.worker_id] = self._scope
+            self._pool.add(self.instance, self._context.worker_id)
 
     async def wait_until_ready(self) -> None:
         """Wait until all readiness hooks return True."""
@@ -238,10 +247,23 @@ class _Worker:
             await asyncio.sleep(POLL_S)
 
     async def stop(self) -> None:
-        """Run the shutdown hooks and withdraw what the instance has published."""
+        """End the service's running calls, run the shutdown hooks, withdraw what the instance has published."""
+        await self._pool.aclose()
         if self._started:
             await self._call_hooks("shutdown")
+        await self.withdraw()
+
+    async def withdraw(self) -> None:
+        """Remove what the instance has published."""
         await cast("MemoryRuntime", self._context.runtime).close()
+
+    def in_scope(self, app: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Coroutine[Any, Any, None]]:
+        """Return an ASGI application whose requests run with the instance's context variables."""
+
+        async def run(*arguments: Any) -> None:
+            await asyncio.get_running_loop().create_task(app(*arguments), context=self._scope.copy())
+
+        return run
 
     async def _call_hooks(self, kind: Hook) -> list[Any]:
         async def call() -> list[Any]:

@@ -12,7 +12,7 @@ from dynamo.rpc.metrics import ProcessMetrics
 
 
 class MemoryNetwork:
-    """What the services of one graph share: keys, as in etcd, and subjects, as in NATS."""
+    """Shared by the services of one graph: keys, as in etcd, and subjects, as in NATS."""
 
     def __init__(self) -> None:
         self.keys: dict[str, bytes] = {}
