@@ -315,6 +315,9 @@ async def test_nats_is_killed_and_restarted(
         await front.worker.tasks.put(Task(number))
     jobs = worker.tasks.take(limit=2)
     held = [await anext(jobs), await anext(jobs)]
+    await asyncio.sleep(
+        0.5
+    )  # the server writes deliveries to disk a moment later, and confirms none that it has forgotten
     infra.processes["nats"].kill()
     await infra.processes["nats"].wait()
     with pytest.raises(TransportError):
