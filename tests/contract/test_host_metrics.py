@@ -76,7 +76,7 @@ def test_the_first_free_port_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None
     with claimed() as one, claimed() as two:
         assert [one.address, two.address] == [f"127.0.0.1:{first}", f"127.0.0.1:{second}"]
         assert one.url == f"http://127.0.0.1:{first}/metrics"
-        with pytest.raises(ConfigError, match=f"ports {first} to {second} are taken"):
+        with pytest.raises(ConfigError, match=f"no free port for metrics on 127.0.0.1: {first} to {second} are in use"):
             claim(ServeOptions(), NATS)
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{first} for metrics: Address") as error:
             claim(ServeOptions(metrics_port=first), NATS)
