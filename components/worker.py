@@ -121,6 +121,8 @@ class VllmWorker(EngineService):
         if not await self.start_engine():
             return
         cached_blocks.open(self.info)
+        if cached_blocks.reported:
+            self._serve_other_routers(cached_blocks, runtime)
         # a request passes through the reporter, the prefill client if there is one, and the engine
         generate: Generate = self.engine.generate
         if is_linked(self, "prefill_worker"):
@@ -148,6 +150,15 @@ class VllmWorker(EngineService):
         else:
             reason = f"the {self.engine_name} engine emits no KV events"
         log.warning("KV events disabled, routers cannot see this worker's cache: %s", reason)
+
+    def _serve_other_routers(self, cached_blocks: CachedBlocks, runtime: ProcessRuntime) -> None:
+        """Publish KV events for Routers written for ai-dynamo, as long as one listens."""
+        # imported here: a dry run needs none of it
+        from dynamo.compat.router_events import CachePublisher
+
+        publisher = CachePublisher(runtime, *self.dynamo_address(), runtime.instance_id, on_demand=True)
+        block_size = self.info.kv_block_size
+        cached_blocks.listeners.append(lambda events: publisher.publish_changes(events, block_size))
 
     def _make_prefill_client(
         self, generate: Generate, cached_blocks: CachedBlocks, runtime: ProcessRuntime

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dynamo.kv_router.block_map import BlockMap
 from dynamo.kv_router.events import EngineEvent
@@ -25,6 +25,8 @@ class CachedBlocks:
         self.ranks: list[BlockMap] = []
         self.changed = asyncio.Event()
         """set after each event, cleared by the reader"""
+        self.listeners: list[Callable[[Sequence[EngineEvent]], None]] = []
+        """called with the same events as the maps"""
 
     def follow(self, engine: Engine) -> bool:
         """Listen to the KV events of an engine that has not started; return False if it emits none."""
@@ -39,6 +41,8 @@ class CachedBlocks:
         if self.ranks:
             self.ranks[rank].apply(events)
             self.changed.set()
+            for listener in self.listeners:
+                listener(events)
 
     def hit_tokens(self, request: GenerateRequest) -> int:
         """Return the prompt tokens in the prefix cache; without KV events, those that the router expects there."""

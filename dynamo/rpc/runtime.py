@@ -28,7 +28,7 @@ from dynamo.rpc.served_endpoint import ServedEndpoint
 from dynamo.rpc.server import RpcServer
 from dynamo.rpc.server_connection import StreamListener
 from dynamo.rpc.static_discovery import StaticDiscovery, serve_lookups, static_subject
-from dynamo.tasks import TaskSet
+from dynamo.tasks import TaskSet, Work
 from dynamo.transport.etcd import Delete, Etcd, Put
 from dynamo.transport.nats import DEFAULT_URL, Nats, NatsListener
 from dynamo.transport.network import PORT_ATTEMPTS, STREAM_PORTS, advertised_host, bound_host, host_id
@@ -227,6 +227,10 @@ class Runtime:
                 else:
                     view = dict(event.items)
                 yield dict(view)
+
+    def spawn(self, work: Work, *, name: str) -> None:
+        """Run `work` in the background until it ends or this runtime is closed. What it raises is logged."""
+        self._tasks.spawn(work, name=name)
 
     def shutdown(self) -> None:
         """Start to stop: `stopped` returns, running calls may finish. May be called in a signal handler."""

@@ -54,18 +54,41 @@ class _AllBlocksCleared(msgspec.Struct, tag="AllBlocksCleared", gc=False):
     pass
 
 
+_Events = list[_BlockStored | _BlockRemoved | _AllBlocksCleared]
+
+
 class _EventBatch(msgspec.Struct, array_like=True, gc=False):
     time: float
-    events: list[_BlockStored | _BlockRemoved | _AllBlocksCleared]
+    events: _Events
 
+
+class _ArrayBatch(msgspec.Struct, array_like=True, gc=False):
+    time: float
+    events: list[list[Any]]
+
+
+_ARRAY_FIELDS = {
+    "BlockStored": (
+        "type", "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name",
+    ),
+    "BlockRemoved": ("type", "block_hashes", "medium"),
+}  # fmt: skip
 
 _decode = msgspec.msgpack.Decoder(_EventBatch).decode
+_decode_array_batch = msgspec.msgpack.Decoder(_ArrayBatch).decode
 
 
 def decode_events(payload: bytes) -> list[EngineEvent]:
     """Decode a message's events. Raises msgspec.DecodeError if it is not in a known layout of vLLM."""
+    try:
+        batch = _decode(payload)
+    except msgspec.ValidationError as error:
+        try:
+            batch = _decode_arrays(payload)
+        except msgspec.ValidationError:
+            raise error from None
     found: list[EngineEvent] = []
-    for event in _decode(payload).events:
+    for event in batch.events:
         if isinstance(event, _AllBlocksCleared):
             found.append(BlocksCleared())
         elif event.group_idx not in (None, 0) or event.medium not in (None, "GPU"):
@@ -75,6 +98,13 @@ def decode_events(payload: bytes) -> list[EngineEvent]:
         else:
             found += _blocks_stored(event)
     return found
+
+
+def _decode_arrays(payload: bytes) -> _EventBatch:
+    """Decode the layout of earlier releases, and of SGLang, whose events are arrays of the type and the fields."""
+    batch = _decode_array_batch(payload)
+    events = [dict(zip(_ARRAY_FIELDS.get(event[0], ("type",)), event, strict=False)) for event in batch.events if event]
+    return _EventBatch(batch.time, msgspec.convert(events, _Events))
 
 
 def _blocks_stored(event: _BlockStored) -> Iterator[BlocksStored]:
@@ -114,7 +144,9 @@ class KvEventSource:
     the gap, the listener receives BlocksCleared: it then knows fewer blocks than the cache holds, but never more.
     """
 
-    def __init__(self, rank: int, endpoint: str, replay_endpoint: str | None, listener: KvListener) -> None:
+    def __init__(
+        self, rank: int, endpoint: str, replay_endpoint: str | None, listener: KvListener, topic: str = ""
+    ) -> None:
         zmq: Any = importlib.import_module("zmq")  # a dependency of vLLM
         self._rank = rank
         self._listener = listener
@@ -124,7 +156,7 @@ class KvEventSource:
         self._context = zmq.Context()
         self._messages = self._context.socket(zmq.SUB)
         self._messages.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
-        self._messages.setsockopt(zmq.SUBSCRIBE, b"")
+        self._messages.setsockopt(zmq.SUBSCRIBE, topic.encode())
         self._messages.connect(subscriber_endpoint(endpoint, rank))
         self._replay: Any = None
         if replay_endpoint:

@@ -1,0 +1,27 @@
+"""The names of `dynamo.llm` in ai-dynamo 0.1 to 0.3, which `dynamo/llm/__init__.py` finds here."""
+
+from __future__ import annotations
+
+from dynamo.compat.disagg_router import DisaggregatedRouter as DisaggregatedRouter
+from dynamo.compat.kv_indexer import ApproxKvIndexer as ApproxKvIndexer
+from dynamo.compat.kv_indexer import KvIndexer as KvIndexer
+from dynamo.compat.kv_indexer import OverlapScores as OverlapScores
+from dynamo.compat.kv_indexer import RadixTree as RadixTree
+from dynamo.compat.kv_publishers import KvEventPublisher as KvEventPublisher
+from dynamo.compat.kv_publishers import ZmqKvEventListener as ZmqKvEventListener
+from dynamo.compat.kv_publishers import ZmqKvEventPublisher as ZmqKvEventPublisher
+from dynamo.compat.kv_publishers import ZmqKvEventPublisherConfig as ZmqKvEventPublisherConfig
+from dynamo.compat.router_events import token_hashes as compute_block_hash_for_seq_py
+from dynamo.compat.worker_metrics import AggregatedMetrics as AggregatedMetrics
+from dynamo.compat.worker_metrics import EndpointKvMetrics as EndpointKvMetrics
+from dynamo.compat.worker_metrics import ForwardPassMetrics as ForwardPassMetrics
+from dynamo.compat.worker_metrics import KvMetricsAggregator as KvMetricsAggregator
+from dynamo.compat.worker_metrics import KvStats as KvStats
+from dynamo.compat.worker_metrics import SpecDecodeStats as SpecDecodeStats
+from dynamo.compat.worker_metrics import WorkerMetricsPublisher as WorkerMetricsPublisher
+from dynamo.compat.worker_metrics import WorkerStats as WorkerStats
+
+# names of earlier releases
+KvMetricsPublisher = WorkerMetricsPublisher  # 0.1 to 0.3.0
+KvEventPublisherFromZmq = ZmqKvEventPublisher  # 0.3.0
+KvEventPublisherFromZmqConfig = ZmqKvEventPublisherConfig
