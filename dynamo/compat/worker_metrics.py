@@ -99,9 +99,10 @@ class WorkerMetricsPublisher:
     async def _generate(self, request: Any) -> AsyncIterator[dict[str, Any]]:
         yield asdict(self._metrics)
 
-    def publish(self, metrics: ForwardPassMetrics | int, *numbers: float, **named: float) -> None:
+    def publish(self, *metrics: Any, **named: Any) -> None:
         """Set the load: a `ForwardPassMetrics`, or the seven numbers and the rank of ai-dynamo 0.1 to 0.3.1."""
-        self._metrics = metrics if isinstance(metrics, ForwardPassMetrics) else _of_numbers(metrics, *numbers, **named)
+        given = metrics[0] if metrics else named.get("metrics")
+        self._metrics = given if isinstance(given, ForwardPassMetrics) else _of_numbers(*metrics, **named)
 
 
 def _of_numbers(

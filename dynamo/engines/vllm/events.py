@@ -153,14 +153,14 @@ class KvEventSource:
         self._again = zmq.Again
         self._no_wait = zmq.NOBLOCK
         self._loop = asyncio.get_running_loop()
-        self._context = zmq.Context()
-        self._messages = self._context.socket(zmq.SUB)
+        context = zmq.Context.instance()  # one of its own would wait for its sockets when it is collected before them
+        self._messages = context.socket(zmq.SUB)
         self._messages.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
         self._messages.setsockopt(zmq.SUBSCRIBE, topic.encode())
         self._messages.connect(subscriber_endpoint(endpoint, rank))
         self._replay: Any = None
         if replay_endpoint:
-            self._replay = self._context.socket(zmq.DEALER)
+            self._replay = context.socket(zmq.DEALER)
             self._replay.connect(subscriber_endpoint(replay_endpoint, rank))
         self._expected = 0
         """sequence number of the next message"""
@@ -179,11 +179,12 @@ class KvEventSource:
         self._loop.remove_reader(self._messages_fd)
         if self._replay is not None:
             self._loop.remove_reader(self._replay_fd)
+            self._replay.close(linger=0)
             self._replay = None  # callbacks that are already scheduled check it
         for timer in (self._poll_timer, self._gap_timer):
             if timer is not None:
                 timer.cancel()
-        self._context.destroy(linger=0)
+        self._messages.close(linger=0)
 
     def _read_messages(self) -> None:
         """Read a batch of messages, up to a gap, and pass their events on."""
@@ -200,6 +201,10 @@ class KvEventSource:
             elif sequence > self._expected:
                 self._held_back = message
                 self._request_replay()
+            elif self._replay is None:
+                self._report_loss("the engine has restarted", events)
+                self._expected = sequence
+                self._accept(payload, events)
             # else a replay has already delivered it
         self._schedule_read(idle=count == 0)
         self._deliver(events)
