@@ -51,7 +51,11 @@ class DisaggregatedRouter:
                 continue
             given = view.get(key)
             try:
-                limit = self._default if given is None else msgspec.json.decode(given, type=_Settings).max_local_prefill_length
+                limit = (
+                    self._default
+                    if given is None
+                    else msgspec.json.decode(given, type=_Settings).max_local_prefill_length
+                )
             except msgspec.MsgspecError as error:
                 log.warning("etcd %s: %s; keeping %d", key, error, self._limit)
                 continue

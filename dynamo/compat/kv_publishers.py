@@ -55,10 +55,14 @@ class KvEventPublisher:
 
         `parent_hash` is the hash of the block before. Blocks from the first of another size on are left out.
         """
-        full = next((n for n, size in enumerate(num_block_tokens) if size != self._kv_block_size), len(num_block_tokens))
+        full = next(
+            (n for n, size in enumerate(num_block_tokens) if size != self._kv_block_size), len(num_block_tokens)
+        )
         if full < len(num_block_tokens) and not self._warned:
             self._warned = True
-            log.warning("KV blocks of %d tokens, not %d, are not published", num_block_tokens[full], self._kv_block_size)
+            log.warning(
+                "KV blocks of %d tokens, not %d, are not published", num_block_tokens[full], self._kv_block_size
+            )
         blocks = stored_blocks(block_hashes[:full], token_ids, self._kv_block_size)
         self._publish(stored_event(event_id, parent_hash, blocks))
 

@@ -11,7 +11,7 @@ from dynamo.compat.kv_publishers import KvEventPublisher as KvEventPublisher
 from dynamo.compat.kv_publishers import ZmqKvEventListener as ZmqKvEventListener
 from dynamo.compat.kv_publishers import ZmqKvEventPublisher as ZmqKvEventPublisher
 from dynamo.compat.kv_publishers import ZmqKvEventPublisherConfig as ZmqKvEventPublisherConfig
-from dynamo.compat.router_events import token_hashes as compute_block_hash_for_seq_py
+from dynamo.compat.router_events import token_hashes
 from dynamo.compat.worker_metrics import AggregatedMetrics as AggregatedMetrics
 from dynamo.compat.worker_metrics import EndpointKvMetrics as EndpointKvMetrics
 from dynamo.compat.worker_metrics import ForwardPassMetrics as ForwardPassMetrics
@@ -20,6 +20,8 @@ from dynamo.compat.worker_metrics import KvStats as KvStats
 from dynamo.compat.worker_metrics import SpecDecodeStats as SpecDecodeStats
 from dynamo.compat.worker_metrics import WorkerMetricsPublisher as WorkerMetricsPublisher
 from dynamo.compat.worker_metrics import WorkerStats as WorkerStats
+
+compute_block_hash_for_seq_py = token_hashes
 
 # names of earlier releases
 KvMetricsPublisher = WorkerMetricsPublisher  # 0.1 to 0.3.0

@@ -1,7 +1,7 @@
 """KV cache events in the form of ai-dynamo: JSON with an engine's block hashes and a hash of each block's own tokens.
 
-A worker publishes them on `namespace.<namespace>.component.<component>.router_events`; whoever follows them announces
-itself there under `router_events_wanted`, again and again, and gets the whole cache at its first announcement.
+A worker publishes them on `namespace.<namespace>.component.<component>.router_events`. A listener announces itself on
+`...router_events_wanted` every few seconds, and gets the whole cache after its first announcement.
 """
 
 from __future__ import annotations

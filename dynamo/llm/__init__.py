@@ -11,7 +11,9 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    from dynamo.compat import llm  # loads NATS, gRPC and zmq, which code of this project that imports a submodule must not
+    from dynamo.compat import (
+        llm,
+    )  # loads NATS, gRPC and zmq, which code of this project that imports a submodule must not
 
     try:
         return getattr(llm, name)

@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -28,14 +29,13 @@ from dynamo.llm import (
     KvMetricsPublisher,
     KvStats,
     RadixTree,
-    WorkerMetricsPublisher,
     WorkerStats,
     ZmqKvEventListener,
     ZmqKvEventPublisher,
     ZmqKvEventPublisherConfig,
     compute_block_hash_for_seq_py,
 )
-from dynamo.runtime import Component, DistributedRuntime
+from dynamo.runtime import DistributedRuntime
 from tests.ports import free_port
 from tests.served import ROOT
 
@@ -145,9 +145,10 @@ async def test_a_router_sees_workers_of_other_processes(
         return sorted(found.endpoints, key=lambda endpoint: endpoint.worker_id != first)
 
     await until(loads)
-    one = by_worker()[0]
-    assert (one.worker_id, one.request_active_slots, one.request_total_slots, one.num_requests_waiting) == (first, 2, 64, 1)
-    assert (one.kv_total_blocks, one.gpu_cache_usage_perc, one.gpu_prefix_cache_hit_rate) == (1000, 0.3, 0.25)
+    assert asdict(by_worker()[0]) == {
+        "worker_id": first, "request_active_slots": 2, "request_total_slots": 64, "num_requests_waiting": 1,
+        "kv_active_blocks": 300, "kv_total_blocks": 1000, "gpu_cache_usage_perc": 0.3, "gpu_prefix_cache_hit_rate": 0.25,
+    }  # fmt: skip
     assert (found.load_avg, found.load_std) == (200, 100)
 
     processes[0].send_signal(signal.SIGTERM)
@@ -224,7 +225,7 @@ async def test_many_blocks_go_in_several_messages(
     publisher.publish_stored(1, prompt, [BLOCK] * 7, list(range(7)))
     await scored(early, prompt, {5: 7})
     await scored(KvIndexer(component, BLOCK), prompt, {5: 7})
-    assert set(sizes) == {0, 1, 2} and sizes.count(0) <= 2, sizes  # 0: the cache is sent anew
+    assert set(sizes) == {0, 1, 2}  # 0: the whole cache follows
 
 
 async def test_events_lost_with_the_connection_are_made_up_for(private_infra: Infra, namespace: str) -> None:
@@ -269,7 +270,7 @@ async def test_a_worker_that_publishes_on_demand(
         await until(arrived)
         return [msgspec.json.decode(payload)["event"]["data"] for payload in sent]
 
-    assert await announce(b"a", 1) == ["cleared"], "nothing is kept while nobody listens"
+    assert await announce(b"a", 1) == ["cleared"], "nothing is kept without a listener"
     stored = BlocksStored([3], None, PROMPT[:BLOCK], BLOCK)
     publisher.publish_changes([stored, stored, BlocksStored([4], 2, PROMPT[:BLOCK], BLOCK)], BLOCK)
     publisher.publish_changes([BlocksRemoved([3]), BlocksStored([5], 3, PROMPT[:8], 8)], BLOCK)
@@ -283,7 +284,7 @@ async def test_a_worker_that_publishes_on_demand(
     await announce(b"b", 8)
     await asyncio.sleep(0.6)
     publisher.publish_changes([stored], BLOCK)
-    assert (await announce(b"b", 9))[8:] == ["cleared"], "it has begun anew"
+    assert (await announce(b"b", 9))[8:] == ["cleared"], "it has forgotten all"
     await publisher.close()
 
 
@@ -456,7 +457,7 @@ async def test_listener_collects_events_for_a_radix_tree() -> None:
     vllm.publish({"type": "BlockRemoved", "block_hashes": [2], "medium": "GPU"})
     expected = {0: 1}
     await until(collected)
-    vllm.close()  # the engine restarts, with an empty cache, and counts its messages anew
+    vllm.close()  # the engine restarts, with an empty cache, and counts its messages from 0
     vllm = Vllm(port)
     expected = {0: 3}
 

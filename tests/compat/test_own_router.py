@@ -80,11 +80,11 @@ def test_a_dead_worker_is_forgotten(graph: Served) -> None:
     for worker in graph.pids("--service-name VllmWorker"):
         os.kill(worker, signal.SIGKILL)
 
-    def anew() -> bool:
+    def replaced() -> bool:
         found = look(graph, ONE)
         return len(found["workers"]) == 2 and first not in found["workers"] and found["scores"] == {}
 
-    until(anew, "two new workers", timeout_s=40)
+    until(replaced, "two new workers", timeout_s=40)
     first, _ = look(graph, ONE)["workers"]
     send(graph, ONE, first)
     until(scores(graph, ONE, {first: 4}), "blocks of a new worker")

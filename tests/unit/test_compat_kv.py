@@ -124,7 +124,7 @@ def test_names_of_all_releases_exist() -> None:
         " ZmqKvEventPublisher ZmqKvEventPublisherConfig compute_block_hash_for_seq_py"
     )
     assert [name for name in names.split() if not hasattr(dynamo.llm, name)] == []
-    with pytest.raises(ImportError, match="cannot import name 'KvIndex' from 'dynamo.llm'"):
+    with pytest.raises(ImportError, match="cannot import name 'KvIndex' from"):
         from dynamo.llm import KvIndex  # noqa: F401
 
 

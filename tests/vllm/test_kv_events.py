@@ -221,6 +221,23 @@ def test_decoding_of_both_layouts_and_both_kinds_of_hashes() -> None:
     assert decode_events(payload({"type": "AllBlocksCleared"})) == [BlocksCleared()]
 
 
+def test_decoding_of_events_that_are_arrays() -> None:
+    """The layout of vLLM of 2025, and of SGLang."""
+    events: list[Any] = [
+        ["BlockStored", [7, 8], 6, [0, 1, 2, 3], 2, None],
+        ["BlockStored", [9], None, [4, 5], 2, None, "CPU"],
+        ["BlockRemoved", [7]],
+        ["BlockRemoved", [8], "CPU"],
+        ["AllBlocksCleared"],
+    ]
+    expected = [BlocksStored([7, 8], 6, [0, 1, 2, 3], 2), BlocksRemoved([7]), BlocksCleared()]
+    assert decode_events(msgspec.msgpack.encode([0.5, events])) == expected
+    assert decode_events(msgspec.msgpack.encode([0.5, events, 0])) == expected
+    for broken in ([["BlockMoved", 1]], [["BlockStored", [7]]], [[7]], [[[7]]], ["AllBlocksCleared"], 7):
+        with pytest.raises(msgspec.DecodeError):
+            decode_events(msgspec.msgpack.encode([0.5, broken]))
+
+
 def test_events_of_other_groups_and_media_are_ignored() -> None:
     others: list[dict[str, Any]] = [{"group_idx": 1}, {"medium": "CPU"}, {"medium": "STORAGE"}]
     for other in others:
@@ -363,6 +380,18 @@ async def test_unrecoverable_loss_clears_the_cache(
     await until(lambda: len(events) == 4)
     assert [type(event) for event in events] == [BlocksStored, BlocksCleared, BlocksStored, BlocksStored]
     assert "1 messages lost" in caplog.text
+
+
+async def test_a_restarted_engine_begins_with_an_empty_cache(listen: Listen) -> None:
+    publisher, events = listen(asks=False)
+    await publisher.subscribed()
+    for number in range(3):
+        await publisher.publish(stored(number))
+    publisher.numbers = itertools.count()
+    await publisher.publish(stored(7))
+    await publisher.publish(stored(8))
+    await until(lambda: len(events) == 6)
+    assert [type(event) for event in events[3:]] == [BlocksCleared, BlocksStored, BlocksStored]
 
 
 async def test_unreadable_message_counts_as_lost(listen: Listen) -> None:

@@ -103,7 +103,9 @@ def decode_events(payload: bytes) -> list[EngineEvent]:
 def _decode_arrays(payload: bytes) -> _EventBatch:
     """Decode the layout of earlier releases, and of SGLang, whose events are arrays of the type and the fields."""
     batch = _decode_array_batch(payload)
-    events = [dict(zip(_ARRAY_FIELDS.get(event[0], ("type",)), event, strict=False)) for event in batch.events if event]
+    events = [
+        dict(zip(_ARRAY_FIELDS.get(str(event[0]), ("type",)), event, strict=False)) for event in batch.events if event
+    ]
     return _EventBatch(batch.time, msgspec.convert(events, _Events))
 
 

@@ -45,7 +45,9 @@ class Router:
             "workers": self.workers_client.instance_ids(),
             "scores": by_hash.scores,
             "same": by_hash.scores == by_token.scores,
-            "load": {e.worker_id: [e.kv_active_blocks, e.kv_total_blocks, e.request_total_slots] for e in metrics.endpoints},
+            "load": {
+                e.worker_id: [e.kv_active_blocks, e.kv_total_blocks, e.request_total_slots] for e in metrics.endpoints
+            },
         }
 
 
@@ -65,8 +67,7 @@ class Frontend:
     async def look(self, prompt: Prompt):
         hashes = compute_block_hash_for_seq_py(prompt.tokens, self.block_size)
         request = LocalBlockHashes(hashes=hashes, tokens=prompt.tokens)
-        async for answer in self.router.generate(request.model_dump_json()):
-            return answer
+        return [answer async for answer in self.router.generate(request.model_dump_json())][0]
 
     @api
     async def send(self, prompt: Prompt):
