@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from components.engine_service import EngineService
 from components.prefill_worker import PrefillWorker
@@ -29,6 +29,9 @@ from dynamo.sdk import (
 )
 from dynamo.sdk.context import ProcessRuntime
 from dynamo.streams import Channel
+
+if TYPE_CHECKING:
+    from dynamo.compat.router_events import CachePublisher
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +97,8 @@ class VllmWorker(EngineService):
         """only in a graph with PrefillWorkers"""
         self.reporter: WorkerReporter | None = None
         """only in a graph"""
+        self.router_events: CachePublisher | None = None
+        """only in a graph, if the engine emits KV events"""
 
     @property
     def remote_prefill(self) -> bool:
@@ -122,7 +127,7 @@ class VllmWorker(EngineService):
             return
         cached_blocks.open(self.info)
         if cached_blocks.reported:
-            self._serve_other_routers(cached_blocks, runtime)
+            await self._serve_other_routers(cached_blocks, runtime)
         # a request passes through the reporter, the prefill client if there is one, and the engine
         generate: Generate = self.engine.generate
         if is_linked(self, "prefill_worker"):
@@ -151,7 +156,7 @@ class VllmWorker(EngineService):
             reason = f"the {self.engine_name} engine emits no KV events"
         log.warning("KV events disabled, routers cannot see this worker's cache: %s", reason)
 
-    def _serve_other_routers(self, cached_blocks: CachedBlocks, runtime: ProcessRuntime) -> None:
+    async def _serve_other_routers(self, cached_blocks: CachedBlocks, runtime: ProcessRuntime) -> None:
         """Publish KV events for Routers written for ai-dynamo, as long as one listens."""
         # imported here: a dry run needs none of it
         from dynamo.compat.router_events import CachePublisher
@@ -159,6 +164,8 @@ class VllmWorker(EngineService):
         publisher = CachePublisher(runtime, *self.dynamo_address(), runtime.instance_id, on_demand=True)
         block_size = self.info.kv_block_size
         cached_blocks.listeners.append(lambda events: publisher.publish_changes(events, block_size))
+        await publisher.start()
+        self.router_events = publisher
 
     def _make_prefill_client(
         self, generate: Generate, cached_blocks: CachedBlocks, runtime: ProcessRuntime
@@ -209,6 +216,8 @@ class VllmWorker(EngineService):
 
     @on_shutdown
     async def stop(self) -> None:
+        if self.router_events is not None:
+            await self.router_events.close()
         if self.reporter is not None:
             await self.reporter.stop()
         if self.prefill_client is not None:

@@ -19,11 +19,11 @@ from dynamo.compat.router_events import (
     stored_event,
     token_hashes,
 )
-from dynamo.engines.vllm.events import KvEventSource
 from dynamo.errors import StartError
 from dynamo.kv_router.events import EngineEvent
 
 if TYPE_CHECKING:
+    from dynamo.engines.vllm.events import KvEventSource
     from dynamo.runtime.component import Component
 
 log = logging.getLogger(__name__)
@@ -121,11 +121,15 @@ class ZmqKvEventListener:
 
 
 def _cache_publisher(component: Component, worker_id: int) -> CachePublisher:
-    return CachePublisher(component.runtime, component.namespace, component.name, worker_id)
+    cache = CachePublisher(component.runtime, component.namespace, component.name, worker_id)
+    component.runtime.spawn(cache.start(), name="KV events")
+    return cache
 
 
 def _source(endpoint: str, topic: str, handler: Callable[[Sequence[EngineEvent]], None]) -> KvEventSource:
     """Subscribe to an engine's events. Raises StartError without pyzmq."""
+    from dynamo.engines.vllm.events import KvEventSource  # imported here: the other classes do not need it
+
     try:
         return KvEventSource(0, endpoint, None, lambda _, events: handler(events), topic)
     except ModuleNotFoundError:

@@ -128,7 +128,7 @@ class _Block(NamedTuple):
 
 
 class CachePublisher:
-    """Publishes the contents of one worker's KV cache, and knows them. For use on the event loop.
+    """Publishes the contents of one worker's KV cache, and knows them. For use on the event loop, after `start`.
 
     With `on_demand` it does nothing unless a listener has announced itself in the last seconds; blocks stored before the
     first announcement are then left out, with those after them. Events lost with the connection to NATS are made up for
@@ -151,7 +151,10 @@ class CachePublisher:
         self._incomplete = False  # events were lost
         self._sending = False
         self._tasks = TaskSet("router events")
-        self._tasks.keep_running(self._listen, name="listen for listeners")
+
+    async def start(self) -> None:
+        """Begin to follow who listens. Raises TransportError."""
+        await self._connection.listen(self._prefix + WANTED_TOPIC, self._on_wanted)
 
     async def close(self) -> None:
         """Stop publishing."""
@@ -249,9 +252,6 @@ class CachePublisher:
         if run:
             await self._send(stored_event(0, start, run))
         self._incomplete = False
-
-    async def _listen(self) -> None:
-        await self._connection.listen(self._prefix + WANTED_TOPIC, self._on_wanted)
 
     def _on_wanted(self, listener: bytes) -> None:
         self._wanted()

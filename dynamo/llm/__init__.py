@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
+    # `from dynamo.llm import engine` asks here before it imports the module
+    if name.startswith("__") or find_spec(f"{__name__}.{name}") is not None:
         raise AttributeError(name)
-    from dynamo.compat import (
-        llm,
-    )  # loads NATS, gRPC and zmq, which code of this project that imports a submodule must not
+    from dynamo.compat import llm  # imported here: it needs NATS, which this room does not
 
     try:
         return getattr(llm, name)
     except AttributeError:
-        raise AttributeError(f"module 'dynamo.llm' has no attribute {name!r}") from None
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -258,8 +258,8 @@ async def test_a_worker_that_publishes_on_demand(
     sent: list[bytes] = []
     prefix = router_events.topic_prefix(namespace, "Worker")
     await here.inner.listen(prefix + router_events.TOPIC, sent.append)
-    await worker.connect()
     publisher = router_events.CachePublisher(worker, namespace, "Worker", 5, on_demand=True)
+    await publisher.start()
     publisher.publish_changes([BlocksStored([1, 2], None, PROMPT[: 2 * BLOCK], BLOCK)], BLOCK)
 
     async def announce(listener: bytes, messages: int) -> list[Any]:

@@ -67,7 +67,8 @@ class Frontend:
     async def look(self, prompt: Prompt):
         hashes = compute_block_hash_for_seq_py(prompt.tokens, self.block_size)
         request = LocalBlockHashes(hashes=hashes, tokens=prompt.tokens)
-        return [answer async for answer in self.router.generate(request.model_dump_json())][0]
+        (answer,) = [answer async for answer in self.router.generate(request.model_dump_json())]
+        return answer
 
     @api
     async def send(self, prompt: Prompt):
