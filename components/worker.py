@@ -216,13 +216,13 @@ class VllmWorker(EngineService):
 
     @on_shutdown
     async def stop(self) -> None:
-        if self.router_events is not None:
-            await self.router_events.close()
         if self.reporter is not None:
             await self.reporter.stop()
         if self.prefill_client is not None:
             await self.prefill_client.stop()
         await super().stop()
+        if self.router_events is not None:
+            await self.router_events.close()
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ class CachePublisher:
             elif isinstance(event.data, Change) and event.data.removed is not None:
                 hashes = event.data.removed.block_hashes
                 hashes[:] = [block_hash for block_hash in hashes if not self._remove_copy(block_hash)]
+                if not hashes:
+                    continue
             self.publish(event)
 
     def _remove_copy(self, block_hash: int) -> bool:
@@ -242,7 +244,7 @@ class CachePublisher:
         await self._send(KvCacheEvent(0, "cleared"))
         run: list[StoredBlock] = []
         start: int | None = None  # the parent of the first block of the run
-        for block_hash, block in list(self._blocks.items()):
+        for block_hash, block in list(self._blocks.items()):  # a block stands after the one before it in the prompt
             if run and (block.parent_hash != run[-1].block_hash or len(run) == MESSAGE_BLOCKS):
                 await self._send(stored_event(0, start, run))
                 run = []
@@ -254,7 +256,7 @@ class CachePublisher:
         self._incomplete = False
 
     def _on_wanted(self, listener: bytes) -> None:
-        self._wanted()
+        self._wanted()  # after a pause the cache is not known any more
         self._wanted_until_s = self._loop.time() + WANTED_FOR_S
         if listener not in self._listeners:
             self._listeners.append(listener)
