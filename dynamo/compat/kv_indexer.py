@@ -38,6 +38,7 @@ UPSTREAM_TOPIC = "kv_events"
 """where ai-dynamo's own publishers send; this project's workers send messages of another form there"""
 HASH_TOKENS = 2
 """A block's 64-bit hash counts as two tokens of 32 bits, so that the index chains hashes as it chains tokens."""
+UNLIMITED = 1 << 62
 
 _decode_event = msgspec.json.Decoder(KvCacheEvent).decode
 _decode_router_event = msgspec.json.Decoder(RouterEvent).decode
@@ -266,6 +267,3 @@ class ApproxKvIndexer:
         """Take note that a prompt was sent to a worker."""
         prompt = block_hashes(tokens, self._kv_block_size)
         self._approximate.add(self._slots.slot(worker_id), prompt, time.monotonic(), capacity=UNLIMITED)
-
-
-UNLIMITED = 1 << 62
