@@ -17,12 +17,12 @@ import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from dynamo.errors import ConfigError, TransportError
+from dynamo.errors import TransportError
 from dynamo.tasks import TaskSet
-from dynamo.transport.etcd_cluster import PAUSE_S, Cluster, RetryableError, StatusCode, Tls, aio, rpc
+from dynamo.transport.credentials import EtcdCredentials, etcd_credentials
+from dynamo.transport.etcd_cluster import PAUSE_S, Cluster, RetryableError, StatusCode, aio, rpc
 from dynamo.transport.etcd_lease import Lease, LeaseId
 
 
@@ -80,24 +80,16 @@ class Etcd:
         cls,
         endpoints: str,
         *,
-        username: str = "",
-        password: str = "",
-        ca_file: str | Path | None = None,
-        cert_file: str | Path | None = None,
-        key_file: str | Path | None = None,
+        credentials: EtcdCredentials | None = None,
         timeout_s: float = 5.0,
     ) -> Self:
         """Return a client of `endpoints`, as in ETCD_ENDPOINTS: "http://host:2379,https://...".
 
-        It connects at the first call. `https://` means TLS, verified with `ca_file` (else the system's authorities);
-        `cert_file` and `key_file` identify this client. `timeout_s` is the default of every call. Raises ConfigError for
-        an invalid address or a file that cannot be read.
+        It connects at the first call, with `credentials`: by default those in the addresses or of `ETCD_AUTH_*`.
+        `https://` means TLS, verified with their authorities (else the system's). `timeout_s` is the default of every call.
+        Raises ConfigError for an invalid address or credentials that cannot be read.
         """
-        try:
-            ca, cert, key = (Path(name).read_bytes() if name else None for name in (ca_file, cert_file, key_file))
-        except OSError as error:
-            raise ConfigError(f"cannot read etcd's TLS file {error.filename}: {error.strerror}") from error
-        return cls(Cluster(endpoints, Tls(ca, cert, key), username, password, timeout_s))
+        return cls(Cluster(endpoints, credentials or etcd_credentials(endpoints), timeout_s))
 
     async def __aenter__(self) -> Self:
         return self

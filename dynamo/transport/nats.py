@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from dynamo.errors import NoInstancesError, TransportError
+from dynamo.transport.credentials import NATS_VARIABLES, nats_credentials
 from dynamo.transport.nats_import import Msg, NatsConnection, Subscription, errors
 from dynamo.transport.network import without_credentials
 
@@ -84,10 +85,11 @@ class Nats:
 
     @classmethod
     async def connect(cls, url: str = DEFAULT_URL, *, name: str = "dynamo") -> Nats:
-        """Connect to one of the servers in `url`, separated by commas.
+        """Connect to one of the servers in `url`, separated by commas, with the credentials in it or of `NATS_AUTH_*`.
 
-        Raises TransportError within `NATS_CONNECT_TIMEOUT_S`.
+        Raises TransportError within `NATS_CONNECT_TIMEOUT_S`, ConfigError for credentials that cannot be read.
         """
+        credentials = nats_credentials(url)
         urls = [u.strip() for u in url.split(",") if u.strip()]
         self = cls(NatsConnection(), without_credentials(url))
         last_error: list[str] = []
@@ -113,6 +115,7 @@ class Nats:
                     ping_interval=PING_INTERVAL_S,
                     connect_timeout=2,
                     pending_size=PENDING_BYTES,
+                    **credentials,
                 ),
                 NATS_CONNECT_TIMEOUT_S,
             )
@@ -121,9 +124,12 @@ class Nats:
             self.closing = True
             await self._connection.close()
             reason = last_error[0] if last_error else str(error) or type(error).__name__
+            refused = "authorization" in reason.lower()
             raise TransportError(
                 f"cannot connect to NATS at {self._shown_urls}: {reason}",
-                hint="start a NATS server, set NATS_SERVER, or let `dynamo serve --infra embedded` start one",
+                hint=f"set the credentials that it accepts: {NATS_VARIABLES}"
+                if refused
+                else "start a NATS server, set NATS_SERVER, or let `dynamo serve --infra embedded` start one",
             ) from None
         return self
 

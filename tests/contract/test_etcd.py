@@ -17,6 +17,7 @@ import pytest
 
 from dynamo.errors import ConfigError, TransportError
 from dynamo.launcher.embedded_servers import Infra
+from dynamo.transport.credentials import EtcdCredentials
 from dynamo.transport.etcd import Delete, Etcd, Event, KeyValue, Put, Snapshot, _range_of
 from dynamo.transport.etcd_cluster import rpc
 from tests.ports import free_port
@@ -235,11 +236,6 @@ async def test_an_unreachable_etcd_is_reported_soon_and_clearly() -> None:
 async def test_invalid_addresses(bad: str) -> None:
     with pytest.raises(ConfigError):
         Etcd.connect(bad)
-
-
-async def test_a_missing_tls_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read etcd's TLS file .*ca.pem: No such file"):
-        Etcd.connect("https://127.0.0.1", ca_file=tmp_path / "ca.pem")
 
 
 async def test_calls_wait_for_etcd_until_their_deadline(private: Etcd, private_infra: Infra) -> None:
@@ -486,10 +482,10 @@ async def test_passwords_outlive_a_restart(private: Etcd, private_infra: Infra) 
     url = private_infra.etcd_endpoints
     with pytest.raises(TransportError, match=r"etcd refused at http://.*: .*user name is empty"):
         await private.get("k")
-    async with Etcd.connect(url, username="root", password="wrong") as client:
+    async with Etcd.connect(url, credentials=EtcdCredentials("root", "wrong")) as client:
         with pytest.raises(TransportError, match=r"etcd refused at http://.*: .*authentication failed"):
             await client.get("k")
-    async with Etcd.connect(url, username="root", password="secret") as client, watching(client, "k/") as watcher:
+    async with Etcd.connect(url, credentials=EtcdCredentials("root", "secret")) as client, watching(client, "k/") as watcher:
         lease = await client.lease(1)
         await lease.put("k/leased", b"1")
         for n in range(3):
@@ -506,7 +502,7 @@ async def test_passwords_outlive_a_restart(private: Etcd, private_infra: Infra) 
 
 
 async def test_a_password_for_an_etcd_without_users(etcd_server: str, root: str) -> None:
-    async with Etcd.connect(etcd_server, username="root", password="secret") as client:
+    async with Etcd.connect(etcd_server, credentials=EtcdCredentials("root", "secret")) as client:
         await client.put(root + "k", b"1")
         assert await client.get(root + "k") == b"1"
 
@@ -524,7 +520,8 @@ async def test_tls(etcd_server: str, root: str, tmp_path: Path) -> None:
     tls.set_alpn_protocols(["h2"])
     tls.verify_mode = ssl.CERT_REQUIRED
     async with Proxy(etcd_server, tls) as proxy:
-        async with Etcd.connect(proxy.url, ca_file=cert, cert_file=cert, key_file=key) as client:
+        pem = (cert.read_bytes(), cert.read_bytes(), key.read_bytes())
+        async with Etcd.connect(proxy.url, credentials=EtcdCredentials("", "", *pem)) as client:
             await client.put(root + "k", b"1")
             assert await client.get(root + "k") == b"1"
         async with Etcd.connect(proxy.url) as client:
