@@ -56,6 +56,11 @@ class Component:
         """Connect, and respond to the NATS micro-service protocol from then on. Raises TransportError."""
         await self.runtime.connect()
 
+    async def create_service_with_custom_lease(self, ttl: int = 1) -> PrimaryLease:
+        """Connect, as `create_service`. The lease that 0.2 made is this process's own here, and `ttl` is ignored."""
+        await self.create_service()
+        return PrimaryLease(self.runtime)
+
     def endpoint(self, name: str) -> ComponentEndpoint:
         return ComponentEndpoint(self, name)
 
@@ -107,6 +112,9 @@ class PrimaryLease:
         """Deregister, finish running calls, and stop."""
         self._runtime.shutdown()
 
+    async def is_valid(self) -> bool:
+        return not self._runtime.is_stopped
+
 
 class Annotated(Generic[T]):
     """An item of a response, wrapped as in the 0.x binding."""
@@ -133,7 +141,7 @@ class Annotated(Generic[T]):
         return False
 
     def __repr__(self) -> str:
-        return f"Annotated({self._data!r})"
+        return f"Annotated(data={self._data!r}, event=None, comment=[], id=None)"
 
 
 class ComponentClient:

@@ -110,6 +110,7 @@ class ServiceProcess:
         self.live: LiveSettings | None = None
         self._scrape = scrape
         self._scraped: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self._socket: MetricsSocket | None = None
         self._constructed = False
         self._ready = False
@@ -122,6 +123,7 @@ class ServiceProcess:
             loop.add_signal_handler(number, self.stopping.set)
         run_dir = Path(os.environ[RUN_DIR]) if os.environ.get(RUN_DIR) else None
         runtime = Runtime(run_dir=run_dir, name=self.label)
+        self._following = loop.create_task(self._stop_with(runtime))
         self._targets = ScrapeTargets(runtime)
         self.context = self._enter_context(runtime)
         settings = self.config.get(self.name, {})
@@ -159,6 +161,11 @@ class ServiceProcess:
             return await self._live(runtime)
         finally:
             await self._shut_down(runtime)
+
+    async def _stop_with(self, runtime: Runtime) -> None:
+        """Request a stop when the component shuts its runtime down, or another process revokes its lease."""
+        await runtime.stopped()
+        self.stopping.set()
 
     async def _show_metrics(self, runtime: Runtime, run_dir: Path | None) -> None:
         """Serve metrics to the supervisor or, without one, on the metrics port."""
@@ -285,8 +292,8 @@ class ServiceProcess:
             await self.http.close()
         if self.live is not None:
             await self.live.stop()
-        if self._scraped is not None:
-            self._scraped.cancel()
+        for task in filter(None, (self._scraped, self._following)):
+            task.cancel()
         if self._socket is not None:
             self._socket.close()
         await runtime.close()

@@ -1,0 +1,40 @@
+"""`from dynamo._core import ...`, as code of ai-dynamo 0.1 to 0.3 wrote it: the names of `dynamo.runtime` and `dynamo.llm`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynamo.runtime import (
+    CancellationToken,
+    Client,
+    Component,
+    DistributedRuntime,
+    Endpoint,
+    EtcdClient,
+    EtcdKvCache,
+    Namespace,
+    NatsQueue,
+)
+from dynamo.runtime.logging import log_message
+
+__all__ = [
+    "CancellationToken",
+    "Client",
+    "Component",
+    "DistributedRuntime",
+    "Endpoint",
+    "EtcdClient",
+    "EtcdKvCache",
+    "Namespace",
+    "NatsQueue",
+    "log_message",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import dynamo.llm
+
+    try:
+        return getattr(dynamo.llm, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -1,0 +1,83 @@
+"""`NatsQueue` of the 0.x binding: tasks as bytes, each for one of many workers, over our JetStream work queue."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+from dynamo.transport.nats import Nats
+from dynamo.transport.work_queue import JetStreamQueue
+
+MAX_AGE_S = 600.0
+"""Tasks that no worker has taken by then are dropped, as in 0.x."""
+LOST_AFTER_S = 30.0
+UNLIMITED = -1
+
+
+class NatsQueue:
+    """A queue in the stream `stream_name`, shared by all who name it. A task counts as done once it was dequeued.
+
+    It connects to `nats_server` at the first use, and belongs to the event loop of that. `dequeue_timeout` is in seconds.
+    All methods raise TransportError.
+    """
+
+    def __init__(self, stream_name: str, nats_server: str, dequeue_timeout: float) -> None:
+        self._nats_server = nats_server
+        self._timeout_s = dequeue_timeout
+        self._stream = stream_name.replace("/", "_").replace("\\", "_")
+        self._nats: Nats | None = None
+        self._connecting = asyncio.Lock()
+        self._queue = self._new_queue()
+
+    def _new_queue(self) -> JetStreamQueue:
+        return JetStreamQueue(
+            self._connected,
+            self._stream,
+            f"{self._stream}.queue",
+            max_tasks=UNLIMITED,
+            max_age_s=MAX_AGE_S,
+            max_tries=5,
+            lost_after_s=LOST_AFTER_S,
+        )
+
+    async def _connected(self) -> Nats:
+        async with self._connecting:
+            if self._nats is None:
+                self._nats = await Nats.connect(self._nats_server, name=f"queue {self._stream}")
+            return self._nats
+
+    async def connect(self) -> None:
+        """Connect, and create the stream if it does not exist."""
+        await self._queue.waiting()
+
+    async def ensure_connection(self) -> None:
+        """Connect unless that has happened."""
+        if self._nats is None:
+            await self.connect()
+
+    async def close(self) -> None:
+        """Disconnect. Using the queue again connects again."""
+        await self._queue.close()
+        if self._nats is not None:
+            await self._nats.close()
+        self._nats = None
+        self._queue = self._new_queue()
+
+    async def enqueue_task(self, task_data: bytes) -> None:
+        """Add a task; return when the server has stored it."""
+        await self._queue.put(task_data)
+
+    async def dequeue_task(self, timeout: float | None = None) -> bytes | None:
+        """Take a task; None if there is none within `timeout` seconds."""
+        async with aclosing(self._queue.take(1)) as tasks:
+            try:
+                async with asyncio.timeout(self._timeout_s if timeout is None else timeout):
+                    delivery = await anext(tasks)
+            except TimeoutError:
+                return None
+            await delivery.done()
+            return delivery.payload
+
+    async def get_queue_size(self) -> int:
+        """Return the number of tasks that no worker has taken."""
+        return await self._queue.waiting()
