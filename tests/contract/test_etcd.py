@@ -338,6 +338,51 @@ async def test_a_lost_lease_is_granted_again_under_its_id_with_its_keys(
     await lease.revoke()
 
 
+async def test_a_lost_lease_leaves_what_others_wrote_meanwhile(etcd: Etcd, etcd_server: str, root: str) -> None:
+    lease = await etcd.lease(1)
+    for name in "ab":
+        await lease.put(root + name, b"mine")
+    async with Etcd.connect(etcd_server) as other, watching(other, root) as watcher:
+        theirs = await other.lease(10)
+        await theirs.put(root + "b", b"theirs")
+        await other.revoke(lease.id)
+        await watcher.until(lambda events: events[-1] == Put(root + "a", b"mine"))
+        assert await other.get(root + "b") == b"theirs"
+        await lease.put(root + "b", b"mine again")
+        assert await other.get(root + "b") == b"mine again"
+        await other.revoke(lease.id)
+        await watcher.until(lambda events: events[-1] == Put(root + "b", b"mine again"))
+    await lease.revoke()
+
+
+async def test_a_lease_creates_a_key_once_and_keeps_it(etcd: Etcd, etcd_server: str, root: str) -> None:
+    lease = await etcd.lease(1)
+    assert await lease.create(root + "a", b"1")
+    assert not await lease.create(root + "a", b"2")
+    async with Etcd.connect(etcd_server) as other, watching(other, root) as watcher:
+        await other.revoke(lease.id)
+        assert await lease.create(root + "b", b"2")  # does not wait for the keep-alive to notice
+        await watcher.until(lambda events: {Put(root + "a", b"1"), Put(root + "b", b"2")} <= set(events[1:]))
+        assert [item.lease for item in (await other.get_prefix(root))[0]] == [lease.id, lease.id]
+    await lease.revoke()
+
+
+async def test_a_lease_that_is_ended_for_good_is_not_granted_again(
+    etcd: Etcd, etcd_server: str, root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = asyncio.Event()
+    lease = await etcd.lease(1, on_revoked=ended.set)
+    await lease.put(root + "a", b"1")
+    async with Etcd.connect(etcd_server) as other:
+        await other.revoke(lease.id, for_good=True)
+        with pytest.raises(TransportError, match=f"etcd lease {lease.id:x} was revoked by another process"):
+            await lease.put(root + "b", b"1")
+        await asyncio.wait_for(ended.wait(), 10)
+        assert (await other.get_prefix(root))[0] == []
+    assert f"etcd lease {lease.id:x} was revoked by another process" in caplog.text
+    await lease.revoke()
+
+
 async def test_leases_survive_an_etcd_that_comes_back_empty(private: Etcd, private_infra: Infra) -> None:
     leases = [await private.lease(10) for _ in range(3)]
     for lease in leases:
