@@ -1,4 +1,4 @@
-"""`from dynamo._core import ...`, as code of ai-dynamo 0.1 to 0.3 wrote it: the names of `dynamo.runtime` and `dynamo.llm`."""
+"""`from dynamo._core import ...`, as code for ai-dynamo 0.1 to 0.3 has it: names of `dynamo.runtime` and `dynamo.llm`."""
 
 from __future__ import annotations
 

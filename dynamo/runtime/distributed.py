@@ -14,9 +14,9 @@ from dynamo.runtime.etcd import EtcdClient
 class DistributedRuntime:
     """The connections of one process, for code that works without a graph.
 
-    It connects at the first use. `event_loop` is accepted for 0.x and ignored: the running loop is used. With `is_static` there is no etcd: each
-    endpoint has one instance, at a fixed address. Further keywords are those of `Runtime`, unless `inner` is given: an
-    existing runtime to wrap.
+    It connects at the first use. `event_loop` is accepted for 0.x and ignored: the running loop is used. With `is_static`
+    there is no etcd: each endpoint has one instance, at a fixed address. Further keywords are those of `Runtime`, unless
+    `inner` is given: an existing runtime to wrap.
     """
 
     def __init__(

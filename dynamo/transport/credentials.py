@@ -47,7 +47,8 @@ def nats_credentials(urls: str) -> dict[str, Any]:
     if path := os.environ.get("NATS_AUTH_CREDENTIALS_FILE"):
         if b"USER NKEY SEED" not in _read("NATS_AUTH_CREDENTIALS_FILE", path):
             raise ConfigError(
-                f"NATS_AUTH_CREDENTIALS_FILE={path}: it has no user JWT and seed", hint="give a .creds file, as `nsc` writes"
+                f"NATS_AUTH_CREDENTIALS_FILE={path}: it has no user JWT and seed",
+                hint="give a .creds file, as `nsc` writes",
             )
         return {"user_credentials": path}
     return {}
@@ -59,7 +60,9 @@ def _check_seed(seed: str) -> None:
     try:
         nkeys.from_seed(bytearray(seed.strip().encode()))
     except nkeys.NkeysError:
-        raise ConfigError("NATS_AUTH_NKEY is not the seed of an nkey", hint="give the line that begins with SU") from None
+        raise ConfigError(
+            "NATS_AUTH_NKEY is not the seed of an nkey", hint="give the line that begins with SU"
+        ) from None
 
 
 def etcd_credentials(endpoints: str) -> EtcdCredentials:
@@ -106,4 +109,6 @@ def _read(variable: str, path: str) -> bytes:
     except (OSError, ValueError) as error:
         # not the value: it may be a key that was pasted without its first line
         reason = getattr(error, "strerror", None) or "no path"
-        raise ConfigError(f"cannot read the file of {variable}: {reason}", hint="give the path of a readable file") from None
+        raise ConfigError(
+            f"cannot read the file of {variable}: {reason}", hint="give the path of a readable file"
+        ) from None

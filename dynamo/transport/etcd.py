@@ -257,6 +257,4 @@ def _range_of(prefix: str) -> tuple[bytes, bytes]:
 
 
 def _key_value(item: Any) -> KeyValue:
-    return KeyValue(
-        item.key.decode(), item.value, item.mod_revision, item.create_revision, item.version, item.lease
-    )
+    return KeyValue(item.key.decode(), item.value, item.mod_revision, item.create_revision, item.version, item.lease)

@@ -86,17 +86,10 @@ class Lease:
     async def create(self, key: str, value: bytes) -> bool:
         """Register a key only if it does not exist in etcd; True if this call wrote it."""
         async with self._lock:
-            reply = None
-            while reply is None:
-                request = creation(key, value, self.id)
-                reply, attempts = await self._cluster.call(
-                    lambda stubs: stubs.kv.Txn, request, None, StatusCode.NOT_FOUND
-                )
-                if reply is None:
-                    await self._restore()
-            written = created(reply, attempts, value, self.id)
+            written = await self._create(key, value)
             if written:
                 self._keys[key] = value
+            await self._register()
             return written
 
     async def delete(self, key: str) -> None:
@@ -173,21 +166,25 @@ class Lease:
         """Write the keys that etcd may lack: those that it lost, unless another process has written them meanwhile."""
         while self._missing:
             key, value = next(iter(self._missing.items()))
-            lost = key in self._lost
-            if lost:
-                request = creation(key, value, self.id)
+            if key in self._lost:
+                if not await self._create(key, value):
+                    del self._keys[key]
             else:
                 request = rpc.PutRequest(key=key.encode(), value=value, lease=self.id)
-            reply, attempts = await self._cluster.call(
-                lambda stubs: stubs.kv.Txn if lost else stubs.kv.Put,  # noqa: B023  # called before the next key
-                request,
-                None,
-                StatusCode.NOT_FOUND,
-            )
-            if reply is None:  # no such lease
-                await self._restore()
-                continue
-            if lost and not created(reply, attempts, value, self.id):
-                del self._keys[key]
+                no_lease = StatusCode.NOT_FOUND
+                reply, _ = await self._cluster.call(lambda stubs: stubs.kv.Put, request, None, no_lease)
+                if reply is None:
+                    await self._restore()
+                    continue
             self._lost.discard(key)
             del self._missing[key]
+
+    async def _create(self, key: str, value: bytes) -> bool:
+        """Write a key if it does not exist; return whether that happened."""
+        while True:
+            request = creation(key, value, self.id)
+            no_lease = StatusCode.NOT_FOUND
+            reply, attempts = await self._cluster.call(lambda stubs: stubs.kv.Txn, request, None, no_lease)
+            if reply is not None:
+                return created(reply, attempts, value, self.id)
+            await self._restore()

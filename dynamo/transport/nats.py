@@ -92,14 +92,16 @@ class Nats:
         credentials = nats_credentials(url)
         urls = [u.strip() for u in url.split(",") if u.strip()]
         self = cls(NatsConnection(), without_credentials(url))
-        last_error: list[str] = []
+        last_error = ""
 
         async def on_error(error: Exception) -> None:
-            last_error[:] = [str(error) or type(error).__name__]
+            nonlocal last_error
+            if not _is_refusal(last_error):  # a server that refuses may reset the connection before that is read
+                last_error = str(error) or type(error).__name__
             if isinstance(error, errors.SlowConsumerError) and error.sid not in self._slow_subscriptions:
                 self._slow_subscriptions.add(error.sid)
                 log.warning("messages on %s are dropped: their listener is too slow", error.subject)
-            log.debug("nats: %s", last_error[0])
+            log.debug("nats: %s", error)
 
         try:
             await asyncio.wait_for(
@@ -123,14 +125,11 @@ class Nats:
         except (TimeoutError, OSError, errors.Error) as error:
             self.closing = True
             await self._connection.close()
-            reason = last_error[0] if last_error else str(error) or type(error).__name__
-            refused = "authorization" in reason.lower()
-            raise TransportError(
-                f"cannot connect to NATS at {self._shown_urls}: {reason}",
-                hint=f"set the credentials that it accepts: {NATS_VARIABLES}"
-                if refused
-                else "start a NATS server, set NATS_SERVER, or let `dynamo serve --infra embedded` start one",
-            ) from None
+            reason = last_error or str(error) or type(error).__name__
+            hint = "start a NATS server, set NATS_SERVER, or let `dynamo serve --infra embedded` start one"
+            if _is_refusal(reason):
+                hint = f"set the credentials that it accepts: {NATS_VARIABLES}"
+            raise TransportError(f"cannot connect to NATS at {self._shown_urls}: {reason}", hint=hint) from None
         return self
 
     async def _on_disconnected(self) -> None:
@@ -308,6 +307,10 @@ class Nats:
         return TransportError(
             f"the NATS server at {self._shown_urls} is unavailable", hint="try again in a few seconds"
         )
+
+
+def _is_refusal(reason: str) -> bool:
+    return "authorization" in reason.lower()
 
 
 def _fail_reply(reply: asyncio.Future[bytes], reason: str) -> None:

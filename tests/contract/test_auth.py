@@ -29,7 +29,16 @@ def setenv(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def setenv(**values: str) -> None:
         for kind in ("NATS_AUTH", "ETCD_AUTH"):
-            for name in ("USERNAME", "PASSWORD", "TOKEN", "NKEY", "CREDENTIALS_FILE", "CA", "CLIENT_CERT", "CLIENT_KEY"):
+            for name in (
+                "USERNAME",
+                "PASSWORD",
+                "TOKEN",
+                "NKEY",
+                "CREDENTIALS_FILE",
+                "CA",
+                "CLIENT_CERT",
+                "CLIENT_KEY",
+            ):
                 monkeypatch.delenv(f"{kind}_{name}", raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
@@ -92,7 +101,9 @@ async def test_nats_user_and_token(tmp_path: Path, setenv: Callable[..., None]) 
         await check(url.replace("//", f"//ann:{SECRET}@"))
     async with nats_with(tmp_path, authorization={"token": SECRET}) as url:
         await refused(url)
-        setenv(NATS_AUTH_USERNAME="ann", NATS_AUTH_TOKEN=SECRET, NATS_AUTH_NKEY="less", NATS_AUTH_CREDENTIALS_FILE="less")
+        setenv(
+            NATS_AUTH_USERNAME="ann", NATS_AUTH_TOKEN=SECRET, NATS_AUTH_NKEY="less", NATS_AUTH_CREDENTIALS_FILE="less"
+        )
         await check(url)
     async with nats_with(tmp_path) as url:  # which asks for nothing
         await check(url)
@@ -144,7 +155,6 @@ async def test_nats_credentials_file(tmp_path: Path, setenv: Callable[..., None]
 
 
 # -- etcd
-
 
 
 async def test_etcd_user(tmp_path: Path, setenv: Callable[..., None]) -> None:

@@ -530,7 +530,10 @@ async def test_passwords_outlive_a_restart(private: Etcd, private_infra: Infra) 
     async with Etcd.connect(url, credentials=EtcdCredentials("root", "wrong")) as client:
         with pytest.raises(TransportError, match=r"etcd refused at http://.*: .*authentication failed"):
             await client.get("k")
-    async with Etcd.connect(url, credentials=EtcdCredentials("root", "secret")) as client, watching(client, "k/") as watcher:
+    async with (
+        Etcd.connect(url, credentials=EtcdCredentials("root", "secret")) as client,
+        watching(client, "k/") as watcher,
+    ):
         lease = await client.lease(1)
         await lease.put("k/leased", b"1")
         for n in range(3):

@@ -43,7 +43,7 @@ class Worker:
         loop = asyncio.get_running_loop()
 
         def stop():
-            asyncio.create_task(self.graceful_shutdown())
+            self.stopping = asyncio.create_task(self.graceful_shutdown())
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
