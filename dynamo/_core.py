@@ -34,7 +34,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     import dynamo.llm
 
-    try:
+    if not name.startswith("__") and hasattr(dynamo.llm, name):
         return getattr(dynamo.llm, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -162,11 +162,6 @@ class ServiceProcess:
         finally:
             await self._shut_down(runtime)
 
-    async def _stop_with(self, runtime: Runtime) -> None:
-        """Request a stop when the component shuts its runtime down, or another process revokes its lease."""
-        await runtime.stopped()
-        self.stopping.set()
-
     async def _show_metrics(self, runtime: Runtime, run_dir: Path | None) -> None:
         """Serve metrics to the supervisor or, without one, on the metrics port."""
 
@@ -252,6 +247,11 @@ class ServiceProcess:
         for task in (waiting, stopping):
             task.cancel()
         await asyncio.gather(waiting, stopping, return_exceptions=True)
+
+    async def _stop_with(self, runtime: Runtime) -> None:
+        """Request a stop when the component shuts its runtime down, or another process revokes its lease."""
+        await runtime.stopped()
+        self.stopping.set()
 
     async def _live(self, runtime: Runtime) -> int:
         """Serve until a stop is requested (return 0) or a liveness hook fails (deregister, return 1)."""
