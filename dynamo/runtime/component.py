@@ -15,18 +15,23 @@ It is built on the clients and connections that the services of a graph use.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dynamo import codec
 from dynamo.errors import DynamoError, NoInstancesError, RemoteError, TransportError
 from dynamo.rpc.client import Client
+from dynamo.rpc.messages import instances_prefix
 from dynamo.streams import Channel, Stream
 
 if TYPE_CHECKING:
     from dynamo.rpc.runtime import Runtime
 
 T = TypeVar("T")
+
+DISCOVERY_TIMEOUT_S = 1.0
 
 
 class HandlerError(RemoteError, ValueError):
@@ -93,7 +98,14 @@ class ComponentEndpoint:
         await self._runtime.stopped()
 
     async def client(self) -> ComponentClient:
-        return ComponentClient(await self._runtime.client(*self.address), static=self._runtime.is_static)
+        """Return a client, which knows the instances that are registered now. Raises TransportError."""
+        client = await self._runtime.client(*self.address)
+        if not self._runtime.is_static and not client.instance_ids():
+            registered, _ = await self._runtime.etcd.get_prefix(instances_prefix(*self.address))
+            if registered:  # discovery, which has just begun, finds them too
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(client.wait_for_instances(), DISCOVERY_TIMEOUT_S)
+        return ComponentClient(client, static=self._runtime.is_static)
 
     def __repr__(self) -> str:
         return f"<endpoint {'.'.join(self.address)}>"

@@ -72,8 +72,10 @@ class NatsQueue:
         async with aclosing(self._queue.take(1)) as tasks:
             try:
                 async with asyncio.timeout(self._timeout_s if timeout is None else timeout):
-                    delivery = await anext(tasks)
+                    delivery = await anext(tasks, None)
             except TimeoutError:
+                return None
+            if delivery is None:  # closed meanwhile
                 return None
             await delivery.done()
             return delivery.payload

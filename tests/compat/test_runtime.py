@@ -107,6 +107,9 @@ async def test_a_revoked_lease_ends_its_runtime(infra: Infra, runtime: Distribut
         client = await runtime.namespace(root.replace("/", "-")).component("worker").endpoint("generate").client()
         assert await asyncio.wait_for(client.wait_for_instances(), 10) == [lease.id()]
         assert await lease.is_valid()
+        async with runtime_at(infra) as third:  # whose client knows the instance at once
+            client_3 = await third.namespace(root.replace("/", "-")).component("worker").endpoint("generate").client()
+            assert client_3.instance_ids() == [lease.id()]
         etcd = runtime.etcd_client()
         assert etcd is not None
         await etcd.revoke_lease(lease.id())
@@ -177,7 +180,10 @@ async def test_queue(queues: Callable[[], NatsQueue]) -> None:
     await asyncio.sleep(0.1)
     await producer.enqueue_task(b"4")
     assert await asyncio.wait_for(waiting, 10) == b"4"
+    waiting = asyncio.create_task(worker.dequeue_task(20))
+    await asyncio.sleep(0.1)
     await worker.close()
+    assert await asyncio.wait_for(waiting, 10) is None
     await producer.enqueue_task(b"5")
     assert await worker.dequeue_task(5) == b"5"
     assert await worker.dequeue_task(0) is None
