@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DISCOVERY_TIMEOUT_S = 1.0
+DISCOVERY_PAUSE_S = 0.005
 
 
 class HandlerError(RemoteError, ValueError):
@@ -100,11 +101,12 @@ class ComponentEndpoint:
     async def client(self) -> ComponentClient:
         """Return a client, which knows the instances that are registered now. Raises TransportError."""
         client = await self._runtime.client(*self.address)
-        if not self._runtime.is_static and not client.instance_ids():
+        if not self._runtime.is_static:
             registered, _ = await self._runtime.etcd.get_prefix(instances_prefix(*self.address))
-            if registered:  # discovery, which has just begun, finds them too
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(client.wait_for_instances(), DISCOVERY_TIMEOUT_S)
+            with contextlib.suppress(TimeoutError):  # one of them may have died
+                async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
+                    while len(client.instance_ids()) < len(registered):
+                        await asyncio.sleep(DISCOVERY_PAUSE_S)
         return ComponentClient(client, static=self._runtime.is_static)
 
     def __repr__(self) -> str:
