@@ -1,4 +1,4 @@
-"""`NatsQueue` of the 0.x binding: tasks as bytes, each for one of many workers, over our JetStream work queue."""
+"""`NatsQueue` of the 0.x binding: tasks as bytes, each for one of many workers, over our client of JetStream."""
 
 from __future__ import annotations
 
@@ -6,12 +6,37 @@ import asyncio
 from contextlib import aclosing
 
 from dynamo.transport.nats import Nats
-from dynamo.transport.work_queue import JetStreamQueue
+from dynamo.transport.pull_subscription import NS_PER_S, error_code
+from dynamo.transport.work_queue import NAME_IN_USE, JetStreamQueue
 
 MAX_AGE_S = 600.0
 """Tasks that no worker has taken by then are dropped, as in 0.x."""
 LOST_AFTER_S = 30.0
 UNLIMITED = -1
+MAX_TRIES = 5
+
+
+class SharedQueue(JetStreamQueue):
+    """A queue in a stream and with a consumer as 0.x made them, or as they are found: other programs may use them."""
+
+    consumer = "worker-group"
+
+    async def _create(self, nats: Nats) -> None:
+        stream = {"name": self.stream, "subjects": [f"{self.stream}.*"], "max_age": int(MAX_AGE_S * NS_PER_S)}
+        answer = await self._request(nats, f"STREAM.CREATE.{self.stream}", stream)
+        if error_code(answer) not in (0, NAME_IN_USE):
+            raise self._not_opened(answer)
+        if error_code(await self._request(nats, f"CONSUMER.INFO.{self.stream}.{self.consumer}")):
+            consumer = {"durable_name": self.consumer, "ack_policy": "explicit"}
+            request = {"stream_name": self.stream, "config": consumer}
+            answer = await self._request(nats, f"CONSUMER.DURABLE.CREATE.{self.stream}.{self.consumer}", request)
+            if error_code(answer):
+                raise self._not_opened(answer)
+
+    async def waiting(self) -> int:
+        """Return the number of tasks that no worker has taken, now."""
+        info = await self._info(f"CONSUMER.INFO.{self.stream}.{self.consumer}")
+        return int(info["num_pending"])
 
 
 class NatsQueue:
@@ -29,14 +54,14 @@ class NatsQueue:
         self._connecting = asyncio.Lock()
         self._queue = self._new_queue()
 
-    def _new_queue(self) -> JetStreamQueue:
-        return JetStreamQueue(
+    def _new_queue(self) -> SharedQueue:
+        return SharedQueue(
             self._connected,
             self._stream,
             f"{self._stream}.queue",
             max_tasks=UNLIMITED,
             max_age_s=MAX_AGE_S,
-            max_tries=5,
+            max_tries=MAX_TRIES,
             lost_after_s=LOST_AFTER_S,
         )
 

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
+import nats
 import pytest
 
 from dynamo import _core
@@ -171,11 +172,11 @@ async def test_queue(queues: Callable[[], NatsQueue]) -> None:
     assert await worker.dequeue_task() is None
     for number in range(4):
         await producer.enqueue_task(str(number).encode())
-    await eventually(producer.get_queue_size, 4)
+    assert await producer.get_queue_size() == 4
     assert await worker.dequeue_task() == b"0"
     assert await idle.dequeue_task(0.5) == b"1"  # which then takes no more, and holds none either
     assert [await worker.dequeue_task(5), await worker.dequeue_task(5)] == [b"2", b"3"]
-    await eventually(producer.get_queue_size, 0)
+    assert await producer.get_queue_size() == 0
     waiting = asyncio.create_task(worker.dequeue_task(20))
     await asyncio.sleep(0.1)
     await producer.enqueue_task(b"4")
@@ -202,6 +203,28 @@ async def test_each_task_goes_to_one_worker(queues: Callable[[], NatsQueue]) -> 
         await producer.enqueue_task(task)
     done = await asyncio.gather(*(work(queues()) for _ in range(3)))
     assert sorted(task for each in done for task in each) == sorted(tasks)
+
+
+async def test_a_queue_shares_the_stream_of_another_client(
+    infra: Infra, queues: Callable[[], NatsQueue], root: str
+) -> None:
+    """The llm example of 0.2.0 had a queue of its own, on nats-py, in a stream with limits of its own."""
+    stream = f"{root}prefill_queue".replace("/", "_")
+    client = await nats.connect(infra.nats_url)
+    try:
+        jetstream = client.jetstream()
+        await jetstream.add_stream(name=stream, subjects=[f"{stream}.*"], max_msgs=1000)
+        theirs = await jetstream.pull_subscribe(f"{stream}.queue", durable="worker-group")
+        queue = queues()
+        await queue.enqueue_task(b"1")
+        (message,) = await theirs.fetch(1, timeout=5)
+        assert message.data == b"1"
+        await message.ack()
+        await jetstream.publish(f"{stream}.queue", b"2")
+        assert await queue.dequeue_task(5) == b"2"
+        assert (await jetstream.stream_info(stream)).config.max_msgs == 1000
+    finally:
+        await client.close()
 
 
 async def test_a_queue_without_a_server_says_so() -> None:
