@@ -56,11 +56,17 @@ class EtcdWith:
         await asyncio.to_thread(subprocess.run, line, check=True, capture_output=True)
 
     async def enable_auth(self, user: str, password: str, *options: str) -> None:
-        """Make `user` root, besides etcd's own root, and ask for users from now on."""
-        for name in ("root", user):
-            await self.ctl(*options, "user", "add", f"{name}:{password}")
-            await self.ctl(*options, "user", "grant-role", name, "root")
-        await self.ctl(*options, "auth", "enable")
+        """Give `user` the right to read and write all keys, and ask for users from now on."""
+        for line in (
+            ("user", "add", f"root:{password}"),
+            ("user", "grant-role", "root", "root"),
+            ("role", "add", "graphs"),
+            ("role", "grant-permission", "graphs", "readwrite", "--prefix=true", ""),
+            ("user", "add", f"{user}:{password}"),
+            ("user", "grant-role", user, "graphs"),
+            ("auth", "enable"),
+        ):
+            await self.ctl(*options, *line)
 
 
 @asynccontextmanager
