@@ -159,8 +159,8 @@ async def test_wrong_credentials_are_a_line_of_each_process(wrong: str, tmp_path
     output = ran.stdout + ran.stderr
     expected = "Authorization Violation" if wrong.startswith("NATS") else "authentication failed"
     lines = [line for line in output.splitlines() if expected in line]
-    assert lines
-    assert all("could not start: " in line for line in lines)  # of a process each, if several end at once
+    assert "could not start: " in lines[0]
+    assert len(lines) <= 3, output  # of a process each, if several end at once
     assert f"hint: set the credentials that it accepts: {wrong.partition('_')[0]}_AUTH_USERNAME and" in output
     assert PASSWORD not in output
     assert "Traceback" not in output
