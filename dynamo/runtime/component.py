@@ -101,10 +101,11 @@ class ComponentEndpoint:
     async def client(self) -> ComponentClient:
         """Return a client, which knows the instances that are registered now. Raises TransportError."""
         client = await self._runtime.client(*self.address)
-        if not self._runtime.is_static:
-            registered, _ = await self._runtime.etcd.get_prefix(instances_prefix(*self.address))
-            with contextlib.suppress(TimeoutError):  # one of them may have died
+        if not self._runtime.is_static and not client.instance_ids():
+            prefix = instances_prefix(*self.address)
+            with contextlib.suppress(TimeoutError, TransportError):  # etcd is away, or one of them has died
                 async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
+                    registered, _ = await self._runtime.etcd.get_prefix(prefix)
                     while len(client.instance_ids()) < len(registered):
                         await asyncio.sleep(DISCOVERY_PAUSE_S)
         return ComponentClient(client, static=self._runtime.is_static)

@@ -12,8 +12,6 @@ from dynamo.rpc.runtime import Runtime
 from dynamo.tasks import TaskSet
 from dynamo.transport.etcd import Put, Snapshot
 
-NO_LEASE = 0
-
 
 class EtcdClient:
     """Keys in etcd. They are removed when this process ends, unless they are given another lease, or 0 for none.

@@ -28,12 +28,15 @@ class EtcdCredentials(NamedTuple):
     cert: bytes | None = None
     key: bytes | None = None
 
+    def __repr__(self) -> str:
+        return f"EtcdCredentials({self.username!r}, ...)"  # no secrets in logs
+
 
 def nats_credentials(urls: str) -> dict[str, Any]:
     """Return the keywords of nats-py's `connect` for a user, a token, an nkey or a credentials file, the first that is set.
 
-    Empty if an address names a user, which nats-py reads itself. Raises ConfigError for a seed or a file
-    that cannot be used.
+    Empty if an address names a user, which nats-py reads itself. Raises ConfigError for a seed or a file that cannot be
+    used.
     """
     if "@" in urls:
         return {}
@@ -87,7 +90,7 @@ def _user(prefix: str) -> tuple[str, str] | None:
 def _user_of(url: str) -> tuple[str, str] | None:
     try:
         parts = urlsplit(url.strip() if "://" in url else f"http://{url.strip()}")
-    except ValueError:  # no address: its user will say so
+    except ValueError:  # no address, which the client reports
         return None
     return (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
 

@@ -2,7 +2,7 @@
 
 construct -> start hooks -> connect -> find the services it calls -> register its endpoints -> accept HTTP -> ready ->
 (SIGTERM) -> stop HTTP -> deregister -> finish running requests -> shutdown hooks -> close. Start hooks run before any
-connection opens, so that an engine may fork.
+connection opens, unless the component uses one, so that an engine may fork.
 """
 
 from __future__ import annotations

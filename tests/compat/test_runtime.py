@@ -17,11 +17,9 @@ import pytest
 from dynamo import _core
 from dynamo.errors import TransportError
 from dynamo.launcher.embedded_servers import Infra
-from dynamo.runtime import DistributedRuntime, EtcdClient, EtcdKvCache, NatsQueue, dynamo_worker
+from dynamo.runtime import Annotated, DistributedRuntime, EtcdKvCache, NatsQueue, dynamo_worker
 from dynamo.transport.etcd import Etcd
 from tests.served import Start, until
-
-Connect = Callable[[], Awaitable[EtcdClient]]
 
 
 @pytest.fixture
@@ -270,6 +268,17 @@ def test_names_of_the_binding() -> None:
     assert _core.NatsQueue is NatsQueue
     with pytest.raises(AttributeError, match=r"module 'dynamo._core' has no attribute 'Nonsense'"):
         _core.Nonsense  # noqa: B018
+
+
+def test_an_item_shows_all_its_fields() -> None:
+    assert repr(Annotated("h")) == "Annotated(data='h', event=None, comment=[], id=None)"
+
+
+def test_log_message(caplog: pytest.LogCaptureFixture) -> None:
+    _core.log_message("warning", "100 % full", "module.function", "file.py", 12)
+    (record,) = caplog.records
+    assert (record.name, record.levelname, record.lineno) == ("module.function", "WARNING", 12)
+    assert record.getMessage() == "100 % full"
 
 
 # -- in services
