@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -54,14 +55,22 @@ def nkey(prefix: int) -> nkeys.KeyPair:
     return nkeys.from_seed(bytearray(nkeys.encode_seed(bytes(SigningKey.generate()), prefix)))
 
 
-def jwt(issuer: nkeys.KeyPair, subject: nkeys.KeyPair, name: str, **claims: Any) -> str:
-    """Return a JWT as NATS's operators, accounts and users have it."""
+def jwt(issuer: nkeys.KeyPair, subject: nkeys.KeyPair, name: str, expires: float | None = None, **claims: Any) -> str:
+    """Return a JWT as NATS's operators, accounts and users have it. `expires` is Unix time."""
 
     def encoded(part: dict[str, Any] | bytes) -> str:
         data = part if isinstance(part, bytes) else json.dumps(part).encode()
         return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
-    body = {"jti": name, "iat": 1, "iss": issuer.public_key.decode(), "sub": subject.public_key.decode(), "name": name}
+    body: dict[str, Any] = {
+        "jti": name,
+        "iat": 1,
+        "iss": issuer.public_key.decode(),
+        "sub": subject.public_key.decode(),
+        "name": name,
+    }
+    if expires is not None:
+        body["exp"] = int(expires)
     text = f"{encoded({'typ': 'JWT', 'alg': 'ed25519-nkey'})}.{encoded({**body, 'nats': {'version': 2, **claims}})}"
     return f"{text}.{encoded(issuer.sign(text.encode()))}"
 
@@ -122,28 +131,44 @@ async def test_nats_nkey(tmp_path: Path, setenv: Callable[..., None]) -> None:
         assert SECRET not in str(caught.value)
 
 
-async def test_nats_credentials_file(tmp_path: Path, setenv: Callable[..., None]) -> None:
-    operator, account, user = map(nkey, (nkeys.PREFIX_BYTE_OPERATOR, nkeys.PREFIX_BYTE_ACCOUNT, nkeys.PREFIX_BYTE_USER))
-    everything = {"subs": -1, "data": -1, "payload": -1}
-    limits = {**everything, "imports": -1, "exports": -1, "conn": -1, "leaf": -1, "wildcards": True}
-    server = {
-        "operator": jwt(operator, operator, "O", type="operator"),
-        "resolver": "MEMORY",
-        "resolver_preload": {account.public_key.decode(): jwt(operator, account, "A", type="account", limits=limits)},
-    }
+class Accounts:
+    """An operator with an account whose user has a credentials file."""
 
-    def file(name: str, signer: nkeys.KeyPair) -> str:
-        path = tmp_path / name
-        lines = ("-----BEGIN NATS USER JWT-----", jwt(signer, user, "U", type="user", pub={}, sub={}, **everything),
-                 "------END NATS USER JWT------", "", "-----BEGIN USER NKEY SEED-----", user.seed.decode(),
-                 "------END USER NKEY SEED------", "")  # fmt: skip
-        path.write_text("\n".join(lines))
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._operator, self.account, self._user = map(
+            nkey, (nkeys.PREFIX_BYTE_OPERATOR, nkeys.PREFIX_BYTE_ACCOUNT, nkeys.PREFIX_BYTE_USER)
+        )
+        self._unlimited = {"subs": -1, "data": -1, "payload": -1}
+
+    def server(self) -> dict[str, Any]:
+        """Return the configuration of the server."""
+        limits = {**self._unlimited, "imports": -1, "exports": -1, "conn": -1, "leaf": -1, "wildcards": True}
+        account = jwt(self._operator, self.account, "A", type="account", limits=limits)
+        return {
+            "operator": jwt(self._operator, self._operator, "O", type="operator"),
+            "resolver": "MEMORY",
+            "resolver_preload": {self.account.public_key.decode(): account},
+        }
+
+    def write(self, name: str, signer: nkeys.KeyPair, expires: float | None = None) -> str:
+        """Write a credentials file; return its path."""
+        user = jwt(signer, self._user, "U", expires, type="user", pub={}, sub={}, **self._unlimited)
+        seed = self._user.seed.decode()
+        path = self._folder / name
+        path.write_text(
+            f"-----BEGIN NATS USER JWT-----\n{user}\n------END NATS USER JWT------\n\n"
+            f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+        )
         return str(path)
 
-    async with nats_with(tmp_path, **server) as url:
-        setenv(NATS_AUTH_CREDENTIALS_FILE=file("good.creds", account))
+
+async def test_nats_credentials_file(tmp_path: Path, setenv: Callable[..., None]) -> None:
+    accounts = Accounts(tmp_path)
+    async with nats_with(tmp_path, **accounts.server()) as url:
+        setenv(NATS_AUTH_CREDENTIALS_FILE=accounts.write("good.creds", accounts.account))
         await check(url)
-        setenv(NATS_AUTH_CREDENTIALS_FILE=file("bad.creds", nkey(nkeys.PREFIX_BYTE_ACCOUNT)))
+        setenv(NATS_AUTH_CREDENTIALS_FILE=accounts.write("bad.creds", nkey(nkeys.PREFIX_BYTE_ACCOUNT)))
         await refused(url)
         setenv(NATS_AUTH_CREDENTIALS_FILE=str(tmp_path / "none"))
         with pytest.raises(ConfigError, match="cannot read the file of NATS_AUTH_CREDENTIALS_FILE: No such file"):
@@ -152,6 +177,26 @@ async def test_nats_credentials_file(tmp_path: Path, setenv: Callable[..., None]
         setenv(NATS_AUTH_CREDENTIALS_FILE=str(tmp_path / "empty"))
         with pytest.raises(ConfigError, match="has no user JWT and seed"):
             await Nats.connect(url)
+
+
+async def test_nats_credentials_that_are_renewed(tmp_path: Path, setenv: Callable[..., None]) -> None:
+    """A user's JWT ends after a time; the server closes the connection then."""
+    accounts = Accounts(tmp_path)
+    async with nats_with(tmp_path, **accounts.server()) as url:
+        setenv(NATS_AUTH_CREDENTIALS_FILE=accounts.write("user.creds", accounts.account, time.time() + 3))
+        nats = await Nats.connect(url)
+        try:
+            received: list[bytes] = []
+            await nats.listen("a", received.append)
+            accounts.write("user.creds", accounts.account)
+            async with asyncio.timeout(30):
+                while nats.session == 1:
+                    await asyncio.sleep(0.05)
+                await nats.publish("a", b"1")
+                while received != [b"1"]:
+                    await asyncio.sleep(0.01)
+        finally:
+            await nats.close()
 
 
 # -- etcd
