@@ -17,8 +17,8 @@ Without COMMAND: a shell with -it, else the image's default command (dynamo serv
   -it                    interactive, attached to this terminal
   -v SOURCE:DIR          mount SOURCE at DIR; can be repeated
   -e NAME[=VALUE]        set a variable, or pass on this shell's; can be repeated. Passed on if they are set:
-                         NATS_SERVER, ETCD_ENDPOINTS, HF_TOKEN, HF_HUB_OFFLINE, all DYN_..., and DYNAMO_KV_SECRET, _PORT,
-                         _SERVICE_NAME, _SERVE_DEPENDS, _SYSTEM_APP_...
+                         NATS_SERVER, ETCD_ENDPOINTS, HF_TOKEN, HF_HUB_OFFLINE, all DYN_..., NATS_AUTH_... and
+                         ETCD_AUTH_..., and DYNAMO_KV_SECRET, _PORT, _SERVICE_NAME, _SERVE_DEPENDS, _SYSTEM_APP_...
   --host ADDRESS         address on which the graph listens: default $DYNAMO_HOST, else 127.0.0.1, this host only.
                          0.0.0.0: reachable from the network; set DYN_API_KEYS then
   --hf-cache DIR|NONE    directory for models; default $HF_HOME, else ~/.cache/huggingface. NONE: an anonymous volume
@@ -107,8 +107,8 @@ fi
 # the image's default 0.0.0.0 is meant for a container network; here it would be all addresses of the host
 [ -n "$own_host" ] || args+=(-e "DYNAMO_HOST=${host:-${DYNAMO_HOST:-127.0.0.1}}")
 # by name only: secrets must appear neither in the output nor in the process list
-for variable in NATS_SERVER ETCD_ENDPOINTS HF_TOKEN HF_HUB_OFFLINE "${!DYN_@}" DYNAMO_KV_SECRET DYNAMO_PORT \
-  DYNAMO_SERVICE_NAME DYNAMO_SERVE_DEPENDS "${!DYNAMO_SYSTEM_APP_@}"; do
+for variable in NATS_SERVER ETCD_ENDPOINTS "${!NATS_AUTH_@}" "${!ETCD_AUTH_@}" HF_TOKEN HF_HUB_OFFLINE "${!DYN_@}" \
+  DYNAMO_KV_SECRET DYNAMO_PORT DYNAMO_SERVICE_NAME DYNAMO_SERVE_DEPENDS "${!DYNAMO_SYSTEM_APP_@}"; do
   [ -z "${!variable:-}" ] || args+=(-e "$variable")
 done
 args+=(${mounts[@]+"${mounts[@]}"} ${variables[@]+"${variables[@]}"})

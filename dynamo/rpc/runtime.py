@@ -94,7 +94,7 @@ class Runtime:
                 self.nats = await Nats.connect(self.nats_url, name=self.name)
                 opened.push_async_callback(self.nats.close)
                 if not self.is_static:
-                    self.lease = await self.etcd.lease(LEASE_TTL_S, self.instance_id)
+                    self.lease = await self.etcd.lease(LEASE_TTL_S, self.instance_id, on_revoked=self.shutdown)
                 self.server = RpcServer(self.nats, self.listener)
                 await self._listen()
                 opened.callback(self._heartbeat.close)
@@ -238,6 +238,11 @@ class Runtime:
         if self._ready and not self._shutting_down:
             self._shutting_down = True
             self._tasks.spawn(self.drain(SHUTDOWN_DRAIN_S), name="drain")
+
+    @property
+    def is_stopped(self) -> bool:
+        """True once `stopped` returns at once."""
+        return self._stopped.is_set()
 
     async def stopped(self) -> None:
         """Wait until `shutdown`, `drain` or `close` is called."""

@@ -15,18 +15,24 @@ It is built on the clients and connections that the services of a graph use.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dynamo import codec
 from dynamo.errors import DynamoError, NoInstancesError, RemoteError, TransportError
 from dynamo.rpc.client import Client
+from dynamo.rpc.messages import instances_prefix
 from dynamo.streams import Channel, Stream
 
 if TYPE_CHECKING:
     from dynamo.rpc.runtime import Runtime
 
 T = TypeVar("T")
+
+DISCOVERY_TIMEOUT_S = 1.0
+DISCOVERY_PAUSE_S = 0.005
 
 
 class HandlerError(RemoteError, ValueError):
@@ -55,6 +61,11 @@ class Component:
     async def create_service(self) -> None:
         """Connect, and respond to the NATS micro-service protocol from then on. Raises TransportError."""
         await self.runtime.connect()
+
+    async def create_service_with_custom_lease(self, ttl: int = 1) -> PrimaryLease:
+        """Connect, as `create_service`. The lease that 0.2 made is this process's own here, and `ttl` is ignored."""
+        await self.create_service()
+        return PrimaryLease(self.runtime)
 
     def endpoint(self, name: str) -> ComponentEndpoint:
         return ComponentEndpoint(self, name)
@@ -88,7 +99,16 @@ class ComponentEndpoint:
         await self._runtime.stopped()
 
     async def client(self) -> ComponentClient:
-        return ComponentClient(await self._runtime.client(*self.address), static=self._runtime.is_static)
+        """Return a client, which knows the instances that are registered now. Raises TransportError."""
+        client = await self._runtime.client(*self.address)
+        if not self._runtime.is_static and not client.instance_ids():
+            prefix = instances_prefix(*self.address)
+            with contextlib.suppress(TimeoutError, TransportError):  # etcd is away, or one of them has died
+                async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
+                    registered, _ = await self._runtime.etcd.get_prefix(prefix)
+                    while len(client.instance_ids()) < len(registered):
+                        await asyncio.sleep(DISCOVERY_PAUSE_S)
+        return ComponentClient(client, static=self._runtime.is_static)
 
     def __repr__(self) -> str:
         return f"<endpoint {'.'.join(self.address)}>"
@@ -106,6 +126,9 @@ class PrimaryLease:
     def revoke(self) -> None:
         """Deregister, finish running calls, and stop."""
         self._runtime.shutdown()
+
+    async def is_valid(self) -> bool:
+        return not self._runtime.is_stopped
 
 
 class Annotated(Generic[T]):
@@ -133,7 +156,7 @@ class Annotated(Generic[T]):
         return False
 
     def __repr__(self) -> str:
-        return f"Annotated({self._data!r})"
+        return f"Annotated(data={self._data!r}, event=None, comment=[], id=None)"
 
 
 class ComponentClient:

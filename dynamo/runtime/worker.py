@@ -21,7 +21,7 @@ DRAIN_S = 25.0
 
 
 def dynamo_worker(static: bool = False) -> Callable[[Main], Main]:
-    """Wrap `async def main(runtime, ...)` as a coroutine function that creates the runtime and closes it afterwards.
+    """Wrap `async def main(runtime, ...)` as a coroutine function that connects the runtime and closes it afterwards.
 
     SIGTERM and SIGINT end `serve_endpoint`, and with it main; they cancel main if nothing is served. Running requests
     are finished first.
@@ -32,7 +32,12 @@ def dynamo_worker(static: bool = False) -> Callable[[Main], Main]:
         async def run(*args: Any, **named: Any) -> Any:
             loop = asyncio.get_running_loop()
             runtime = DistributedRuntime(loop, static)
-            task = asyncio.ensure_future(main(runtime, *args, **named))
+
+            async def connected() -> Any:
+                await runtime.connect()
+                return await main(runtime, *args, **named)
+
+            task = asyncio.ensure_future(connected())
             stopping = False
 
             def stop() -> None:

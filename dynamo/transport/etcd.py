@@ -14,24 +14,27 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from dynamo.errors import ConfigError, TransportError
+from dynamo.errors import TransportError
 from dynamo.tasks import TaskSet
-from dynamo.transport.etcd_cluster import PAUSE_S, Cluster, RetryableError, StatusCode, Tls, aio, rpc
-from dynamo.transport.etcd_lease import Lease, LeaseId
+from dynamo.transport.credentials import EtcdCredentials, etcd_credentials
+from dynamo.transport.etcd_cluster import PAUSE_S, Cluster, RetryableError, StatusCode, aio, rpc
+from dynamo.transport.etcd_lease import REVOKED_PREFIX, REVOKED_TTL_S, Lease, LeaseId, created, creation
 
 
 class KeyValue(NamedTuple):
-    """A key with its value; `mod_revision` is etcd's revision of the last change."""
+    """A key with its value; the rest are etcd's numbers on it. `mod_revision` is that of the last change."""
 
     key: str
     value: bytes
     mod_revision: int
+    create_revision: int
+    version: int
+    lease: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +83,16 @@ class Etcd:
         cls,
         endpoints: str,
         *,
-        username: str = "",
-        password: str = "",
-        ca_file: str | Path | None = None,
-        cert_file: str | Path | None = None,
-        key_file: str | Path | None = None,
+        credentials: EtcdCredentials | None = None,
         timeout_s: float = 5.0,
     ) -> Self:
         """Return a client of `endpoints`, as in ETCD_ENDPOINTS: "http://host:2379,https://...".
 
-        It connects at the first call. `https://` means TLS, verified with `ca_file` (else the system's authorities);
-        `cert_file` and `key_file` identify this client. `timeout_s` is the default of every call. Raises ConfigError for
-        an invalid address or a file that cannot be read.
+        It connects at the first call, with `credentials`: by default those in the addresses or of `ETCD_AUTH_*`.
+        `https://` means TLS, verified with their authorities (else the system's). `timeout_s` is the default of every call.
+        Raises ConfigError for an invalid address or credentials that cannot be read.
         """
-        try:
-            ca, cert, key = (Path(name).read_bytes() if name else None for name in (ca_file, cert_file, key_file))
-        except OSError as error:
-            raise ConfigError(f"cannot read etcd's TLS file {error.filename}: {error.strerror}") from error
-        return cls(Cluster(endpoints, Tls(ca, cert, key), username, password, timeout_s))
+        return cls(Cluster(endpoints, credentials or etcd_credentials(endpoints), timeout_s))
 
     async def __aenter__(self) -> Self:
         return self
@@ -123,16 +118,9 @@ class Etcd:
 
     async def create(self, key: str, value: bytes, lease: int | None = None, *, timeout_s: float | None = None) -> bool:
         """Write a key only if it does not exist; True if this call wrote it."""
-        name = key.encode()
-        absent = rpc.Compare(key=name, target=rpc.Compare.CREATE, result=rpc.Compare.EQUAL, create_revision=0)
-        put = rpc.RequestOp(request_put=rpc.PutRequest(key=name, value=value, lease=lease or 0))
-        get = rpc.RequestOp(request_range=rpc.RangeRequest(key=name))
-        request = rpc.TxnRequest(compare=[absent], success=[put], failure=[get])
+        request = creation(key, value, lease or 0)
         reply, attempts = await self._cluster.call(lambda stubs: stubs.kv.Txn, request, timeout_s)
-        if reply.succeeded or attempts == 1:
-            return bool(reply.succeeded)
-        present = reply.responses[0].response_range.kvs  # perhaps written by an earlier attempt whose reply was lost
-        return bool(present and present[0].value == value and present[0].lease == (lease or 0))
+        return created(reply, attempts, value, lease or 0)
 
     async def get(self, key: str, *, timeout_s: float | None = None) -> bytes | None:
         """Return the value of a key; None if it does not exist."""
@@ -151,9 +139,20 @@ class Etcd:
 
     # -- leases
 
-    async def lease(self, ttl_s: int = 10, lease_id: int | None = None, *, timeout_s: float | None = None) -> Lease:
-        """Grant a lease (see `grant`) that keeps itself alive until it is revoked or this client closes."""
-        return Lease(self._cluster, self._tasks, await self.grant(ttl_s, lease_id, timeout_s=timeout_s), ttl_s)
+    async def lease(
+        self,
+        ttl_s: int = 10,
+        lease_id: int | None = None,
+        *,
+        timeout_s: float | None = None,
+        on_revoked: Callable[[], None] | None = None,
+    ) -> Lease:
+        """Grant a lease (see `grant`) that keeps itself alive until it is revoked or this client closes.
+
+        `on_revoked` is called when another process ends it for good.
+        """
+        granted = await self.grant(ttl_s, lease_id, timeout_s=timeout_s)
+        return Lease(self._cluster, self._tasks, granted, ttl_s, on_revoked)
 
     async def grant(self, ttl_s: int, lease_id: int | None = None, *, timeout_s: float | None = None) -> LeaseId:
         """Grant a lease of `ttl_s` seconds (at least 1.5 election timeouts of etcd) that is not kept alive.
@@ -168,8 +167,13 @@ class Etcd:
             raise TransportError(f"cannot grant etcd lease {wanted:x}: it exists", hint="revoke it first")
         return LeaseId(wanted)
 
-    async def revoke(self, lease_id: int, *, timeout_s: float | None = None) -> None:
-        """End a lease and delete its keys. No-op for a lease that does not exist."""
+    async def revoke(self, lease_id: int, *, for_good: bool = False, timeout_s: float | None = None) -> None:
+        """End a lease and delete its keys. No-op for a lease that does not exist.
+
+        A process that keeps the lease alive grants it again, unless it is ended `for_good`: a mark in etcd says so.
+        """
+        if for_good:
+            await self.put(f"{REVOKED_PREFIX}{lease_id:x}", b"", await self.grant(REVOKED_TTL_S), timeout_s=timeout_s)
         request = rpc.LeaseRevokeRequest(ID=lease_id)
         await self._cluster.call(lambda stubs: stubs.lease.LeaseRevoke, request, timeout_s, StatusCode.NOT_FOUND)
 
@@ -253,4 +257,4 @@ def _range_of(prefix: str) -> tuple[bytes, bytes]:
 
 
 def _key_value(item: Any) -> KeyValue:
-    return KeyValue(item.key.decode(), item.value, item.mod_revision)
+    return KeyValue(item.key.decode(), item.value, item.mod_revision, item.create_revision, item.version, item.lease)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it does not help here, and gRPC warns at every subprocess
@@ -26,6 +26,7 @@ import grpc
 import grpc.aio
 
 from dynamo.errors import ConfigError, TransportError
+from dynamo.transport.credentials import ETCD_TLS_VARIABLES, ETCD_VARIABLES, EtcdCredentials
 from dynamo.transport.network import without_credentials
 
 log = logging.getLogger(__name__)
@@ -58,14 +59,6 @@ _TRANSIENT = {
     StatusCode.CANCELLED,
 }
 _NEW_TOKEN_NEEDED = ("invalid auth token", "revision of auth store is old", "user name is empty")
-
-
-class Tls(NamedTuple):
-    """TLS files of `https://` endpoints, in PEM: authorities (None: the system's) and, if any, a client certificate."""
-
-    ca: bytes | None = None
-    cert: bytes | None = None
-    key: bytes | None = None
 
 
 class RetryableError(Exception):
@@ -110,19 +103,18 @@ class Cluster:
     After `closed` is set, every call raises `TransportError`.
     """
 
-    def __init__(self, endpoints: str, tls: Tls, username: str, password: str, timeout_s: float) -> None:
+    def __init__(self, endpoints: str, credentials: EtcdCredentials, timeout_s: float) -> None:
         """Raises ConfigError for an invalid address. `timeout_s` is the default of every call."""
         shown = without_credentials(endpoints)
-        self._members = [Member(url, tls, shown) for url in filter(None, map(str.strip, endpoints.split(",")))]
+        self._members = [Member(url, credentials, shown) for url in filter(None, map(str.strip, endpoints.split(",")))]
         """the first is the one in use"""
         if not self._members:
             raise ConfigError("no etcd endpoint given", hint="set ETCD_ENDPOINTS, such as http://127.0.0.1:2379")
         self._urls = ",".join(member.url for member in self._members)
         self.timeout_s = timeout_s
         self.closed = False
-        self._username = username
-        self._password = password
-        self._token = None if username else ""  # None: log in first; tokens are lost when etcd restarts
+        self._credentials = credentials
+        self._token = None if credentials.username else ""  # None: log in first; tokens are lost when etcd restarts
         self._login_lock = asyncio.Lock()
         self._was_reached = False
         self._is_down = False
@@ -153,7 +145,7 @@ class Cluster:
                 if time.monotonic() + PAUSE_S > deadline:
                     raise TransportError(
                         f"etcd does not answer at {self._urls}: {error}",
-                        hint="start etcd, or set ETCD_ENDPOINTS to where it answers",
+                        hint=self._unreached_hint(),
                     ) from error
             except TransportError as error:
                 if accept is None or _status(error.__cause__)[0] != accept:
@@ -161,6 +153,10 @@ class Cluster:
                 return None, attempts
             await asyncio.sleep(PAUSE_S)
         raise AssertionError("unreachable")
+
+    def _unreached_hint(self) -> str:
+        hint = "start etcd, or set ETCD_ENDPOINTS to where it answers"
+        return f"{hint}; for https, set {ETCD_TLS_VARIABLES} too" if "https://" in self._urls else hint
 
     async def _call_once(self, method: Callable[[Any], Any], request: Any, deadline: float) -> Any:
         attempt = await self.start_attempt()
@@ -187,7 +183,7 @@ class Cluster:
 
     async def _log_in(self, member: Member) -> str:
         """Return a token; empty if this etcd has no users."""
-        request = rpc.AuthenticateRequest(name=self._username, password=self._password)
+        request = rpc.AuthenticateRequest(name=self._credentials.username, password=self._credentials.password)
         try:
             return str((await member.stubs.auth.Authenticate(request, timeout=ATTEMPT_TIMEOUT_S)).token)
         except aio.AioRpcError as error:
@@ -198,13 +194,13 @@ class Cluster:
     def failed(self, attempt: Attempt, error: Exception) -> RetryableError | TransportError:
         """Return what a failed attempt raises; prepare the next one, with a new token or on the next endpoint."""
         code, text = _status(error)
-        if self._username and text.endswith(_NEW_TOKEN_NEEDED):
+        if self._credentials.username and text.endswith(_NEW_TOKEN_NEEDED):
             if self._token == attempt.token:
                 self._token = None
             return RetryableError(text)
         if code not in _TRANSIENT:
             access = any(word in text for word in ("user name", "authentication", "permission"))
-            hint = "check the user name and password for etcd" if access else None
+            hint = f"set the credentials that it accepts: {ETCD_VARIABLES}" if access else None
             return TransportError(f"etcd refused at {attempt.member.url}: {text}", hint=hint)
         if self._was_reached and not self._is_down:
             log.warning("etcd does not answer at %s: %s; retrying", attempt.member.url, text)
@@ -217,9 +213,10 @@ class Cluster:
 class Member:
     """One endpoint of the cluster. Its channel opens at the first use."""
 
-    def __init__(self, url: str, tls: Tls, shown: str) -> None:
+    def __init__(self, url: str, credentials: EtcdCredentials, shown: str) -> None:
         """Raises ConfigError, which names all endpoints as `shown`, for an invalid address."""
-        parts = urlsplit(url if "://" in url else f"http://{url}")
+        scheme = "https" if credentials.ca or credentials.cert else "http"
+        parts = urlsplit(url if "://" in url else f"{scheme}://{url}")
         try:
             host = parts.hostname
             port = parts.port or 2379
@@ -232,7 +229,9 @@ class Member:
             )
         self.url = without_credentials(f"{parts.scheme}://{parts.netloc}")
         self._target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._tls = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.cert) if parts.scheme == "https" else None
+        self._tls = None
+        if parts.scheme == "https":
+            self._tls = grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.cert)
 
     @cached_property
     def stubs(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NewType
 
@@ -23,20 +24,55 @@ log = logging.getLogger(__name__)
 
 LeaseId = NewType("LeaseId", int)
 
+REVOKED_PREFIX = "dynamo/revoked/"
+REVOKED_TTL_S = 60
+"""How long the mark of a lease that was ended for good is kept: longer than its process takes to notice."""
+
+
+class LeaseRevokedError(TransportError):
+    """Another process ended the lease for good."""
+
+
+def creation(key: str, value: bytes, lease_id: int) -> Any:
+    """Return the transaction that writes a key if it does not exist, and reads it if it does."""
+    name = key.encode()
+    absent = rpc.Compare(key=name, target=rpc.Compare.CREATE, result=rpc.Compare.EQUAL, create_revision=0)
+    put = rpc.RequestOp(request_put=rpc.PutRequest(key=name, value=value, lease=lease_id))
+    get = rpc.RequestOp(request_range=rpc.RangeRequest(key=name))
+    return rpc.TxnRequest(compare=[absent], success=[put], failure=[get])
+
+
+def created(reply: Any, attempts: int, value: bytes, lease_id: int) -> bool:
+    """Return whether a `creation` wrote the key, perhaps in an earlier attempt whose reply was lost."""
+    if reply.succeeded or attempts == 1:
+        return bool(reply.succeeded)
+    present = reply.responses[0].response_range.kvs
+    return bool(present and present[0].value == value and present[0].lease == lease_id)
+
 
 class Lease:
     """A lease that keeps itself alive, and the keys registered under it.
 
     When etcd loses it (it expired while etcd or the network was down, etcd was wiped, somebody revoked it), it is
-    granted again under the same id, and all its keys are put again.
+    granted again under the same id, with those of its keys that no other process has written meanwhile. If it was ended
+    for good (`Etcd.revoke`), `on_revoked` is called instead.
     """
 
-    def __init__(self, cluster: Cluster, tasks: TaskSet, lease_id: LeaseId, ttl_s: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        tasks: TaskSet,
+        lease_id: LeaseId,
+        ttl_s: int,
+        on_revoked: Callable[[], None] | None = None,
+    ) -> None:
         self.id = lease_id
         self.ttl_s = ttl_s
         self._cluster = cluster
         self._keys: dict[str, bytes] = {}
         self._missing: dict[str, bytes] = {}  # those of them that etcd may lack
+        self._lost: set[str] = set()  # those of the missing that etcd had, and lost with the lease
+        self._on_revoked = on_revoked
         self._lock = asyncio.Lock()
         self._keeper = tasks.spawn(self._keep_alive(), name=f"lease {lease_id:x}")
 
@@ -44,13 +80,24 @@ class Lease:
         """Register a key. After a `TransportError` it is still registered, as soon as etcd answers again."""
         async with self._lock:
             self._keys[key] = self._missing[key] = value
+            self._lost.discard(key)
             await self._register()
+
+    async def create(self, key: str, value: bytes) -> bool:
+        """Register a key only if it does not exist in etcd; True if this call wrote it."""
+        async with self._lock:
+            written = await self._create(key, value)
+            if written:
+                self._keys[key] = value
+            await self._register()
+            return written
 
     async def delete(self, key: str) -> None:
         """Delete a key of this lease. After a `TransportError` it may stay in etcd until the lease ends."""
         async with self._lock:
             self._keys.pop(key, None)
             self._missing.pop(key, None)
+            self._lost.discard(key)
             await self._cluster.call(lambda stubs: stubs.kv.DeleteRange, rpc.DeleteRangeRequest(key=key.encode()))
 
     async def revoke(self) -> None:
@@ -65,6 +112,11 @@ class Lease:
             try:
                 with suppress(RetryableError):
                     await self._beat()
+            except LeaseRevokedError as error:
+                log.warning("%s", error.message)
+                if self._on_revoked is not None:
+                    self._on_revoked()
+                return
             except TransportError as error:
                 log.warning("etcd lease %x: %s", self.id, error.message)
             except Exception:
@@ -99,21 +151,40 @@ class Lease:
             return await call.read()
 
     async def _restore(self) -> None:
-        """Grant the lease again under its id; all its keys are missing then."""
+        """Grant the lease again under its id; all its keys are missing then. Raises LeaseRevokedError."""
+        mark = rpc.RangeRequest(key=f"{REVOKED_PREFIX}{self.id:x}".encode())
+        if (await self._cluster.call(lambda stubs: stubs.kv.Range, mark))[0].kvs:
+            raise LeaseRevokedError(f"etcd lease {self.id:x} was revoked by another process")
         log.warning("etcd lost lease %x: granting it again with %d keys", self.id, len(self._keys))
         request = rpc.LeaseGrantRequest(TTL=self.ttl_s, ID=self.id)
         exists = StatusCode.FAILED_PRECONDITION
         await self._cluster.call(lambda stubs: stubs.lease.LeaseGrant, request, None, exists)
+        self._lost |= self._keys.keys() - self._missing.keys()
         self._missing = dict(self._keys)
 
     async def _register(self) -> None:
-        """Put the keys that etcd may lack."""
+        """Write the keys that etcd may lack: those that it lost, unless another process has written them meanwhile."""
         while self._missing:
             key, value = next(iter(self._missing.items()))
-            request = rpc.PutRequest(key=key.encode(), value=value, lease=self.id)
-            no_lease = StatusCode.NOT_FOUND
-            reply, _ = await self._cluster.call(lambda stubs: stubs.kv.Put, request, None, no_lease)
-            if reply is None:
-                await self._restore()
+            if key in self._lost:
+                if not await self._create(key, value):
+                    del self._keys[key]
             else:
-                del self._missing[key]
+                request = rpc.PutRequest(key=key.encode(), value=value, lease=self.id)
+                no_lease = StatusCode.NOT_FOUND
+                reply, _ = await self._cluster.call(lambda stubs: stubs.kv.Put, request, None, no_lease)
+                if reply is None:
+                    await self._restore()
+                    continue
+            self._lost.discard(key)
+            del self._missing[key]
+
+    async def _create(self, key: str, value: bytes) -> bool:
+        """Write a key if it does not exist; return whether that happened."""
+        while True:
+            request = creation(key, value, self.id)
+            no_lease = StatusCode.NOT_FOUND
+            reply, attempts = await self._cluster.call(lambda stubs: stubs.kv.Txn, request, None, no_lease)
+            if reply is not None:
+                return created(reply, attempts, value, self.id)
+            await self._restore()

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from dynamo.errors import NoInstancesError, TransportError
+from dynamo.transport.credentials import NATS_VARIABLES, nats_credentials
 from dynamo.transport.nats_import import Msg, NatsConnection, Subscription, errors
 from dynamo.transport.network import without_credentials
 
@@ -84,20 +85,23 @@ class Nats:
 
     @classmethod
     async def connect(cls, url: str = DEFAULT_URL, *, name: str = "dynamo") -> Nats:
-        """Connect to one of the servers in `url`, separated by commas.
+        """Connect to one of the servers in `url`, separated by commas, with the credentials in it or of `NATS_AUTH_*`.
 
-        Raises TransportError within `NATS_CONNECT_TIMEOUT_S`.
+        Raises TransportError within `NATS_CONNECT_TIMEOUT_S`, ConfigError for credentials that cannot be read.
         """
+        credentials = nats_credentials(url)
         urls = [u.strip() for u in url.split(",") if u.strip()]
         self = cls(NatsConnection(), without_credentials(url))
-        last_error: list[str] = []
+        last_error = ""
 
         async def on_error(error: Exception) -> None:
-            last_error[:] = [str(error) or type(error).__name__]
+            nonlocal last_error
+            if not _is_refusal(last_error):  # a server that refuses may reset the connection before that is read
+                last_error = str(error) or type(error).__name__
             if isinstance(error, errors.SlowConsumerError) and error.sid not in self._slow_subscriptions:
                 self._slow_subscriptions.add(error.sid)
                 log.warning("messages on %s are dropped: their listener is too slow", error.subject)
-            log.debug("nats: %s", last_error[0])
+            log.debug("nats: %s", error)
 
         try:
             await asyncio.wait_for(
@@ -113,6 +117,7 @@ class Nats:
                     ping_interval=PING_INTERVAL_S,
                     connect_timeout=2,
                     pending_size=PENDING_BYTES,
+                    **credentials,
                 ),
                 NATS_CONNECT_TIMEOUT_S,
             )
@@ -120,11 +125,11 @@ class Nats:
         except (TimeoutError, OSError, errors.Error) as error:
             self.closing = True
             await self._connection.close()
-            reason = last_error[0] if last_error else str(error) or type(error).__name__
-            raise TransportError(
-                f"cannot connect to NATS at {self._shown_urls}: {reason}",
-                hint="start a NATS server, set NATS_SERVER, or let `dynamo serve --infra embedded` start one",
-            ) from None
+            reason = last_error or str(error) or type(error).__name__
+            hint = "start a NATS server, set NATS_SERVER, or let `dynamo serve --infra embedded` start one"
+            if _is_refusal(reason):
+                hint = f"set the credentials that it accepts: {NATS_VARIABLES}"
+            raise TransportError(f"cannot connect to NATS at {self._shown_urls}: {reason}", hint=hint) from None
         return self
 
     async def _on_disconnected(self) -> None:
@@ -302,6 +307,10 @@ class Nats:
         return TransportError(
             f"the NATS server at {self._shown_urls} is unavailable", hint="try again in a few seconds"
         )
+
+
+def _is_refusal(reason: str) -> bool:
+    return "authorization" in reason.lower()
 
 
 def _fail_reply(reply: asyncio.Future[bytes], reason: str) -> None:

@@ -22,7 +22,6 @@ from dynamo.transport.pull_subscription import NS_PER_S, Delivery, PullSubscript
 
 log = logging.getLogger(__name__)
 
-CONSUMER = "workers"
 API_TIMEOUT_S = 5.0
 PUT_TIMEOUT_S = 2.0
 REFRESH_INTERVAL_S = 1.0
@@ -35,6 +34,8 @@ NAME_IN_USE, FULL = 10058, 10077
 
 class JetStreamQueue:
     """Tasks as bytes, each for one of many workers. `connect` returns the connection, which reconnects by itself."""
+
+    consumer = "workers"
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class JetStreamQueue:
             "max_age": int(self._max_age_s * NS_PER_S),
         }
         consumer = {
-            "durable_name": CONSUMER,
+            "durable_name": self.consumer,
             "ack_policy": "explicit",
             "ack_wait": int(self._lost_after_s * NS_PER_S),
             "max_deliver": -1,  # PullSubscription counts: the server would keep such tasks in the stream
@@ -107,12 +108,15 @@ class JetStreamQueue:
             log.warning("the stream %s was lost with its tasks; created a new one", self.stream)
         if not error_code(answer):
             request = {"stream_name": self.stream, "config": consumer}
-            answer = await self._request(nats, f"CONSUMER.DURABLE.CREATE.{self.stream}.{CONSUMER}", request)
+            answer = await self._request(nats, f"CONSUMER.DURABLE.CREATE.{self.stream}.{self.consumer}", request)
         if error_code(answer):
-            raise TransportError(
-                f"cannot open the work queue {self.stream}: {answer['error'].get('description')}",
-                hint="give NATS a JetStream account with room for it",
-            )
+            raise self._not_opened(answer)
+
+    def _not_opened(self, answer: dict[str, Any]) -> TransportError:
+        return TransportError(
+            f"cannot open the work queue {self.stream}: {answer['error'].get('description')}",
+            hint="give NATS a JetStream account with room for it",
+        )
 
     async def _request(self, nats: Nats, call: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
         payload = msgspec.json.encode(request) if request else b""
@@ -164,7 +168,7 @@ class JetStreamQueue:
         """Return the number of tasks that no worker has taken, as of `WAITING_AGE_S` ago at most."""
         async with self._measuring:
             if time.monotonic() - self._waiting_measured_at > WAITING_AGE_S:
-                answer = await self._info(f"CONSUMER.INFO.{self.stream}.{CONSUMER}")
+                answer = await self._info(f"CONSUMER.INFO.{self.stream}.{self.consumer}")
                 self._waiting = answer["num_pending"]
                 self._waiting_measured_at = time.monotonic()
             return self._waiting
@@ -185,7 +189,7 @@ class JetStreamQueue:
         subscription = PullSubscription(
             await self._open(),
             self.stream,
-            CONSUMER,
+            self.consumer,
             self.subject,
             limit=limit,
             max_tries=self.max_tries,

@@ -2,7 +2,7 @@
 
 construct -> start hooks -> connect -> find the services it calls -> register its endpoints -> accept HTTP -> ready ->
 (SIGTERM) -> stop HTTP -> deregister -> finish running requests -> shutdown hooks -> close. Start hooks run before any
-connection opens, so that an engine may fork.
+connection opens, unless the component uses one, so that an engine may fork.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class ServiceProcess:
         self.live: LiveSettings | None = None
         self._scrape = scrape
         self._scraped: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self._socket: MetricsSocket | None = None
         self._constructed = False
         self._ready = False
@@ -122,6 +123,7 @@ class ServiceProcess:
             loop.add_signal_handler(number, self.stopping.set)
         run_dir = Path(os.environ[RUN_DIR]) if os.environ.get(RUN_DIR) else None
         runtime = Runtime(run_dir=run_dir, name=self.label)
+        self._following = loop.create_task(self._stop_with(runtime))
         self._targets = ScrapeTargets(runtime)
         self.context = self._enter_context(runtime)
         settings = self.config.get(self.name, {})
@@ -246,6 +248,11 @@ class ServiceProcess:
             task.cancel()
         await asyncio.gather(waiting, stopping, return_exceptions=True)
 
+    async def _stop_with(self, runtime: Runtime) -> None:
+        """Request a stop when the component shuts its runtime down, or another process revokes its lease."""
+        await runtime.stopped()
+        self.stopping.set()
+
     async def _live(self, runtime: Runtime) -> int:
         """Serve until a stop is requested (return 0) or a liveness hook fails (deregister, return 1)."""
         while True:
@@ -285,8 +292,8 @@ class ServiceProcess:
             await self.http.close()
         if self.live is not None:
             await self.live.stop()
-        if self._scraped is not None:
-            self._scraped.cancel()
+        for task in filter(None, (self._scraped, self._following)):
+            task.cancel()
         if self._socket is not None:
             self._socket.close()
         await runtime.close()

@@ -44,6 +44,8 @@ def test_secrets_are_hidden():
         NATS_SERVER="nats://me:hush@127.0.0.1:9",
         ETCD_ENDPOINTS="http://127.0.0.1:9",
         DYN_API_KEYS="hush",
+        NATS_AUTH_TOKEN="hush",
+        ETCD_AUTH_CA="-----BEGIN CERTIFICATE-----\nhush",
         HF_TOKEN="hush",
         DYNAMO_SERVICE_CONFIG='{"Frontend": {"api_keys": ["hush"]}}',
         DYNAMO_URL="http://me:hush@here:8000",
@@ -53,6 +55,7 @@ def test_secrets_are_hidden():
     found = fields(result.stdout)
     assert found["NATS_SERVER"] == "nats://(hidden)@127.0.0.1:9"
     assert found["DYN_API_KEYS"] == found["HF_TOKEN"] == "(hidden)"
+    assert found["NATS_AUTH_TOKEN"] == found["ETCD_AUTH_CA"] == "(hidden)"
     assert found["nats server"] == "does not answer at 127.0.0.1:9 (Connection refused)"
 
 

@@ -202,6 +202,9 @@ def test_variables_of_the_graph_are_passed_on_by_name_if_they_are_set() -> None:
     given = {
         "NATS_SERVER": "nats://ann:sekret@10.0.0.1:4222",
         "ETCD_ENDPOINTS": "http://10.0.0.1:2379",
+        "NATS_AUTH_TOKEN": "sekret",
+        "ETCD_AUTH_PASSWORD": "sekret",
+        "ETCD_AUTH_USERNAME": "ann",
         "DYN_API_KEYS": "sekret",
         "DYN_BIND_IP": "0.0.0.0",
         "DYN_HOST_IP": "10.0.0.2",

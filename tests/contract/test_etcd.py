@@ -17,6 +17,7 @@ import pytest
 
 from dynamo.errors import ConfigError, TransportError
 from dynamo.launcher.embedded_servers import Infra
+from dynamo.transport.credentials import EtcdCredentials
 from dynamo.transport.etcd import Delete, Etcd, Event, KeyValue, Put, Snapshot, _range_of
 from dynamo.transport.etcd_cluster import rpc
 from tests.ports import free_port
@@ -237,11 +238,6 @@ async def test_invalid_addresses(bad: str) -> None:
         Etcd.connect(bad)
 
 
-async def test_a_missing_tls_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read etcd's TLS file .*ca.pem: No such file"):
-        Etcd.connect("https://127.0.0.1", ca_file=tmp_path / "ca.pem")
-
-
 async def test_calls_wait_for_etcd_until_their_deadline(private: Etcd, private_infra: Infra) -> None:
     await private.put("k", b"1")
     await kill_etcd(private_infra)
@@ -339,6 +335,51 @@ async def test_a_lost_lease_is_granted_again_under_its_id_with_its_keys(
         assert (await watcher.until(lambda events: len(events) >= 7))[5:7] == deleted
         await lease.put(root + "d", b"d")  # does not wait for the keep-alive to notice
         assert [item.key for item in (await other.get_prefix(root))[0]] == [root + name for name in "acd"]
+    await lease.revoke()
+
+
+async def test_a_lost_lease_leaves_what_others_wrote_meanwhile(etcd: Etcd, etcd_server: str, root: str) -> None:
+    lease = await etcd.lease(1)
+    for name in "ab":
+        await lease.put(root + name, b"mine")
+    async with Etcd.connect(etcd_server) as other, watching(other, root) as watcher:
+        theirs = await other.lease(10)
+        await theirs.put(root + "b", b"theirs")
+        await other.revoke(lease.id)
+        await watcher.until(lambda events: events[-1] == Put(root + "a", b"mine"))
+        assert await other.get(root + "b") == b"theirs"
+        await lease.put(root + "b", b"mine again")
+        assert await other.get(root + "b") == b"mine again"
+        await other.revoke(lease.id)
+        await watcher.until(lambda events: events[-1] == Put(root + "b", b"mine again"))
+    await lease.revoke()
+
+
+async def test_a_lease_creates_a_key_once_and_keeps_it(etcd: Etcd, etcd_server: str, root: str) -> None:
+    lease = await etcd.lease(1)
+    assert await lease.create(root + "a", b"1")
+    assert not await lease.create(root + "a", b"2")
+    async with Etcd.connect(etcd_server) as other, watching(other, root) as watcher:
+        await other.revoke(lease.id)
+        assert await lease.create(root + "b", b"2")  # does not wait for the keep-alive to notice
+        await watcher.until(lambda events: {Put(root + "a", b"1"), Put(root + "b", b"2")} <= set(events[1:]))
+        assert [item.lease for item in (await other.get_prefix(root))[0]] == [lease.id, lease.id]
+    await lease.revoke()
+
+
+async def test_a_lease_that_is_ended_for_good_is_not_granted_again(
+    etcd: Etcd, etcd_server: str, root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = asyncio.Event()
+    lease = await etcd.lease(1, on_revoked=ended.set)
+    await lease.put(root + "a", b"1")
+    async with Etcd.connect(etcd_server) as other:
+        await other.revoke(lease.id, for_good=True)
+        with pytest.raises(TransportError, match=f"etcd lease {lease.id:x} was revoked by another process"):
+            await lease.put(root + "b", b"1")
+        await asyncio.wait_for(ended.wait(), 10)
+        assert (await other.get_prefix(root))[0] == []
+    assert f"etcd lease {lease.id:x} was revoked by another process" in caplog.text
     await lease.revoke()
 
 
@@ -486,10 +527,13 @@ async def test_passwords_outlive_a_restart(private: Etcd, private_infra: Infra) 
     url = private_infra.etcd_endpoints
     with pytest.raises(TransportError, match=r"etcd refused at http://.*: .*user name is empty"):
         await private.get("k")
-    async with Etcd.connect(url, username="root", password="wrong") as client:
+    async with Etcd.connect(url, credentials=EtcdCredentials("root", "wrong")) as client:
         with pytest.raises(TransportError, match=r"etcd refused at http://.*: .*authentication failed"):
             await client.get("k")
-    async with Etcd.connect(url, username="root", password="secret") as client, watching(client, "k/") as watcher:
+    async with (
+        Etcd.connect(url, credentials=EtcdCredentials("root", "secret")) as client,
+        watching(client, "k/") as watcher,
+    ):
         lease = await client.lease(1)
         await lease.put("k/leased", b"1")
         for n in range(3):
@@ -506,7 +550,7 @@ async def test_passwords_outlive_a_restart(private: Etcd, private_infra: Infra) 
 
 
 async def test_a_password_for_an_etcd_without_users(etcd_server: str, root: str) -> None:
-    async with Etcd.connect(etcd_server, username="root", password="secret") as client:
+    async with Etcd.connect(etcd_server, credentials=EtcdCredentials("root", "secret")) as client:
         await client.put(root + "k", b"1")
         assert await client.get(root + "k") == b"1"
 
@@ -524,7 +568,8 @@ async def test_tls(etcd_server: str, root: str, tmp_path: Path) -> None:
     tls.set_alpn_protocols(["h2"])
     tls.verify_mode = ssl.CERT_REQUIRED
     async with Proxy(etcd_server, tls) as proxy:
-        async with Etcd.connect(proxy.url, ca_file=cert, cert_file=cert, key_file=key) as client:
+        pem = (cert.read_bytes(), cert.read_bytes(), key.read_bytes())
+        async with Etcd.connect(proxy.url, credentials=EtcdCredentials("", "", *pem)) as client:
             await client.put(root + "k", b"1")
             assert await client.get(root + "k") == b"1"
         async with Etcd.connect(proxy.url) as client:

@@ -1,10 +1,13 @@
-"""Passwords in NATS_SERVER and ETCD_ENDPOINTS reach neither clients nor logs, whatever happens to the servers."""
+"""Credentials, in addresses or variables, open NATS and etcd, and reach neither clients nor logs, whatever happens."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -15,6 +18,7 @@ from dynamo.launcher.embedded_servers import Infra
 from dynamo.transport.etcd import Etcd
 from dynamo.transport.nats import Nats
 from tests.cli.terminal import COMMAND, ROOT, command, environment
+from tests.guarded import etcd_with, nats_with
 from tests.ports import free_port
 from tests.served import Served
 
@@ -26,13 +30,17 @@ def secret(url: str) -> str:
 
 
 class Joined(Served):
-    """A graph beside servers that are named with user and password, with all that its processes log."""
+    """A graph beside servers that run already, with all that its processes log."""
 
-    def __init__(self, log: Path, infra: Infra) -> None:
+    def __init__(self, log: Path, servers: dict[str, str]) -> None:
         self.port, self.log, self.started, self._seen = free_port(), log, 0.0, set()
         arguments = ["serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "-p", str(self.port)]
-        env = {variable: secret(url) for variable, url in infra.env.items()}
-        env |= {"DYN_REQUEST_PLANE": "nats", "DYN_LOG": "debug", "DYN_METRICS_PORT": "0", "TMPDIR": str(log.parent)}
+        env = servers | {
+            "DYN_REQUEST_PLANE": "nats",
+            "DYN_LOG": "debug",
+            "DYN_METRICS_PORT": "0",
+            "TMPDIR": str(log.parent),
+        }
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*COMMAND, *arguments], cwd=ROOT, env=environment(**env), stdout=output, stderr=output
@@ -40,7 +48,7 @@ class Joined(Served):
 
 
 async def test_a_graph_reveals_no_credentials(private_infra: Infra, tmp_path: Path) -> None:
-    served = Joined(tmp_path / "output", private_infra)
+    served = Joined(tmp_path / "output", {variable: secret(url) for variable, url in private_infra.env.items()})
     try:
         served.ready()
         body = {"model": "mock-model", "messages": [{"role": "user", "content": "Hello."}], "max_tokens": 4}
@@ -94,3 +102,65 @@ def test_a_password_that_makes_it_no_address_is_not_shown_either(password: str) 
     with pytest.raises(ConfigError) as refused:
         Etcd.connect(url)
     assert "sekret" not in started.stdout + started.stderr + str(refused.value)
+
+
+def command_lines() -> Iterator[str]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            yield path.read_text(errors="replace")
+
+
+async def test_a_graph_and_commands_use_the_variables(tmp_path: Path) -> None:
+    password = f"{PASSWORD}-{uuid.uuid4().hex}"
+    nats = nats_with(tmp_path, jetstream={"store_dir": str(tmp_path / "js")}, authorization={"token": password})
+    async with nats as nats_url, etcd_with(tmp_path) as etcd:
+        await etcd.enable_auth(USER, password)
+        env = {"NATS_SERVER": nats_url, "ETCD_ENDPOINTS": etcd.url, "NATS_AUTH_TOKEN": password}
+        env |= {"ETCD_AUTH_USERNAME": USER, "ETCD_AUTH_PASSWORD": password}
+        served = Joined(tmp_path / "output", env)
+        try:
+            served.ready()
+            await etcd.server.stop()  # which then has forgotten the tokens that it gave
+            await etcd.server.start()
+            outputs = []
+            for line, expected in (
+                (("status",), "Processor"),
+                (("set", "Processor.router=random"), "random"),
+                (("llmctl", "http", "list"), "dynamo-tiny"),
+            ):
+                ran = await asyncio.to_thread(command, *line, **env)
+                outputs.append(ran.stdout + ran.stderr)
+                assert ran.returncode == 0, outputs[-1]
+                assert expected in outputs[-1]
+            outputs += [served.output, *command_lines()]
+            outputs += [path.read_text() for path in tmp_path.glob("dynamo-*/logs/*")]
+            assert password not in "".join(outputs)
+        finally:
+            served.process.send_signal(signal.SIGTERM)
+            assert served.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("wrong", ["NATS_AUTH_PASSWORD", "ETCD_AUTH_PASSWORD"])
+async def test_wrong_credentials_are_a_line_of_each_process(wrong: str, tmp_path: Path) -> None:
+    async with (
+        nats_with(tmp_path, authorization={"user": USER, "password": PASSWORD}) as nats_url,
+        etcd_with(tmp_path) as etcd,
+    ):
+        await etcd.enable_auth(USER, PASSWORD)
+        env = {
+            f"{kind}_AUTH_{name}": value
+            for kind in ("NATS", "ETCD")
+            for name, value in (("USERNAME", USER), ("PASSWORD", PASSWORD))
+        }
+        env |= {"NATS_SERVER": nats_url, "ETCD_ENDPOINTS": etcd.url, wrong: f"{PASSWORD}2"}
+        serve = ("serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "-p", str(free_port()))
+        ran = await asyncio.to_thread(command, *serve, **env)
+    assert ran.returncode == 1
+    output = ran.stdout + ran.stderr
+    expected = "Authorization Violation" if wrong.startswith("NATS") else "authentication failed"
+    lines = [line for line in output.splitlines() if expected in line]
+    assert "could not start: " in lines[0]
+    assert len(lines) <= 3, output  # of a process each, if several end at once
+    assert f"hint: set the credentials that it accepts: {wrong.partition('_')[0]}_AUTH_USERNAME and" in output
+    assert PASSWORD not in output
+    assert "Traceback" not in output
