@@ -162,7 +162,9 @@ def test_a_subclass_is_a_service_only_when_decorated() -> None:
     ("arguments", "text"),
     [
         ({"dynamoo": {}}, "unknown argument 'dynamoo'\nhint: did you mean dynamo"),
-        ({"zzz": 1}, "known: dynamo, resources"),
+        ({"worker": 2}, "unknown argument 'worker'\nhint: did you mean workers"),
+        ({"workers": "two"}, "at least 1, found 'two'"),
+        ({"workers": "0"}, "at least 1, found '0'"),
         ({"workers": 0}, "at least 1, found 0"),
         ({"workers": True}, "found True"),
         ({"resources": {"gpu": "many"}}, "resources.gpu: expected a number, found 'many'"),
