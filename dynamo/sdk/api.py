@@ -51,7 +51,9 @@ def mark_route(function: Any, name: str | None, http_method: str | None) -> None
 @overload
 def api(function: F, /) -> F: ...
 @overload
-def api(*, name: str | None = None, http_method: str | None = None, **ignored: Any) -> Callable[[F], F]: ...
+def api(
+    given: str | None = None, /, *, name: str | None = None, http_method: str | None = None, **ignored: Any
+) -> Callable[[F], F]: ...
 def api(function: Any = None, /, *, name: str | None = None, http_method: str | None = None, **ignored: Any) -> Any:
     """Serve `POST /<name>` of the service's HTTP server with this method; usable with or without parentheses.
 
@@ -61,6 +63,8 @@ def api(function: Any = None, /, *, name: str | None = None, http_method: str | 
     server-sent events. Other arguments warn and have no effect. Raises GraphError for an invalid name, a misspelled
     argument, or an unknown HTTP verb.
     """
+    if isinstance(function, str):  # @api("name"), as in ai-dynamo 0.3
+        function, name = None, function
     warn_ignored("@api", ignored, ("name", "http_method"))
 
     def mark(method: Any) -> Any:

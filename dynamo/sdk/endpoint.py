@@ -87,6 +87,8 @@ def endpoints(cls: type[Any]) -> dict[str, EndpointSpec]:
 def endpoint(function: F, /) -> F: ...
 @overload
 def endpoint(
+    given: str | None = None,
+    /,
     *,
     name: str | None = None,
     transports: Any = None,
@@ -112,6 +114,8 @@ def endpoint(
     Other arguments warn and have no effect. Raises GraphError for an invalid name, a misspelled argument, or a method that
     takes several parameters.
     """
+    if isinstance(function, str):  # @endpoint("name"), as in ai-dynamo 0.3
+        function, name = None, function
     warn_ignored("@endpoint", ignored, ("name", "transports", "http_method", "is_api"))
     wanted = {str(getattr(transport, "name", transport)).upper() for transport in transports or ("DEFAULT",)}
     if is_api:
