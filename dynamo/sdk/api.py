@@ -52,7 +52,7 @@ def mark_route(function: Any, name: str | None, http_method: str | None) -> None
 def api(function: F, /) -> F: ...
 @overload
 def api(
-    given: str | None = None, /, *, name: str | None = None, http_method: str | None = None, **ignored: Any
+    given: str | None = None, /, *, name: str | None = None, http_method: str | None = None
 ) -> Callable[[F], F]: ...
 def api(function: Any = None, /, *, name: str | None = None, http_method: str | None = None, **ignored: Any) -> Any:
     """Serve `POST /<name>` of the service's HTTP server with this method; usable with or without parentheses.

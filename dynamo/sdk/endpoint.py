@@ -94,7 +94,6 @@ def endpoint(
     transports: Any = None,
     http_method: str | None = None,
     is_api: bool = False,
-    **ignored: Any,
 ) -> Callable[[F], F]: ...
 def endpoint(
     function: Any = None,
