@@ -89,8 +89,8 @@ def parse_envs(envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> 
     if isinstance(envs, Mapping):
         return {str(k): str(v) for k, v in envs.items()}
     try:
-        return {str(e["name"]): str(e["value"]) for e in envs}
-    except (KeyError, TypeError):
+        return {str(e["name"]): str(e["value"]) for e in map(dict, envs)}
+    except (KeyError, TypeError, ValueError):
         raise GraphError(
             f"@service: envs: expected a mapping or a list of name and value, found {envs!r}",
             hint='write {"NAME": "value"}',

@@ -16,6 +16,7 @@ from dynamo.compat.declarations import (
     DynamoConfig,
     DynamoDependency,
     DynamoEndpoint,
+    Env,
     KubernetesOverrides,
     LeaseConfig,
     ResourceConfig,
@@ -75,7 +76,7 @@ def test_config_objects_are_taken_for_mappings() -> None:
     @service(
         dynamo=DynamoConfig(namespace="n", component_type="planner", custom_lease=LeaseConfig(ttl=2)),
         resources=cast(Any, ResourceConfig(cpu=cast(Any, 3), gpu=cast(Any, 2))),
-        envs=[{"name": "A", "value": 1}],
+        envs=cast(Any, [{"name": "A", "value": 1}, Env(name="B")]),
         workers=cast(Any, "2"),
         image="i",
     )
@@ -87,7 +88,11 @@ def test_config_objects_are_taken_for_mappings() -> None:
     assert (spec.resources.gpu, spec.resources.cpu) == (2.0, "3")
     config: ServiceConfig = cast(Any, Worker).config
     assert config.dynamo == DynamoConfig(name="Worker", namespace="n", component_type="planner")
-    assert (config.workers, config.image, [(e.name, e.value) for e in config.envs or ()]) == (2, "i", [("A", "1")])
+    assert (config.workers, config.image, [(e.name, e.value) for e in config.envs or ()]) == (
+        2,
+        "i",
+        [("A", "1"), ("B", "")],
+    )
 
 
 @pytest.mark.parametrize(("given", "gpu"), [("1", "1"), (4, "4"), (0.5, "0.5"), (None, "0")])
