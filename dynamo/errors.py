@@ -3,7 +3,8 @@
     DynamoError
     ├── ConfigError              a bad YAML file, override or setting                  exit 1
     │   └── GraphError           a bad service, dependency, link or graph module       exit 1
-    │       └── EndpointMissingError  a call to a method that is no endpoint           HTTP 500
+    │       ├── EndpointMissingError  a call to a method that is no endpoint           HTTP 500
+    │       └── NotLinkedError   the use of a dependency that the graph leaves out     HTTP 500
     ├── StartError               a process of the graph could not start                exit 1
     ├── RequestError             the request is at fault                               HTTP 400
     │   ├── ContextLengthError   prompt and output do not fit the model                HTTP 400
@@ -55,6 +56,10 @@ class GraphError(ConfigError, ValueError, TypeError):
 
 class EndpointMissingError(GraphError, AttributeError):
     """A service calls a method of another one that is no endpoint. Also an AttributeError, for `hasattr`."""
+
+
+class NotLinkedError(GraphError, AttributeError):
+    """A service uses a dependency that its graph leaves out. Also an AttributeError, for `hasattr`."""
 
 
 class StartError(DynamoError):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TextIO
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import click
 
@@ -47,6 +50,24 @@ def warn(message: str) -> None:
         _write_json("WARNING", message)
     else:
         click.echo(f"warning: {message}", err=True)
+
+
+@contextmanager
+def short_warnings() -> Iterator[None]:
+    """Print warnings about the declarations of a graph by `warn`: without file, line and source."""
+    from dynamo.sdk.arguments import IgnoredArgumentWarning  # dynamo.sdk is not needed by every command
+
+    with warnings.catch_warnings():
+        as_python = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, IgnoredArgumentWarning):
+                warn(str(message))
+            else:
+                as_python(message, category, *place, **options)
+
+        warnings.showwarning = show
+        yield
 
 
 def _write_json(level: str, message: str, **fields: str) -> None:

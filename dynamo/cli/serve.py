@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import click
 from click.core import ParameterSource
 
-from dynamo.cli.errors import warn
+from dynamo.cli.errors import short_warnings, warn
 from dynamo.cli.selection import require_external, select, without
 from dynamo.config import overrides, yaml_file
 from dynamo.config.merge import Layer
@@ -206,7 +206,8 @@ def serve(
     )
     if supervise and not service_names:
         raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
-    found = load(graph, working_dir)
+    with short_warnings():
+        found = load(graph, working_dir)
     started = select(without(found, elsewhere), service_names)
     for option, given in (("--depends", elsewhere), ("--service-name", service_names)):
         if given:

@@ -1,1 +1,1 @@
-"""What exists for ai-dynamo 0.1 to 0.3 alone: names of its Python bindings, over the parts of this project."""
+"""What exists for graphs and components of ai-dynamo 0.1 to 0.3 alone; the paths that they import from are doors to it."""

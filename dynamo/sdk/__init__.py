@@ -5,9 +5,11 @@ from dynamo.sdk.channels import Job, Topic, WorkQueue
 from dynamo.sdk.compat import (
     AbstractDynamoService,
     abstract_dynamo_endpoint,
+    async_onstart,
     dynamo_api,
     dynamo_context,
     dynamo_endpoint,
+    server_context,
 )
 from dynamo.sdk.context import ServiceContext, service_context
 from dynamo.sdk.depends import (
@@ -52,6 +54,7 @@ __all__ = [
     "api",
     "async_on_shutdown",
     "async_on_start",
+    "async_onstart",
     "avoiding",
     "bind",
     "depends",
@@ -72,6 +75,7 @@ __all__ = [
     "random",
     "readiness",
     "round_robin",
+    "server_context",
     "service",
     "service_context",
 ]

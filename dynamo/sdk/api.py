@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any, TypeVar, overload
 
 from dynamo.errors import GraphError
+from dynamo.sdk.arguments import warn_ignored
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,15 +51,21 @@ def mark_route(function: Any, name: str | None, http_method: str | None) -> None
 @overload
 def api(function: F, /) -> F: ...
 @overload
-def api(*, name: str | None = None, http_method: str | None = None) -> Callable[[F], F]: ...
-def api(function: Any = None, /, *, name: str | None = None, http_method: str | None = None) -> Any:
+def api(
+    given: str | None = None, /, *, name: str | None = None, http_method: str | None = None
+) -> Callable[[F], F]: ...
+def api(function: Any = None, /, *, name: str | None = None, http_method: str | None = None, **ignored: Any) -> Any:
     """Serve `POST /<name>` of the service's HTTP server with this method; usable with or without parentheses.
 
     `name` defaults to the method's name and may contain FastAPI path parameters. Parameters follow FastAPI: a pydantic
     model is the JSON body, a parameter without annotation is a key of the body, and invalid input gets a 422. A return
     value is sent as JSON, a Starlette response unchanged. Yielded items are streamed: text as is, anything else as
-    server-sent events. Raises GraphError for an invalid name or HTTP verb.
+    server-sent events. Other arguments warn and have no effect. Raises GraphError for an invalid name, a misspelled
+    argument, or an unknown HTTP verb.
     """
+    if isinstance(function, str):  # @api("name"), as in ai-dynamo 0.3
+        function, name = None, function
+    warn_ignored("@api", ignored, ("name", "http_method"))
 
     def mark(method: Any) -> Any:
         mark_route(method, name, http_method)

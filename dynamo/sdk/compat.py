@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamo.sdk.api import api
-from dynamo.sdk.context import ServiceContext, observers
-from dynamo.sdk.depends import dependencies
-from dynamo.sdk.endpoint import endpoint
+from dynamo.sdk.context import ServiceContext, observers, service_context
+from dynamo.sdk.depends import Dependency, dependencies
+from dynamo.sdk.endpoint import async_on_start, endpoint
 from dynamo.sdk.graph import build
 from dynamo.sdk.interface import abstract_endpoint
-from dynamo.sdk.links import EDGES
+from dynamo.sdk.links import EDGES, Edge
 from dynamo.sdk.service import AbstractService, class_attributes
 from dynamo.sdk.spec import is_service, spec_of
+
+if TYPE_CHECKING:
+    from dynamo.compat.declarations import ServiceConfig
 
 dynamo_endpoint = endpoint
 dynamo_api = api
 AbstractDynamoService = AbstractService
 abstract_dynamo_endpoint = abstract_endpoint
+
+async_onstart = async_on_start
 
 dynamo_context: dict[str, Any] = {}
 """`service_context()` under the string keys of 0.x; empty when the class is used as plain Python.
@@ -53,6 +59,23 @@ def _fill(context: ServiceContext) -> None:
 observers.append(_fill)
 
 
+class _ServerContext:
+    """`server_context` of 0.1 and 0.2: in a service process, the number of this worker, from 1; elsewhere 0."""
+
+    @property
+    def worker_index(self) -> int:
+        context = service_context()
+        return context.worker_id if context else 0
+
+    @property
+    def service_name(self) -> str:
+        context = service_context()
+        return context.service_name if context else ""
+
+
+server_context = _ServerContext()
+
+
 class _OfClass:
     """An attribute of the class alone; on instances the name stays free for the author."""
 
@@ -68,10 +91,26 @@ class _OfClass:
         return self._read(owner)
 
 
-def _active_dependencies(cls: type[Any]) -> dict[str, Any]:
-    mine = {edge.attribute for edge in EDGES if edge.source is cls}
-    linked = any(cls in (edge.source, edge.target) for edge in EDGES)
-    return {name: found for name, found in dependencies(cls).items() if name in mine or not (linked or found.optional)}
+class _Dependencies(dict[str, Dependency[Any]]):
+    """Active dependencies of a service. Setting one links it: `Frontend.dependencies["x"] = DynamoDependency(X)`."""
+
+    def __init__(self, cls: type[Any]) -> None:
+        mine = {edge.attribute for edge in EDGES if edge.source is cls}
+        linked = any(cls in (edge.source, edge.target) for edge in EDGES)
+        known = dependencies(cls)
+        super().__init__({name: known[name] for name in known if name in mine or not (linked or known[name].optional)})
+        self._cls = cls
+
+    def __setitem__(self, attribute: str, dependency: Dependency[Any]) -> None:
+        graph = sys._getframe(1).f_globals.get("__name__", "")
+        EDGES.append(Edge(self._cls, attribute, dependency.on, graph))
+        super().__setitem__(attribute, dependency)
+
+
+def _config(cls: type[Any]) -> ServiceConfig:
+    from dynamo.compat.declarations import declared_config  # loads pydantic, which few graphs need
+
+    return declared_config(spec_of(cls))
 
 
 def _all_services(cls: type[Any]) -> dict[str, type[Any]]:
@@ -83,8 +122,8 @@ class _ServiceObject:
 
     inner = _OfClass(lambda cls: cls)
     name = _OfClass(lambda cls: spec_of(cls).name)
-    config = _OfClass(spec_of)
-    dependencies = _OfClass(_active_dependencies)
+    config = _OfClass(_config)
+    dependencies = _OfClass(_Dependencies)
     get_dynamo_endpoints = _OfClass(lambda cls: lambda: {e.name: e for e in spec_of(cls).endpoints.values()})
     all_services = _OfClass(lambda cls: lambda: _all_services(cls))
 

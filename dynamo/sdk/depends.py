@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
+from typing import Any, Generic, Literal, NoReturn, Protocol, Self, TypeVar, cast, overload
 
-from dynamo.errors import EndpointMissingError, GraphError
+from dynamo.errors import EndpointMissingError, GraphError, NotLinkedError
+from dynamo.sdk.arguments import warn_ignored
 from dynamo.sdk.broker import Broker
 from dynamo.sdk.endpoint import EndpointSpec
 from dynamo.sdk.spec import ServiceSpec, is_interface, spec_of
@@ -44,7 +45,26 @@ def no_endpoint(spec: ServiceSpec, name: str) -> EndpointMissingError:
     )
 
 
-class Stub:
+class _Reference:
+    """A handle on another process: a copy of it is itself, and it cannot be pickled."""
+
+    __slots__ = ()
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # for `vars()`; there are slots instead
+        return {}
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"cannot pickle {self!r}: it holds connections of this process")
+
+
+class Stub(_Reference):
     """The object behind a dependency in a served process: the service's endpoints and channels, and nothing else."""
 
     __slots__ = ("_avoid", "_choice", "_pool", "_spec")  # an endpoint may have any name that a method may have
@@ -64,13 +84,15 @@ class Stub:
         channel = self._spec.channels.get(name)
         if channel is not None:
             return channel.open(self._pool.broker)
+        if name.startswith("__"):  # Python's own probes, as by `inspect`, are no calls
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise no_endpoint(self._spec, name)
 
     def __repr__(self) -> str:
         return f"<stub of {self._spec.name}, {self._choice}>"
 
 
-class RemoteMethod:
+class RemoteMethod(_Reference):
     """One endpoint of a stub. Calling it sends the request; await or iterate the result."""
 
     __slots__ = ("_avoid", "_choice", "_endpoint", "_start")
@@ -118,7 +140,7 @@ class Dependency(Generic[T]):
         except KeyError:
             name = f"{type(instance).__name__}.{self.attribute}"
             target = f"<a service that is a {self.on.__name__}>" if is_interface(self.on) else self.on.__name__
-            raise GraphError(
+            raise NotLinkedError(
                 f"{name} is not linked in this graph",
                 hint=f"add {type(instance).__name__}.link({target}) to the graph module, "
                 f"or call bind(obj, {self.attribute}=...) in a test",
@@ -128,13 +150,14 @@ class Dependency(Generic[T]):
         return f"depends({self.on.__name__})"
 
 
-def depends(on: Callable[..., T], /, *, optional: bool = False) -> Dependency[T]:
+def depends(on: Callable[..., T], *, optional: bool = False, **ignored: Any) -> Dependency[T]:
     """Declare that this service calls `on`, a service or an interface. `self.<attribute>` is then typed as `on` itself.
 
     An `optional` dependency exists only where a graph links it (check with `is_linked`), and this service starts
     without waiting for an instance of it. For an interface (a subclass of `AbstractService`), `.link()` decides which
-    service stands behind it. Raises GraphError for a class that is neither.
+    service stands behind it. Other arguments warn and have no effect. Raises GraphError for a class that is neither.
     """
+    warn_ignored("depends()", ignored, ("on", "optional"))
     cls = cast("type[T]", on)  # not its type above: there, mypy would refuse a class with abstract methods
     if not is_interface(cls):
         spec_of(cls)

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_type_hints, overload
 from dynamo.codec import item_type
 from dynamo.errors import GraphError
 from dynamo.sdk.api import mark_route
+from dynamo.sdk.arguments import warn_ignored
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -86,7 +87,13 @@ def endpoints(cls: type[Any]) -> dict[str, EndpointSpec]:
 def endpoint(function: F, /) -> F: ...
 @overload
 def endpoint(
-    *, name: str | None = None, transports: Any = None, http_method: str | None = None, is_api: bool = False
+    given: str | None = None,
+    /,
+    *,
+    name: str | None = None,
+    transports: Any = None,
+    http_method: str | None = None,
+    is_api: bool = False,
 ) -> Callable[[F], F]: ...
 def endpoint(
     function: Any = None,
@@ -96,14 +103,19 @@ def endpoint(
     transports: Any = None,
     http_method: str | None = None,
     is_api: bool = False,
+    **ignored: Any,
 ) -> Any:
     """Make a method callable by other services; usable with or without parentheses.
 
     An `async def` that returns is a unary endpoint. An async generator, or a plain `def` that returns a `Stream` or
     another async iterator, is a streaming endpoint. `name` is the address, by default the method's name; it may contain
     slashes. `DynamoTransport.HTTP` in `transports`, or `is_api` (0.1), makes it an `@api` too; HTTP alone, only that.
-    Raises GraphError for an invalid name or a method that takes several parameters.
+    Other arguments warn and have no effect. Raises GraphError for an invalid name, a misspelled argument, or a method that
+    takes several parameters.
     """
+    if isinstance(function, str):  # @endpoint("name"), as in ai-dynamo 0.3
+        function, name = None, function
+    warn_ignored("@endpoint", ignored, ("name", "transports", "http_method", "is_api"))
     wanted = {str(getattr(transport, "name", transport)).upper() for transport in transports or ("DEFAULT",)}
     if is_api:
         wanted = {"HTTP"}

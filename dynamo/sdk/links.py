@@ -33,7 +33,7 @@ def link(cls: type[Any], target: type[U], graph: str) -> type[U]:
     spec_of(cls)
     spec_of(target)
     known = dependencies(cls)
-    fits = [name for name, dependency in known.items() if issubclass(target, dependency.on)]
+    fits = [name for name, dependency in known.items() if dependency.on in target.__mro__]
     listed = ", ".join(f"{name} = {dependency!r}" for name, dependency in known.items()) or "none"
     if not fits:
         raise GraphError(

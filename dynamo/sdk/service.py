@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
-import warnings
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from dynamo.errors import GraphError
 from dynamo.sdk.api import routes
+from dynamo.sdk.arguments import warn_ignored
 from dynamo.sdk.channels import channels
 from dynamo.sdk.endpoint import NAME, endpoints
 from dynamo.sdk.interface import check_interface
@@ -22,7 +21,6 @@ C = TypeVar("C", bound="type[Any]")
 U = TypeVar("U")
 
 DEFAULT_NAMESPACE = "dynamo"
-_IGNORED_IN_0_3 = {"traffic", "resource", "labels", "kubernetes_overrides", "logging", "ssl", "http"}
 _KNOWN = ("dynamo", "resources", "workers", "image", "envs", "app", "system_app")
 HTTP_SETTINGS = ("host", "port")
 
@@ -72,6 +70,18 @@ def _take_http_settings(cls: type[Any]) -> None:
         cls.extra_settings = staticmethod(lambda: HTTP_SETTINGS)
 
 
+def _parse_workers(given: object) -> int:
+    """Return the number of workers; text is accepted, as in ai-dynamo 0.3. Raises GraphError below 1."""
+    if not isinstance(given, bool) and isinstance(given, int | str):
+        try:
+            count = int(given)
+        except ValueError:
+            count = 0
+        if count >= 1:
+            return count
+    raise GraphError(f"@service: workers: expected an integer of at least 1, found {given!r}")
+
+
 def parse_envs(envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> dict[str, str]:
     """Convert `{"A": 1}` or `[{"name": "A", "value": 1}]` to `{"A": "1"}`. Raises GraphError for any other form."""
     if not envs:
@@ -79,8 +89,8 @@ def parse_envs(envs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> 
     if isinstance(envs, Mapping):
         return {str(k): str(v) for k, v in envs.items()}
     try:
-        return {str(e["name"]): str(e["value"]) for e in envs}
-    except (KeyError, TypeError):
+        return {str(e["name"]): str(e["value"]) for e in map(dict, envs)}
+    except (KeyError, TypeError, ValueError):
         raise GraphError(
             f"@service: envs: expected a mapping or a list of name and value, found {envs!r}",
             hint='write {"NAME": "value"}',
@@ -119,16 +129,11 @@ def service(
     `dynamo` holds `namespace` (default "dynamo"), `component_type`, and keys of the 0.x SDK that have no effect.
     `resources` are per worker process and `workers` is their number; `ServiceArgs` in the configuration overrides both.
     `app` is the FastAPI application for `@api` methods, `system_app` the one for probes; by default new ones are made.
-    Raises GraphError for unknown arguments, invalid values, or a class that violates its interface.
+    Other arguments, which ai-dynamo 0.3 accepted, warn and have no effect. Raises GraphError for misspelled arguments,
+    invalid values, or a class that violates its interface.
     """
-    for name in ignored:
-        if name not in _IGNORED_IN_0_3:
-            near = difflib.get_close_matches(name, _KNOWN, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KNOWN)}"
-            raise GraphError(f"@service: unknown argument {name!r}", hint=hint)
-        warnings.warn(f"@service: {name!r} has no effect, as in ai-dynamo 0.3", stacklevel=2)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise GraphError(f"@service: workers: expected an integer of at least 1, found {workers!r}")
+    warn_ignored("@service", ignored, _KNOWN)
+    count = _parse_workers(workers)
     options = dict(dynamo or {})
     namespace = options.get("namespace") or DEFAULT_NAMESPACE
     component_type = options.get("component_type")
@@ -143,8 +148,8 @@ def service(
             name=found.__name__,
             namespace=namespace,
             component_type=getattr(component_type, "value", component_type),
-            resources=Resources.parse(resources or {}),
-            workers=workers,
+            resources=Resources.parse(dict(resources or {})),
+            workers=count,
             image=image,
             envs=parse_envs(envs),
             app=app,

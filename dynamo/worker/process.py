@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from dynamo.http.scrape_targets import ScrapeTargets
 from dynamo.log import configure
 from dynamo.rpc.runtime import Runtime
 from dynamo.sdk import bind
+from dynamo.sdk.arguments import IgnoredArgumentWarning
 from dynamo.sdk.channels import attach
 from dynamo.sdk.context import ServiceContext, enter
 from dynamo.sdk.depends import Stub, dependencies
@@ -324,6 +326,7 @@ def main(
     status = Status(on_ready)
     label = options.service_name if options.workers == 1 else f"{options.service_name}:{options.worker_id}"
     configure(label)
+    warnings.simplefilter("ignore", IgnoredArgumentWarning)  # the command printed them
 
     async def run() -> int:
         graph = load(options.graph)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from dynamo.errors import GraphError
+from dynamo.errors import GraphError, NotLinkedError
 from dynamo.sdk import (
     avoiding,
     bind,
@@ -183,3 +186,56 @@ def test_depends_on_services_only() -> None:
     for wrong in (int, None, Worker()):
         with pytest.raises(GraphError, match="is not a service"):
             depends(wrong)  # type: ignore[type-var, arg-type]
+
+
+# -- introspection of a dependency: as of any Python object
+
+
+def stub() -> Any:
+    return Stub(spec_of(Worker), Recorder())
+
+
+def test_a_stub_has_no_attributes_of_its_own() -> None:
+    assert stub().__dict__ == vars(stub()) == vars(stub().generate) == {}
+    assert "Worker" in repr(stub())
+
+
+@pytest.mark.parametrize(
+    "name", ["__wrapped__", "__len__", "__await__", "__aiter__", "__fspath__", "__array__", "__setstate__"]
+)
+def test_pythons_own_probes_find_nothing(name: str) -> None:
+    assert not hasattr(stub(), name)
+    with pytest.raises(AttributeError, match=f"'Stub' object has no attribute '{name}'") as caught:
+        getattr(stub(), name)
+    assert not isinstance(caught.value, GraphError)
+
+
+def test_a_copy_is_the_stub_itself() -> None:
+    processor = Processor()
+    bind(processor, worker=stub())
+    for copied in (copy.copy(processor), copy.deepcopy(processor)):
+        assert copied is not processor
+        assert copied.worker is processor.worker
+    call = stub().generate
+    assert copy.deepcopy(call) is copy.copy(call) is call
+
+
+def test_a_stub_cannot_be_pickled() -> None:
+    for thing in (stub(), stub().generate):
+        with pytest.raises(TypeError, match=r"cannot pickle <(stub of Worker|endpoint Worker\.generate)"):
+            pickle.dumps(thing)
+
+
+def test_inspect_reads_stubs_and_their_owners() -> None:
+    assert inspect.unwrap(stub()) is not None
+    assert not inspect.isawaitable(stub())
+    assert not inspect.iscoroutinefunction(stub())
+    assert "generate" not in dict(inspect.getmembers(stub()))
+    processor = Processor()
+    assert "worker" not in dict(inspect.getmembers(processor))  # not linked
+    assert not hasattr(processor, "worker")
+    with pytest.raises(NotLinkedError, match="is not linked in this graph"):
+        _ = processor.worker
+    target = stub()
+    bind(processor, worker=target)
+    assert dict(inspect.getmembers(processor))["worker"] is target

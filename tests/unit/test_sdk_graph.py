@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import pytest
 
@@ -80,6 +80,35 @@ def test_link_errors_name_the_attributes() -> None:
 
     with pytest.raises(GraphError, match="multiple dependencies required by Two: a, b"):
         Two.link(Worker)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_services_that_derive_from_a_protocol_are_linked(checked: bool) -> None:
+    class Mixin(Protocol):
+        def helper(self) -> int: ...
+
+    base = runtime_checkable(Mixin) if checked else Mixin
+
+    @service
+    class Lower(base):  # type: ignore[valid-type, misc]
+        def __init__(self) -> None: ...
+
+    @service
+    class Lowest(Lower):
+        def __init__(self) -> None: ...
+
+    @service
+    class Upper(base):  # type: ignore[valid-type, misc]
+        lower = depends(Lower)
+
+        def __init__(self) -> None: ...
+
+    upper = cast(Any, Upper)
+    assert upper.link(Lowest) is Lowest
+    assert build("g", Upper, [edge for edge in EDGES if edge.source is Upper]).targets["Upper"] == {"lower": Lowest}
+    assert type(Upper()) is Upper
+    with pytest.raises(GraphError, match="Worker does not fulfill any dependencies required by Upper"):
+        upper.link(Worker)
 
 
 def test_without_links_everything_is_deployed() -> None:

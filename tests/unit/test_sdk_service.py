@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,8 +14,11 @@ from dynamo.sdk import (
     Reply,
     Service,
     Stream,
+    api,
+    arguments,
     async_on_shutdown,
     async_on_start,
+    depends,
     endpoint,
     liveness,
     on_shutdown,
@@ -162,7 +165,9 @@ def test_a_subclass_is_a_service_only_when_decorated() -> None:
     ("arguments", "text"),
     [
         ({"dynamoo": {}}, "unknown argument 'dynamoo'\nhint: did you mean dynamo"),
-        ({"zzz": 1}, "known: dynamo, resources"),
+        ({"worker": 2}, "unknown argument 'worker'\nhint: did you mean workers"),
+        ({"workers": "two"}, "at least 1, found 'two'"),
+        ({"workers": "0"}, "at least 1, found '0'"),
         ({"workers": 0}, "at least 1, found 0"),
         ({"workers": True}, "found True"),
         ({"resources": {"gpu": "many"}}, "resources.gpu: expected a number, found 'many'"),
@@ -177,12 +182,93 @@ def test_service_refuses(arguments: dict[str, Any], text: str) -> None:
         service(**arguments)(type("S", (), {}))
 
 
-def test_arguments_of_0_3_are_warned_of() -> None:
+Declare = Callable[..., object]
+
+
+def _service(**given: Any) -> object:
+    return service(**given)(type("S", (), {}))
+
+
+def _endpoint(**given: Any) -> object:
+    @endpoint(**given)
+    async def generate(self: object, request: str) -> str:
+        return request
+
+    return generate
+
+
+def _api(**given: Any) -> object:
+    @api(**given)
+    async def generate() -> str:
+        return ""
+
+    return generate
+
+
+def _depends(**given: Any) -> object:
+    return depends(on=Worker, **given)
+
+
+@pytest.mark.parametrize(
+    ("declare", "where", "names"),
+    [
+        (
+            _service,
+            "@service",
+            ("traffic", "resource", "labels", "dependencies", "http_exposed", "name", "metrics", "zzz"),
+        ),
+        (_endpoint, "@endpoint", ("http_exposed", "is_stream", "timeout")),
+        (_api, "@api", ("transports", "is_api", "route")),
+        (_depends, "depends()", ("url", "deployment", "cluster")),
+    ],
+)
+def test_unknown_arguments_are_warned_of_once(
+    declare: Declare, where: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "_warned", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        service(traffic={"timeout": 1})(type("S", (), {}))
-    assert ["'traffic' has no effect" in str(w.message) for w in caught] == [True]
-    assert caught[0].filename == __file__
+        for _ in range(2):
+            for name in names:
+                declare(**{name: []})
+    assert [str(w.message).partition(";")[0] for w in caught] == [f"{where}: {name!r} has no effect" for name in names]
+    assert {(w.category, w.filename) for w in caught} == {(arguments.IgnoredArgumentWarning, __file__)}
+
+
+@pytest.mark.parametrize(
+    ("declare", "name", "near"),
+    [
+        (_service, "worker", "workers"),
+        (_service, "env", "envs"),
+        (_endpoint, "nam", "name"),
+        (_endpoint, "transport", "transports"),
+        (_api, "http_methods", "http_method"),
+        (_depends, "optionl", "optional"),
+    ],
+)
+def test_a_misspelled_argument_is_an_error(declare: Declare, name: str, near: str) -> None:
+    with pytest.raises(GraphError, match=f"unknown argument '{name}'\nhint: did you mean {near}\\?"):
+        declare(**{name: 1})
+
+
+def test_a_number_of_workers_may_be_text() -> None:
+    assert spec_of(cast("type[Any]", _service(workers="2"))).workers == 2
+
+
+def test_endpoint_and_api_take_their_name_without_a_keyword() -> None:
+    @service
+    class Named:
+        @endpoint("chat/completions")
+        async def generate(self, request: str) -> str:
+            return request
+
+        @api("v1/models", http_method="GET")
+        async def models(self) -> list[str]:
+            return []
+
+    spec = spec_of(Named)
+    assert [e.name for e in spec.endpoints.values()] == ["chat/completions"]
+    assert [(r.verb, r.path) for r in spec.routes] == [("GET", "/v1/models")]
 
 
 def test_service_goes_on_classes_and_endpoint_on_methods() -> None:

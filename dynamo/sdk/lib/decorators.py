@@ -7,6 +7,7 @@ from dynamo.sdk.service import AbstractService
 
 dynamo_endpoint, dynamo_api = endpoint, api
 AbstractDynamoService, abstract_dynamo_endpoint = AbstractService, abstract_endpoint
+async_onstart = async_on_start
 
 __all__ = [
     "AbstractDynamoService",
@@ -17,6 +18,7 @@ __all__ = [
     "api",
     "async_on_shutdown",
     "async_on_start",
+    "async_onstart",
     "dynamo_api",
     "dynamo_endpoint",
     "endpoint",
