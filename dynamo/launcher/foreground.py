@@ -50,6 +50,8 @@ def alone(cls: type[Any], argv: Sequence[str] | None = None) -> NoReturn:
             layers = [_only(yaml_file.load(file), {*services, COMMON}), *layers]
         layers = [*layers, overrides.setting((cls.__name__, SERVICE_ARGS, "workers"), 1, "python -m")]
         resolved = resolve_and_check(layers, services, only=cls.__name__)
+        for notice in resolved.notices:
+            print(f"warning: {notice}", file=sys.stderr)
         os.environ.pop("DYNAMO_STATUS_FD", None)
         from dynamo.launcher.serve_plan import make_plan
 
