@@ -72,7 +72,7 @@ class VllmWorker(EngineService):
             and cls.wanted_dependencies({key: value})
         ):
             return Change(
-                "prompts go to PrefillWorkers that other commands start; give all the same NATS_SERVER, ETCD_ENDPOINTS and "
+                "prompts go to those that other commands start; give all commands the same NATS_SERVER, ETCD_ENDPOINTS and "
                 "DYNAMO_KV_SECRET",
                 {key: value},
                 "this graph has no PrefillWorker",

@@ -44,7 +44,8 @@ def resolve_and_check(
     resolved = resolve([merged], services, claims)
     sections = resolved.services
     ours = {name: values for name, values in sections.items() if name not in foreign}
-    resolved = upgraded(replace(resolved, services=ours, notices=merged.notices), upgrade)
+    origins = {**merged.origins, **resolved.origins}
+    resolved = upgraded(replace(resolved, services=ours, origins=origins, notices=merged.notices), upgrade)
     if foreign:
         resolved = _without_foreign_keys(resolved, services)
     if only is None:
@@ -56,7 +57,7 @@ def resolve_and_check(
         for notice in resolved.notices:
             raise ConfigError(notice.message, hint=notice.hint)
     sections = {**({COMMON: common} if common else {}), **sections, **resolved.services}
-    return replace(resolved, services=sections, origins={**merged.origins, **resolved.origins})
+    return replace(resolved, services=sections)
 
 
 def _without_foreign_keys(resolved: Resolved, services: Mapping[str, DeclaredSettings | None]) -> Resolved:

@@ -47,9 +47,9 @@ def _misspells(name: str, services: Collection[str]) -> bool:
 
 def _why_foreign(name: str, value: Any) -> str:
     if not isinstance(value, dict):
-        return "no service has this name, and nothing reads it: remove it"
+        return "it is not a section of a service, and nothing reads it; remove it"
     source = SERVICES.get(name)
-    return "no service of this graph has this name" + (f" ({source})" if source else "")
+    return "this graph has no such service" + (f" ({source})" if source else "")
 
 
 def upgrade_for(services: Mapping[str, DeclaredSettings | None]) -> UpgradeKey:
@@ -68,7 +68,7 @@ def upgrade_for(services: Mapping[str, DeclaredSettings | None]) -> UpgradeKey:
         change = upstream_key(service, key, value)
         if change is None or all(map(found.takes, change.settings)):
             return change
-        return Change("a key of ai-dynamo's component of this name; this one does not take it: remove it")
+        return Change("ai-dynamo's component of this name had it, this one has not; remove it")
 
     return upgrade
 
@@ -77,12 +77,15 @@ def upgraded(resolved: Resolved, upgrade: UpgradeKey) -> Resolved:
     """Return a configuration with the older keys of its services replaced, and a notice for each."""
     services: dict[str, dict[str, Any]] = {}
     origins = dict(resolved.origins)
-    notices: dict[Notice, None] = {}  # an ordered set: services share the lines of Common
+    notices: dict[str, Notice] = {}  # by message: services share the lines of Common
     for name, settings in resolved.services.items():
         changes = {key: upgrade(name, key, value, settings) for key, value in settings.items()}
-        notices |= {_notice(resolved.origins, name, key, change): None for key, change in changes.items() if change}
+        for key, change in changes.items():
+            if change is not None:
+                notice = _notice(resolved.origins, name, key, change)
+                notices[notice.message] = notice
         services[name] = _changed(name, settings, changes, origins)
-    return replace(resolved, services=services, origins=origins, notices=(*resolved.notices, *notices))
+    return replace(resolved, services=services, origins=origins, notices=(*resolved.notices, *notices.values()))
 
 
 def _changed(

@@ -16,13 +16,9 @@ from typing import Any
 from dynamo.config.provenance import canonical
 
 SERVICES = {
-    "Frontend": "",
-    "Processor": "",
-    "Router": "",
-    "VllmWorker": "",
-    "PrefillWorker": "",
-    "Planner": "ai-dynamo's Planner",
-    "Prometheus": "ai-dynamo's Planner reads it",
+    **dict.fromkeys(("Frontend", "Processor", "Router", "VllmWorker", "PrefillWorker"), ""),
+    "Planner": "ai-dynamo's planner",
+    "Prometheus": "it belongs to ai-dynamo's planner",
     "VllmDecodeWorker": "ai-dynamo's vllm_v1 example",
     "VllmPrefillWorker": "ai-dynamo's vllm_v1 example",
     "VllmEncodeWorker": "ai-dynamo's multimodal example",
@@ -56,54 +52,63 @@ def upstream_key(service: str, key: str, value: Any) -> Change | None:
     return row(value) if row is not None else None
 
 
-def _renamed(new: str, since: str) -> Row:
-    return lambda value: Change(f"the name before ai-dynamo {since}; write {new}", {new: value})
+def _renamed(new: str, why: str) -> Row:
+    return lambda value: Change(f"{why}; write {new}", {new: value})
 
 
-def _ignored(note: str) -> Row:
-    return lambda value: Change(note)
+def _ignored(why: str) -> Row:
+    return lambda value: Change(f"{why}; remove it")
 
 
 def _softmax_sample(value: Any) -> Change:
     # ai-dynamo drew from the softmax of the logits divided by their range: a router-temperature of 1
-    temperature = 1.0 if value in (True, "true", "True") else 0.0
+    temperature = 1.0 if str(value).lower() in ("true", "1") else 0.0
     return Change(
-        f"ai-dynamo 0.3.2's name; write router-temperature: {temperature}", {"router-temperature": temperature}
+        f"the name in ai-dynamo 0.3; write router-temperature: {temperature}", {"router-temperature": temperature}
     )
 
 
-_QUEUE_THREADS = _ignored("tasks of ai-dynamo's request queue; requests are not queued here: remove it")
-_ONLY_DECODE = _ignored("ai-dynamo accepted it here and did not read it: remove it; VllmWorker has the setting")
-_DECODE_KEYS = dict.fromkeys(("remote-prefill", "conditional-disagg", "max-local-prefill-length", "max-prefill-queue-size"), _ONLY_DECODE)
-_ONE_ENDPOINT = _ignored("the Processor of Frontend.endpoint serves chat and completions: remove it")
+_QUEUE_THREADS = _ignored("it was for the request queue of ai-dynamo 0.2 and 0.3, which is not needed here")
+_GPU_OFFSET = _ignored("ai-dynamo 0.1.0 needed it; `dynamo serve` assigns GPUs to all workers")
+_DECODE_ONLY = _ignored("ai-dynamo accepted it here without effect, as a setting of VllmWorker")
+_DECODE_KEYS = ("remote-prefill", "conditional-disagg", "max-local-prefill-length", "max-prefill-queue-size")
+_ONE_ENDPOINT = _ignored("the Processor of `endpoint` serves completions, too")
+_LINKS = _ignored("the links of the graph decide it")
+_ADDRESSES = {
+    **dict.fromkeys(("etcd-endpoints", "etcd-url"), _ignored("the variable ETCD_ENDPOINTS holds the address")),
+    **dict.fromkeys(("nats-server", "nats-url"), _ignored("the variable NATS_SERVER holds the address")),
+}
 
 KEYS: Mapping[str, Mapping[str, Row]] = {
     "Frontend": {
-        "model": _renamed("served_model_name", "0.1.1"),
-        "endpoint-chat": lambda value: Change("another name of endpoint; write endpoint", {"endpoint": value}),
+        "model": _renamed("served_model_name", "the name in ai-dynamo 0.1.0"),
+        "endpoint-chat": _renamed("endpoint", "the name in forks of ai-dynamo"),
         "endpoint-completion": _ONE_ENDPOINT,
         "endpoint-completions": _ONE_ENDPOINT,
+        "worker": _LINKS,
+        "processor": _LINKS,
+        **_ADDRESSES,
     },
-    "Processor": {"router-num-threads": _QUEUE_THREADS, **_DECODE_KEYS},
+    "Processor": {
+        "router-num-threads": _QUEUE_THREADS,
+        "prompt-template": _ignored("it was for ai-dynamo's multimodal example; the model's chat template applies"),
+        **dict.fromkeys(_DECODE_KEYS, _DECODE_ONLY),
+        **_ADDRESSES,
+    },
     "Router": {
-        "model-name": _renamed("model", "0.2"),
+        "model-name": _renamed("model", "the name in ai-dynamo 0.1"),
         "softmax-sample": _softmax_sample,
-        "temperature": lambda value: Change(
-            "a name of ai-dynamo's branches; write router-temperature", {"router-temperature": value}
-        ),
-        "max-workers": _ignored("a key of XConnector's Router; all workers are used: remove it"),
+        "temperature": _renamed("router-temperature", "the name in forks of ai-dynamo"),
+        "max-workers": _ignored("it was for XConnector; all workers are used"),
+        **_ADDRESSES,
     },
-    "VllmWorker": {
-        "router-num-threads": _QUEUE_THREADS,
-        "cuda-visible-device-offset": _ignored("`dynamo serve` assigns the GPUs of all workers: remove it"),
-    },
+    "VllmWorker": {"router-num-threads": _QUEUE_THREADS, "cuda-visible-device-offset": _GPU_OFFSET, **_ADDRESSES},
     "PrefillWorker": {
-        "router": _ONLY_DECODE,
+        "router": _DECODE_ONLY,
         "router-num-threads": _QUEUE_THREADS,
-        "cuda-visible-device-offset": _ignored("`dynamo serve` assigns the GPUs of all workers: remove it"),
-        "max-batched-prefill-tokens": _ignored(
-            "a key of ai-dynamo's branches; the nearest is max-prefills, in prompts"
-        ),
-        **_DECODE_KEYS,
+        "cuda-visible-device-offset": _GPU_OFFSET,
+        "max-batched-prefill-tokens": _ignored("forks of ai-dynamo had it; the nearest is max-prefills, in prompts"),
+        **dict.fromkeys(_DECODE_KEYS, _DECODE_ONLY),
+        **_ADDRESSES,
     },
 }

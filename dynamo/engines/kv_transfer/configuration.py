@@ -56,12 +56,11 @@ def upstream_connector(given: Any, *, exchanges_kv: bool, nixl: bool | None = No
         return None
     key = "kv-transfer-config"
     if not exchanges_kv:
-        return Change(f"{UPSTREAM_CONNECTOR} has no use without PrefillWorkers; remove it")
+        return Change(f"{UPSTREAM_CONNECTOR} was for graphs with PrefillWorkers; remove it")
+    why = f"{UPSTREAM_CONNECTOR} needed ai-dynamo's patched vLLM"
     if importlib.util.find_spec("nixl") is not None if nixl is None else nixl:
-        fact = f"{NIXL['kv_connector']} for {UPSTREAM_CONNECTOR}"
-        return Change("NIXL is installed; without the key, KV goes through dynamo's connector", {key: NIXL}, fact)
-    fact = f"dynamo's connector for {UPSTREAM_CONNECTOR}"
-    return Change("KV is exchanged without a patched vLLM and without NIXL; remove it", fact=fact)
+        return Change(f"{why}, and NIXL is installed", {key: NIXL}, f"read as {NIXL['kv_connector']}")
+    return Change(f"{why}; remove it", fact="read as dynamo's own connector")
 
 
 def with_defaults(given: Any) -> Any:

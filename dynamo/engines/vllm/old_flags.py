@@ -24,7 +24,7 @@ class OldFlag:
     """A flag that vLLM lacks from version `removed` on. Without `replace` it says nothing that vLLM can do today."""
 
     removed: str
-    why: str
+    why: str = "remove it"
     replace: Replace | None = None
 
 
@@ -42,7 +42,7 @@ def changed_flag(key: str, value: Any, known: Collection[str]) -> Change | None:
     if not all(setting.replace("-", "_") in known for setting in settings):
         settings = {}
     if not settings:
-        return Change(f"{since}: {old.why}")
+        return Change(f"{since}, {old.why}")
     return Change(f"{since}; write {_written(settings)}", settings)
 
 
@@ -161,7 +161,7 @@ _SPECULATION = "vLLM's speculative-config has no such field; remove it"
 
 FLAGS: Mapping[str, OldFlag] = {
     "calculate-kv-scales": OldFlag("0.28", "a checkpoint brings its KV scales; remove it"),
-    "cuda-graph-sizes": OldFlag("0.13", "", lambda value: {"cudagraph-capture-sizes": _sizes(value)}),
+    "cuda-graph-sizes": OldFlag("0.13", replace=lambda value: {"cudagraph-capture-sizes": _sizes(value)}),
     "device": OldFlag("0.10", "the installed build of vLLM decides it; remove it"),
     "disable-async-output-proc": OldFlag("0.11", _V0),
     "disable-log-requests": OldFlag("0.17", "requests are never logged; remove it"),
@@ -175,14 +175,14 @@ FLAGS: Mapping[str, OldFlag] = {
     ),
     "enable-prompt-adapter": OldFlag("0.10.2", _ADAPTER),
     "enable-reasoning": OldFlag("0.10", "reasoning-parser alone turns it on; remove it"),
-    "eplb-log-balancedness": OldFlag("0.12", "", _eplb("log_balancedness")),
-    "eplb-step-interval": OldFlag("0.12", "", _eplb("step_interval")),
-    "eplb-window-size": OldFlag("0.12", "", _eplb("window_size")),
-    "guided-decoding-backend": OldFlag("0.12", "", _guided_decoding_backend),
+    "eplb-log-balancedness": OldFlag("0.12", replace=_eplb("log_balancedness")),
+    "eplb-step-interval": OldFlag("0.12", replace=_eplb("step_interval")),
+    "eplb-window-size": OldFlag("0.12", replace=_eplb("window_size")),
+    "guided-decoding-backend": OldFlag("0.12", replace=_guided_decoding_backend),
     "guided-decoding-disable-additional-properties": OldFlag(
-        "0.12", "", _structured_outputs("disable_additional_properties")
+        "0.12", replace=_structured_outputs("disable_additional_properties")
     ),
-    "guided-decoding-disable-any-whitespace": OldFlag("0.12", "", _structured_outputs("disable_any_whitespace")),
+    "guided-decoding-disable-any-whitespace": OldFlag("0.12", replace=_structured_outputs("disable_any_whitespace")),
     "guided-decoding-disable-fallback": OldFlag("0.12", "vLLM has no other backend to fall back to; remove it"),
     "logits-processor-pattern": OldFlag("0.17", _V0),
     "long-lora-scaling-factors": OldFlag("0.10", _LORA),
@@ -193,27 +193,27 @@ FLAGS: Mapping[str, OldFlag] = {
     "max-prompt-adapters": OldFlag("0.10", _ADAPTER),
     "max-seq-len-to-capture": OldFlag("0.11", "CUDA graphs have no limit of length any more; remove it"),
     "multi-step-stream-outputs": OldFlag("0.10.2", _V0),
-    "ngram-prompt-lookup-max": OldFlag("0.8.4", "", _speculative("prompt_lookup_max")),
-    "ngram-prompt-lookup-min": OldFlag("0.8.4", "", _speculative("prompt_lookup_min")),
+    "ngram-prompt-lookup-max": OldFlag("0.8.4", replace=_speculative("prompt_lookup_max")),
+    "ngram-prompt-lookup-min": OldFlag("0.8.4", replace=_speculative("prompt_lookup_min")),
     "num-lookahead-slots": OldFlag("0.12", _V0),
-    "num-redundant-experts": OldFlag("0.12", "", _eplb("num_redundant_experts")),
+    "num-redundant-experts": OldFlag("0.12", replace=_eplb("num_redundant_experts")),
     "num-scheduler-steps": OldFlag("0.10.2", _V0),
-    "num-speculative-tokens": OldFlag("0.8.4", "", _speculative("num_speculative_tokens")),
-    "override-attention-dtype": OldFlag("0.28", "remove it"),
+    "num-speculative-tokens": OldFlag("0.8.4", replace=_speculative("num_speculative_tokens")),
+    "override-attention-dtype": OldFlag("0.28"),
     "override-neuron-config": OldFlag("0.10.2", "vLLM's plugin for Neuron has its own settings; remove it"),
-    "override-pooler-config": OldFlag("0.12", "", _to("pooler-config")),
+    "override-pooler-config": OldFlag("0.12", replace=_to("pooler-config")),
     "preemption-mode": OldFlag("0.11", "vLLM always recomputes what it preempted; remove it"),
     "qlora-adapter-name-or-path": OldFlag("0.10", _LORA),
-    "rope-scaling": OldFlag("0.11.2", "", _rope("rope-scaling")),
-    "rope-theta": OldFlag("0.11.2", "", _rope("rope-theta")),
+    "rope-scaling": OldFlag("0.11.2", replace=_rope("rope-scaling")),
+    "rope-theta": OldFlag("0.11.2", replace=_rope("rope-theta")),
     "scheduler-delay-factor": OldFlag("0.11", _V0),
     "spec-decoding-acceptance-method": OldFlag("0.8.4", _SPECULATION),
     "speculative-disable-by-batch-size": OldFlag("0.8.4", _SPECULATION),
     "speculative-disable-mqa-scorer": OldFlag("0.8.4", _SPECULATION),
-    "speculative-draft-tensor-parallel-size": OldFlag("0.8.4", "", _speculative("draft_tensor_parallel_size")),
-    "speculative-max-model-len": OldFlag("0.8.4", "", _speculative("max_model_len")),
-    "speculative-model": OldFlag("0.8.4", "", _speculative_model),
-    "speculative-model-quantization": OldFlag("0.8.4", "", _speculative("quantization")),
+    "speculative-draft-tensor-parallel-size": OldFlag("0.8.4", replace=_speculative("draft_tensor_parallel_size")),
+    "speculative-max-model-len": OldFlag("0.8.4", replace=_speculative("max_model_len")),
+    "speculative-model": OldFlag("0.8.4", replace=_speculative_model),
+    "speculative-model-quantization": OldFlag("0.8.4", replace=_speculative("quantization")),
     "swap-space": OldFlag("0.18", "KV is not swapped to the CPU; remove it"),
     "task": OldFlag("0.13", "auto is the default; remove it", _task),
     "tokenizer-pool-extra-config": OldFlag("0.10", _TOKENIZER_POOL),
