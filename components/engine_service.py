@@ -51,7 +51,12 @@ class EngineService(Service):
     ) -> Change | None:
         """Return what becomes of a flag that the installed vLLM has no more, or reads otherwise."""
         if canonical(key) == "kv-transfer-config":
-            return upstream_connector(value, exchanges_kv=cls.exchanges_kv(settings, services))
+            sizes = {canonical(name): str(size) for name, size in settings.items()}
+            return upstream_connector(
+                value,
+                exchanges_kv=cls.exchanges_kv(settings, services),
+                several_gpus=any(sizes.get(size, "1") != "1" for size in SIZES[:2]),
+            )
         known = engine_arguments()
         return None if known is None else changed_flag(key, value, known)
 

@@ -109,4 +109,4 @@ def _module(cls: type[Any]) -> str:
 
 def _only(layer: Layer, names: set[str]) -> Layer:
     values = {name: value for name, value in layer.values.items() if name in names}
-    return Layer(values, {path: origin for path, origin in layer.origins.items() if path[0] in names})
+    return Layer(values, {path: origin for path, origin in layer.origins.items() if path[0] in names}, layer.notices)

@@ -156,55 +156,47 @@ def test_a_key_of_common_for_services_of_another_graph() -> None:
 # -- keys of upstream's components
 
 
-@pytest.mark.parametrize(
-    ("service", "key", "value", "settings"),
-    [
-        ("Frontend", "model", "m", {"served_model_name": "m"}),
-        (
-            "Frontend",
-            "endpoint_chat",
-            "dynamo.Processor.chat/completions",
-            {"endpoint": "dynamo.Processor.chat/completions"},
-        ),
-        ("Frontend", "endpoint_completion", "x", {}),
-        ("Frontend", "endpoint_completions", "x", {}),
-        ("Frontend", "worker", "VllmWorker", {}),
-        ("Frontend", "processor", "Processor", {}),
-        ("Processor", "router-num-threads", 4, {}),
-        ("Processor", "prompt-template", "USER: <prompt>", {}),
-        ("Router", "model-name", "m", {"model": "m"}),
-        ("Router", "softmax-sample", True, {"router-temperature": 1.0}),
-        ("Router", "softmax_sample", False, {"router-temperature": 0.0}),
-        ("Router", "temperature", 0.3, {"router-temperature": 0.3}),
-        ("Router", "max-workers", 4, {}),
-        ("VllmWorker", "router-num-threads", 4, {}),
-        ("VllmWorker", "cuda-visible-device-offset", 1, {}),
-        ("VllmWorker", "disable-log-requests", True, {}),
-        ("VllmWorker", "enable-reasoning", True, {}),
-        ("PrefillWorker", "router", "kv", {}),
-        ("PrefillWorker", "router-num-threads", 4, {}),
-        ("PrefillWorker", "cuda-visible-device-offset", 1, {}),
-        ("PrefillWorker", "max-batched-prefill-tokens", 8192, {}),
-        ("PrefillWorker", "disable-log-requests", True, {}),
-        *(
-            (s, k, 2, {})
-            for s in ("Processor", "PrefillWorker")
-            for k in ("max-prefill-queue-size", "conditional-disagg")
-        ),
-        *(
-            (s, k, 2, {})
-            for s in ("Processor", "PrefillWorker")
-            for k in ("max-local-prefill-length", "remote-prefill")
-        ),
-        *((s, k, "x", {}) for s in KEYS for k in ("etcd-endpoints", "etcd-url", "nats-server", "nats-url")),
-        ("Processor", "trust-remote-code", True, None),
-        ("Processor", "enforce-eager", True, {}),
-        ("Processor", "max-num-batched-tokens", 16384, {}),
-        ("Processor", "task", "generate", {}),
-    ],
-)
+ROWS: list[tuple[str, str, Any, dict[str, Any] | None]] = [
+    ("Frontend", "model", "m", {"served_model_name": "m"}),
+    (
+        "Frontend",
+        "endpoint_chat",
+        "dynamo.Processor.chat/completions",
+        {"endpoint": "dynamo.Processor.chat/completions"},
+    ),
+    ("Frontend", "endpoint_completion", "x", {}),
+    ("Frontend", "endpoint_completions", "x", {}),
+    ("Frontend", "worker", "VllmWorker", {}),
+    ("Frontend", "processor", "Processor", {}),
+    ("Processor", "router-num-threads", 4, {}),
+    ("Processor", "prompt-template", "USER: <prompt>", {}),
+    ("Router", "model-name", "m", {"model": "m"}),
+    ("Router", "softmax-sample", True, {"router-temperature": 1.0}),
+    ("Router", "softmax_sample", False, {"router-temperature": 0.0}),
+    ("Router", "temperature", 0.3, {"router-temperature": 0.3}),
+    ("Router", "max-workers", 4, {}),
+    ("VllmWorker", "router-num-threads", 4, {}),
+    ("VllmWorker", "cuda-visible-device-offset", 1, {}),
+    ("VllmWorker", "disable-log-requests", True, {}),
+    ("VllmWorker", "enable-reasoning", True, {}),
+    ("PrefillWorker", "router", "kv", {}),
+    ("PrefillWorker", "router-num-threads", 4, {}),
+    ("PrefillWorker", "cuda-visible-device-offset", 1, {}),
+    ("PrefillWorker", "max-batched-prefill-tokens", 8192, {}),
+    ("PrefillWorker", "disable-log-requests", True, {}),
+    *((s, k, 2, {}) for s in ("Processor", "PrefillWorker") for k in ("max-prefill-queue-size", "conditional-disagg")),
+    *((s, k, 2, {}) for s in ("Processor", "PrefillWorker") for k in ("max-local-prefill-length", "remote-prefill")),
+    *((s, k, "x", {}) for s in KEYS for k in ("etcd-endpoints", "etcd-url", "nats-server", "nats-url")),
+    ("Processor", "trust-remote-code", True, None),
+    ("Processor", "enforce-eager", True, {}),
+    ("Processor", "max-num-batched-tokens", 16384, {}),
+    ("Processor", "task", "generate", {}),
+]
+"""Service, key, value, and what the service gets; None: the key as it is, without a notice."""
+
+
+@pytest.mark.parametrize(("service", "key", "value", "settings"), ROWS)
 def test_a_key_of_upstream(service: str, key: str, value: Any, settings: dict[str, Any] | None) -> None:
-    """`settings` are what the service gets; None: the key, without a notice."""
     flag = (f"{service}.{key}", str(value))
     found = read(f"{service}: {{}}", flag)
     assert found.services[service] == ({key: value} if settings is None else settings)
@@ -215,8 +207,7 @@ def test_a_key_of_upstream(service: str, key: str, value: Any, settings: dict[st
 
 
 def test_every_row_is_tried() -> None:
-    mark = next(mark for mark in test_a_key_of_upstream.pytestmark if mark.name == "parametrize")
-    tried = {(row[0], row[1].replace("_", "-")) for row in mark.args[1]}
+    tried = {(service, key.replace("_", "-")) for service, key, _, _ in ROWS}
     assert {(service, key) for service, keys in KEYS.items() for key in keys} <= tried
 
 

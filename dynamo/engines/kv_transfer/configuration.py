@@ -47,10 +47,13 @@ def pull_connector_config(lease_s: float) -> dict[str, Any]:
     }
 
 
-def upstream_connector(given: Any, *, exchanges_kv: bool, nixl: bool | None = None) -> Change | None:
+def upstream_connector(
+    given: Any, *, exchanges_kv: bool, several_gpus: bool = False, nixl: bool | None = None
+) -> Change | None:
     """Return what takes the place of ai-dynamo's connector in a kv-transfer-config; None for any other connector.
 
-    `exchanges_kv`: the graph has decode and prefill workers. `nixl` None: whether NIXL is installed.
+    `exchanges_kv`: the graph has decode and prefill workers. `several_gpus`: the engine does not fit our connector.
+    `nixl` None: whether NIXL is installed.
     """
     if (mapping(given) or {}).get("kv_connector") != UPSTREAM_CONNECTOR:
         return None
@@ -60,7 +63,8 @@ def upstream_connector(given: Any, *, exchanges_kv: bool, nixl: bool | None = No
     why = f"{UPSTREAM_CONNECTOR} needed ai-dynamo's patched vLLM"
     if importlib.util.find_spec("nixl") is not None if nixl is None else nixl:
         return Change(f"{why}, and NIXL is installed", {key: NIXL}, f"read as {NIXL['kv_connector']}")
-    return Change(f"{why}; remove it", fact="read as dynamo's own connector")
+    advice = "it takes one GPU per worker, for more pip install 'dynamo[nixl]'" if several_gpus else "remove it"
+    return Change(f"{why}; {advice}", fact="read as dynamo's own connector")
 
 
 def with_defaults(given: Any) -> Any:

@@ -147,8 +147,8 @@ class Options:
 
         So `rope-scaling` and `rope-theta`, which became such parameters, keep the meaning that they had.
         """
-        overrides = kv_transfer.mapping(self.get("hf-overrides"))
-        given = overrides.get("rope_parameters") if overrides else None
+        overrides = kv_transfer.mapping(self.get("hf-overrides")) or {}
+        given = overrides.get("rope_parameters")
         if not isinstance(given, Mapping) or ("rope_theta" in given and "rope_type" in given):
             return
         config = json.loads((tokenizer_dir(self._model) / "config.json").read_text("utf-8"))
