@@ -75,7 +75,7 @@ class Processor(Service):
         own = declared(cls)
         if own is None or own.takes(key) or not is_flag(key):
             return None
-        return Change("a flag of vLLM that says nothing to the Processor; VllmWorker has it")
+        return Change("the Processor runs no vLLM; write the flag below VllmWorker")
 
     def __init__(
         self,

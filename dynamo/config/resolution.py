@@ -53,9 +53,9 @@ def resolve_and_check(
     else:
         values = {only: resolved.services.get(only, {})}
         check(replace(resolved, services=values, unclaimed=()), {only: services[only]})
-    if strict:
-        for notice in resolved.notices:
-            raise ConfigError(notice.message, hint=notice.hint)
+    if strict and resolved.notices:
+        first = resolved.notices[0]
+        raise ConfigError(first.message, hint=first.hint)
     sections = {**({COMMON: common} if common else {}), **sections, **resolved.services}
     return replace(resolved, services=sections)
 

@@ -21,8 +21,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-from dynamo.config.merge import COMMON_CONFIGS, SERVICE_ARGS, Resolved
-from dynamo.config.provenance import KeyPath, Origin, canonical, location, preview, suggestion
+from dynamo.config.merge import COMMON, COMMON_CONFIGS, SERVICE_ARGS, Resolved
+from dynamo.config.provenance import KeyPath, Origin, canonical, location, misspelled, preview, suggestion
 from dynamo.config.service_args import service_args
 from dynamo.config.upstream_keys import Change
 from dynamo.errors import ConfigError
@@ -125,9 +125,10 @@ def check(resolved: Resolved, services: Mapping[str, DeclaredSettings | None]) -
     """
     for name, values in resolved.services.items():
         if name not in services:
+            choices = [*services, COMMON] if misspelled(name, [COMMON]) else services
             raise ConfigError(
                 f"{location(resolved.origins, (name,))}: no such service in the graph",
-                hint=suggestion(name, services, "services"),
+                hint=suggestion(name, choices, "services"),
             )
         found = services[name]
         if found is not None:

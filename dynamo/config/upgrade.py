@@ -1,6 +1,6 @@
 """What a configuration of ai-dynamo 0.1 to 0.3 holds beside today's settings, read as upstream read it, with a notice each.
 
-Sections of services that the graph does not have have no effect, older keys are replaced or left out. Whatever looks like a
+Sections of services of other graphs have no effect, older keys are replaced or left out. Whatever looks like a
 misspelling of a known name stays where it is, so that the check refuses it.
 """
 
@@ -23,9 +23,9 @@ UpgradeKey = Callable[[str, str, Any, Mapping[str, Any]], Change | None]
 
 
 def foreign_sections(layer: Layer, services: Collection[str]) -> tuple[Layer, list[str]]:
-    """Find the sections that belong to no service of the graph.
+    """Find the sections that belong to no service of the graph; what looks misspelled is not among them.
 
-    Returns the layer without those that are no mappings, and with a notice for each, and the names of the others.
+    Returns the layer with a notice for each and without those that are no mappings, and the names of the others.
     """
     values = dict(layer.values)
     foreign: list[str] = []

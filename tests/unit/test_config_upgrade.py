@@ -77,7 +77,7 @@ def test_a_section_is_reported_once_with_its_flags() -> None:
         ("router: {min-workers: 1}", "did you mean Router?"),
         ("Frontned: {port: 1}", "did you mean Frontend?"),
         ("VllmWorkr: {port: 1}", "did you mean VllmWorker?"),
-        ("Comon: {model: m}", ""),
+        ("Comon: {model: m}", "did you mean Common?"),
         ("Procesor: 5", ""),
     ],
 )
