@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dynamo import engines
+from dynamo.config.provenance import canonical
+from dynamo.config.upstream_keys import Change
+from dynamo.engines.kv_transfer.configuration import upstream_connector
 from dynamo.engines.vllm.install import cpu_build, engine_arguments, unverifiable_flags
 from dynamo.engines.vllm.multi_node import NodeGroup, integer_setting
+from dynamo.engines.vllm.old_flags import changed_flag
 from dynamo.llm.engine import EngineInfo
 from dynamo.sdk import Service, liveness, metrics_registry, on_shutdown, service_context
 
@@ -40,6 +44,26 @@ class EngineService(Service):
         for size in SIZES:
             integer_setting(settings, size, 1, 1, where=where)
         NodeGroup.from_flags(settings, where)
+
+    @classmethod
+    def upgrade_setting(
+        cls, key: str, value: Any, settings: Mapping[str, Any], services: Collection[str]
+    ) -> Change | None:
+        """Return what becomes of a flag that the installed vLLM has no more, or reads otherwise."""
+        if canonical(key) == "kv-transfer-config":
+            sizes = {canonical(name): str(size) for name, size in settings.items()}
+            return upstream_connector(
+                value,
+                exchanges_kv=cls.exchanges_kv(settings, services),
+                several_gpus=any(sizes.get(size, "1") != "1" for size in SIZES[:2]),
+            )
+        known = engine_arguments()
+        return None if known is None else changed_flag(key, value, known)
+
+    @classmethod
+    def exchanges_kv(cls, settings: Mapping[str, Any], services: Collection[str]) -> bool:
+        """Return whether these workers exchange KV with others, in a graph of these services."""
+        return True
 
     def __init__(
         self, model: str, engine: str, speedup_ratio: float | None, engine_args: dict[str, Any], *, kv_transfer: bool

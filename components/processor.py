@@ -6,14 +6,17 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 
 from components.router import Router
 from components.worker import VllmWorker
+from dynamo.config.settings import declared
+from dynamo.config.upstream_keys import Change
+from dynamo.engines.vllm.old_flags import is_flag
 from dynamo.errors import ConfigError, DynamoError, TransportError, UnavailableError
 from dynamo.kv_router.hashing import block_hashes, pack
 from dynamo.kv_router.messages import KvMode, Route, RouteRequest
@@ -64,6 +67,16 @@ class Processor(Service):
 
     live_settings = ("router",)
 
+    @classmethod
+    def upgrade_setting(
+        cls, key: str, value: Any, settings: Mapping[str, Any], services: Collection[str]
+    ) -> Change | None:
+        """Ignore vLLM's flags, all of which ai-dynamo 0.1 to 0.3 accepted here."""
+        own = declared(cls)
+        if own is None or own.takes(key) or not is_flag(key):
+            return None
+        return Change("the Processor runs no vLLM; write the flag below VllmWorker")
+
     def __init__(
         self,
         model: str = "",
@@ -71,6 +84,7 @@ class Processor(Service):
         max_model_len: int | None = None,
         router: RouterMode = "round-robin",
         migration_limit: int = 3,
+        trust_remote_code: bool = False,
     ) -> None:
         """
         Args:
@@ -81,12 +95,14 @@ class Processor(Service):
                 kv, kv-load and approx-kv by the Router.
             migration_limit: how many times a request is continued by another worker when its worker is lost; 0: the
                 loss ends the request with an error. It also limits how many workers a request can crash.
+            trust_remote_code: run the Python code of a model whose tokenizer needs it, as vLLM's flag of this name does.
         """
         self.model = model
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.router = router
         self.migration_limit = migration_limit
+        self.trust_remote_code = trust_remote_code
         self._logged_s = 0.0
 
     @property
@@ -108,12 +124,12 @@ class Processor(Service):
 
     @async_on_start
     async def load(self) -> None:
-        directory = tokenizer_dir(self.model)
+        directory = tokenizer_dir(self.model, with_code=self.trust_remote_code)
         length = self.max_model_len
         if length is None:
             config = json.loads((directory / "config.json").read_text("utf-8"))
             length = int(config.get("max_position_embeddings", DEFAULT_CONTEXT_TOKENS))
-        self.preprocessor = Preprocessor(Tokenizer(directory), length)
+        self.preprocessor = Preprocessor(Tokenizer(directory, trust_remote_code=self.trust_remote_code), length)
         self._add_metrics()
 
     def _add_metrics(self) -> None:

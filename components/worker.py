@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from components.engine_service import EngineService
 from components.prefill_worker import PrefillWorker
+from dynamo.config.provenance import canonical
+from dynamo.config.upstream_keys import Change
 from dynamo.errors import ConfigError
 from dynamo.kv_router.events import KvEvents, KvSnapshot, SnapshotRequest, WorkerLoad
 from dynamo.llm.cached_blocks import CachedBlocks
@@ -51,6 +54,33 @@ class VllmWorker(EngineService):
         "max-prefill-queue-size",
         "prefill-timeout-s",
     )
+
+    @classmethod
+    def wanted_dependencies(cls, settings: Mapping[str, Any]) -> Collection[str]:
+        """Return the dependency on prefill workers with `remote-prefill`: another command may start them."""
+        given = {canonical(key): value for key, value in settings.items()}.get("remote-prefill")
+        return ("prefill_worker",) if str(given).lower() in ("true", "1") else ()
+
+    @classmethod
+    def exchanges_kv(cls, settings: Mapping[str, Any], services: Collection[str]) -> bool:
+        return "PrefillWorker" in services or bool(cls.wanted_dependencies(settings))
+
+    @classmethod
+    def upgrade_setting(
+        cls, key: str, value: Any, settings: Mapping[str, Any], services: Collection[str]
+    ) -> Change | None:
+        if (
+            canonical(key) == "remote-prefill"
+            and "PrefillWorker" not in services
+            and cls.wanted_dependencies({key: value})
+        ):
+            return Change(
+                "prompts go to those that other commands start; give all commands the same NATS_SERVER, ETCD_ENDPOINTS and "
+                "DYNAMO_KV_SECRET",
+                {key: value},
+                "this graph has no PrefillWorker",
+            )
+        return super().upgrade_setting(key, value, settings, services)
 
     def __init__(
         self,
@@ -109,7 +139,7 @@ class VllmWorker(EngineService):
         if enabled and not is_linked(self, "prefill_worker"):
             raise ConfigError(
                 "remote-prefill: true needs a PrefillWorker, which is not in this graph",
-                hint="serve graphs.disagg:Frontend or graphs.disagg_router:Frontend",
+                hint="serve graphs.disagg:Frontend, or start this worker with remote-prefill: true",
             )
         self._remote_prefill = enabled
 

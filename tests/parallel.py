@@ -26,6 +26,7 @@ GROUPS = {
     "tests/vllm/test_kv_path.py": VLLM,
     "tests/vllm/test_kv_transfer.py": VLLM,
     "tests/vllm/test_mock_parity.py": VLLM,
+    "tests/vllm/test_old_flags.py": VLLM,
     "tests/vllm/test_tiny_model.py": VLLM,
     "tests/deploy/test_dashboards.py": "busy graph",
     "tests/deploy/test_prometheus.py": "busy graph",

@@ -70,7 +70,7 @@ def _command(process: Mapping[str, Any]) -> str:
 
 def _values(resolved: Resolved, declared: Mapping[str, DeclaredSettings | None]) -> list[tuple[str, Any, str]]:
     """Return key, value and source of every given value, then of every default that applies instead."""
-    rows = [(".".join(path), value, origin.source) for path, value, origin in resolved.leaves()]
+    rows = [(".".join(path), value, origin.source) for path, value, origin in resolved.leaves() if path[0] in declared]
     for service, settings in declared.items():
         given = {canonical(key) for key in resolved.services.get(service, {})}
         for name, setting in (settings.settings if settings is not None else {}).items():

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dynamo.sdk.graph import Graph
 
 DEPLOYMENT_CONFIG = "DYN_DEPLOYMENT_CONFIG"
+OLD_OPTIONS = {"--file": "--config-file", "--config": "--config-file"}
+"""Long forms of -f in 0.1 and in examples of NVIDIA."""
 OVERRIDES = "dynamo.config.overrides"  # key of the overrides in click's context
 _PORT = click.IntRange(0, 65535)
 _PORT.name = "port"  # as error messages call it
@@ -34,11 +36,17 @@ class _ServeCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:  # a shell completes an unfinished line: overrides may lack their values
-            ctx.meta[OVERRIDES], args = overrides.split(args)
+            ctx.meta[OVERRIDES], args = overrides.split(map(_today, args))
         return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return [*super().collect_usage_pieces(ctx), "[--Service.key=value ...]"]
+
+
+def _today(argument: str) -> str:
+    """Return an argument with the option's name of today."""
+    option, equals, value = argument.partition("=")
+    return f"{OLD_OPTIONS.get(option, option)}{equals}{value}"
 
 
 @click.command(cls=_ServeCommand)
@@ -139,8 +147,13 @@ class _ServeCommand(click.Command):
 )
 @click.option("--reload", is_flag=True, help="Restart a service when a Python file that it imports changes.")
 @click.option(
-    "--dry-run",
+    "--strict",
     is_flag=True,
+    help="Refuse what is otherwise ignored with a warning: sections of services that are not in the graph, keys of earlier "
+    "versions.",
+)
+@click.option(
+    "--dry-run/--no-dry-run",
     help="Validate everything and print the resolved configuration, without starting anything.",
 )
 @click.option(
@@ -170,6 +183,7 @@ def serve(
     metrics_port: int | None,
     metrics_host: str | None,
     reload: bool,
+    strict: bool,
     dry_run: bool,
     explain: str,
 ) -> int:
@@ -228,7 +242,9 @@ def serve(
     layers = _file_layers(config_file)
     layers += _entry_layers(ctx, found, services)
     layers += ctx.meta[OVERRIDES]
-    resolved = resolve_and_check(layers, services)
+    resolved = resolve_and_check(layers, services, strict=strict)
+    for notice in resolved.notices:
+        warn(str(notice))
     if dry_run:
         from dynamo.cli.explain import explanation
         from dynamo.launcher.metrics_port import check_addresses

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dynamo.config.provenance import KeyPath, Origin, canonical, location, preview
+from dynamo.config.provenance import KeyPath, Notice, Origin, canonical, location, preview
 from dynamo.errors import ConfigError
 
 COMMON = "Common"
@@ -22,10 +22,11 @@ ENVS = (SERVICE_ARGS, "envs")
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Plain values by service, and the origin of each of their keys, mappings included."""
+    """Plain values by service, the origin of each of their keys, mappings included, and what to warn of."""
 
     values: dict[str, Any]
     origins: dict[KeyPath, Origin]
+    notices: tuple[Notice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class Resolved:
     services: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
     unclaimed: tuple[KeyPath, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    """what was ignored or read otherwise than it is written"""
 
     def leaves(self) -> Iterator[tuple[KeyPath, Any, Origin]]:
         """Yield path, value and origin of every value that is not a mapping with keys, in order."""
@@ -82,7 +85,15 @@ def overlay(lower: Layer, upper: Layer) -> Layer:
         is_merged_mapping = isinstance(value, dict) and path not in plain_in_lower
         first, second = (lower, upper) if is_merged_mapping else (upper, lower)
         origins[path] = first.origins.get(path) or second.origins[path]
-    return Layer(values, origins)
+    return Layer(values, origins, (*lower.notices, *upper.notices))
+
+
+def overlay_all(layers: Iterable[Layer]) -> Layer:
+    """Merge layers, lowest first."""
+    merged = Layer({}, {})
+    for layer in layers:
+        merged = overlay(merged, _with_env_mappings(layer))
+    return merged
 
 
 def resolve(
@@ -98,9 +109,7 @@ def resolve(
 
     Raises ConfigError if a service is not a mapping, or its `common-configs` not a list of keys.
     """
-    merged = Layer({}, {})
-    for layer in layers:
-        merged = overlay(merged, _with_env_mappings(layer))
+    merged = overlay_all(layers)
     _require_mappings(merged)
     lists = {name: _common_configs(merged, name) for name in merged.values if name != COMMON}
     has_lists = any(lists.values())
@@ -232,7 +241,7 @@ def _respelled(upper: Layer, lower: Layer) -> Layer:
         (path[0], renamed[path[:2]], *path[2:]) if path[:2] in renamed else path: origin
         for path, origin in upper.origins.items()
     }
-    return Layer(values, origins)
+    return Layer(values, origins, upper.notices)
 
 
 def _with_env_mappings(layer: Layer) -> Layer:
@@ -249,7 +258,7 @@ def _with_env_mappings(layer: Layer) -> Layer:
             origins |= {(service, *ENVS, name): origins[service, *ENVS] for name in envs}
         if isinstance(envs, dict):
             arguments["envs"] = {name: _text(value) for name, value in envs.items()}
-    return Layer(values, origins)
+    return Layer(values, origins, layer.notices)
 
 
 def _text(value: Any) -> str:

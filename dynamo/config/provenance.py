@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from dynamo.text import shorten
+from dynamo.text import edit_distance, shorten
 
 KeyPath: TypeAlias = tuple[str, ...]
 """`("VllmWorker", "ServiceArgs", "workers")`: the keys from a service down to a value."""
 
 PREVIEW_CHARS = 60
 LISTED_CHOICES = 16
+_DIGITS = re.compile(r"[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,36 @@ class Origin:
         return self.source.startswith("--")
 
 
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something in a configuration that has no effect, or another one than it says. A warning, or an error if strict."""
+
+    message: str
+    """where it stands, and what is done with it"""
+    hint: str
+    """why, and what to write in its place"""
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.hint}"
+
+
 def canonical(key: str) -> str:
     """Return the form that `block-size` and `block_size` share: they are the same key."""
     return key.replace("_", "-")
+
+
+def misspelled(word: str, names: Iterable[str]) -> str | None:
+    """Return the name of which `word` looks like a misspelling: one letter is wrong, or two of 8 and more.
+
+    Case, `_` and `-` make no difference. Names that differ by a number only, such as Worker1 and Worker2, are two names.
+    """
+    form = canonical(word).lower()
+    for name in names:
+        other = canonical(name).lower()
+        is_numbered = form != other and _DIGITS.sub("", form) == _DIGITS.sub("", other)
+        if not is_numbered and edit_distance(form, other) <= min(len(form) // 4, 2):
+            return name
+    return None
 
 
 def location(origins: Mapping[KeyPath, Origin], path: KeyPath) -> str:

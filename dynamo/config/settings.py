@@ -21,14 +21,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-from dynamo.config.merge import COMMON_CONFIGS, SERVICE_ARGS, Resolved
-from dynamo.config.provenance import KeyPath, Origin, canonical, location, preview, suggestion
+from dynamo.config.merge import COMMON, COMMON_CONFIGS, SERVICE_ARGS, Resolved
+from dynamo.config.provenance import KeyPath, Origin, canonical, location, misspelled, preview, suggestion
 from dynamo.config.service_args import service_args
+from dynamo.config.upstream_keys import Change
 from dynamo.errors import ConfigError
 
 RESERVED = (SERVICE_ARGS, COMMON_CONFIGS)
 ExtraSettings = Callable[[], Collection[str] | None]
 CheckSettings = Callable[[Mapping[str, Any], Callable[[str], str]], None]
+UpgradeSetting = Callable[[str, Any, Mapping[str, Any], Collection[str]], Change | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class DeclaredSettings:
     """The class's hook: names of further keys, None for any. It may be slow; called only for keys that are no parameter."""
     check_settings: CheckSettings | None = None
     """The class's hook `check_settings(values, where)`: raises ConfigError, with a message that begins with `where(key)`."""
+    upgrade_setting: UpgradeSetting | None = None
+    """The class's hook `upgrade_setting(key, value, settings, services)`: what becomes of a key of older versions."""
 
     def takes(self, key: str) -> bool:
         """Return whether the class accepts a key, in either spelling."""
@@ -101,7 +105,8 @@ def declared(cls: type[Any]) -> DeclaredSettings | None:
         return None
     namespace = getattr(constructor, "__globals__", {})
     settings = {canonical(p.name): Setting(p.name, p.annotation, p.default, namespace) for p in named}
-    return DeclaredSettings(settings, has_kwargs, extra, getattr(cls, "check_settings", None))
+    hooks = getattr(cls, "check_settings", None), getattr(cls, "upgrade_setting", None)
+    return DeclaredSettings(settings, has_kwargs, extra, *hooks)
 
 
 def knows(services: Mapping[str, DeclaredSettings | None], service: str, key: str) -> bool:
@@ -120,9 +125,10 @@ def check(resolved: Resolved, services: Mapping[str, DeclaredSettings | None]) -
     """
     for name, values in resolved.services.items():
         if name not in services:
+            choices = [*services, COMMON] if misspelled(name, [COMMON]) else services
             raise ConfigError(
                 f"{location(resolved.origins, (name,))}: no such service in the graph",
-                hint=suggestion(name, services, "services"),
+                hint=suggestion(name, choices, "services"),
             )
         found = services[name]
         if found is not None:

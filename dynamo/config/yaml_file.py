@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from dynamo.config.merge import ENVS, Layer
-from dynamo.config.provenance import KeyPath, Origin, location, preview
+from dynamo.config.provenance import KeyPath, Notice, Origin, location, preview
 from dynamo.errors import ConfigError
 
 MAX_DEPTH = 50
@@ -67,7 +67,8 @@ def _value(kind: str, text: str) -> Any:
 def load(path: Path) -> Layer:
     """Read a file of `Service: {key: value}`. An empty file is an empty layer, a service without keys is `{}`.
 
-    Raises ConfigError, with the line, if the file cannot be read, is not YAML, gives a key twice, or is not a mapping.
+    Of a key that is given twice the last one counts, with a notice. Raises ConfigError, with the line, if the file cannot
+    be read, is not YAML, or is not a mapping.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -118,6 +119,7 @@ class _NodeReader:
     def __init__(self, name: str) -> None:
         self.name = name
         self.origins: dict[KeyPath, Origin] = {}
+        self.notices: dict[Notice, None] = {}  # an ordered set: a mapping with an alias is read several times
         self.ancestors: list[yaml.Node] = []
 
     def read(self, root: yaml.Node | None) -> Layer:
@@ -132,7 +134,9 @@ class _NodeReader:
                 root, (), f"expected a mapping of services, found {found}", "write `Service:` and its keys below it"
             )
         values = self.mapping(root, ())
-        return Layer({key: {} if value is None else value for key, value in values.items()}, self.origins)
+        return Layer(
+            {key: {} if value is None else value for key, value in values.items()}, self.origins, tuple(self.notices)
+        )
 
     def fail(self, node: yaml.Node, path: KeyPath, fact: str, hint: str) -> NoReturn:
         """Raise ConfigError with the line of a node."""
@@ -183,13 +187,20 @@ class _NodeReader:
                 continue
             line = key_node.start_mark.line + 1
             if key in lines:
-                self.fail(key_node, (*path, key), f"already given at line {lines[key]}", "keep one of the two lines")
+                self.replace((*path, key), lines[key], line)
             lines[key] = line
             self.origins[(*path, key)] = Origin(f"{self.name}:{line}")
             values[key] = self.value(value_node, (*path, key))
         for source in inherited:
             self.inherit(values, source, path)
         return values
+
+    def replace(self, path: KeyPath, before: int, line: int) -> None:
+        """Forget the value that a key was given at the line `before`, with a notice."""
+        place = f"{self.name}:{line} {'.'.join(path)}"
+        notice = Notice(f"{place}: already given at line {before}, which is ignored", "keep one of the two lines")
+        self.notices[notice] = None
+        self.origins = {p: origin for p, origin in self.origins.items() if p[: len(path)] != path}
 
     def inherit(self, values: dict[str, Any], source: yaml.Node, path: KeyPath) -> None:
         """Add the keys of `source` that `values` lacks, with their own lines: YAML's merge key `<<: *anchor`."""

@@ -50,6 +50,8 @@ def alone(cls: type[Any], argv: Sequence[str] | None = None) -> NoReturn:
             layers = [_only(yaml_file.load(file), {*services, COMMON}), *layers]
         layers = [*layers, overrides.setting((cls.__name__, SERVICE_ARGS, "workers"), 1, "python -m")]
         resolved = resolve_and_check(layers, services, only=cls.__name__)
+        for notice in resolved.notices:
+            print(f"warning: {notice}", file=sys.stderr)
         os.environ.pop("DYNAMO_STATUS_FD", None)
         from dynamo.launcher.serve_plan import make_plan
 
@@ -107,4 +109,4 @@ def _module(cls: type[Any]) -> str:
 
 def _only(layer: Layer, names: set[str]) -> Layer:
     values = {name: value for name, value in layer.values.items() if name in names}
-    return Layer(values, {path: origin for path, origin in layer.origins.items() if path[0] in names})
+    return Layer(values, {path: origin for path, origin in layer.origins.items() if path[0] in names}, layer.notices)

@@ -16,9 +16,10 @@ def resolve(name: str) -> str:
     return name
 
 
-def tokenizer_dir(name: str) -> Path:
+def tokenizer_dir(name: str, *, with_code: bool = False) -> Path:
     """Return the directory that holds a model's tokenizer, downloaded from the hub if it is not in its cache.
 
+    `with_code`: with the Python files that it may need.
     Raises StartError if there is no such model, or it cannot be downloaded.
     """
     if not name:
@@ -31,7 +32,7 @@ def tokenizer_dir(name: str) -> Path:
     from huggingface_hub import snapshot_download  # takes 0.3 s to import; not needed for a local model
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.model", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt", *(("*.py", "*.tiktoken") if with_code else ())]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

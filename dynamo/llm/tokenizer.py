@@ -24,7 +24,8 @@ THREAD_ABOVE_CHARS = 4000
 class Tokenizer:
     """A model's tokenizer and chat template. Raises StartError if the directory contains no tokenizer."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+        """`trust_remote_code`: run Python code in the directory, if its tokenizer needs it."""
         self.directory = directory
         config = _read_json(directory / "tokenizer_config.json")
         self._encode: Callable[[str, bool], list[int]]
@@ -32,7 +33,7 @@ class Tokenizer:
         if (directory / "tokenizer.json").is_file():
             self._load_fast(directory / "tokenizer.json")
         else:
-            self._load_slow(directory)
+            self._load_slow(directory, trust_remote_code)
         tokens = {**_read_json(directory / "special_tokens_map.json"), **config}
         self.template = ChatTemplate(read_templates(directory, config), _special_tokens(tokens))
 
@@ -47,11 +48,11 @@ class Tokenizer:
         self._decode = lambda ids, skip: fast.decode(ids, skip_special_tokens=skip)
         self.vocabulary_size = fast.get_vocab_size()
 
-    def _load_slow(self, directory: Path) -> None:
+    def _load_slow(self, directory: Path, trust_remote_code: bool) -> None:
         from transformers import AutoTokenizer  # takes 6 s of CPU, so only for models that need it
 
         try:
-            slow = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+            slow = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise StartError(
                 f"{directory} contains no tokenizer: {str(error).splitlines()[0]}",

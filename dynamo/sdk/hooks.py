@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Protocol
 
+from dynamo.config.upstream_keys import Change
+
 
 class ServiceHooks(Protocol):
     """Attributes and methods that a service class may define, beside those that are marked with a decorator.
@@ -30,6 +32,22 @@ class ServiceHooks(Protocol):
 
         `where(key)` is the place of a value, for the beginning of the message. Raises ConfigError.
         """
+
+    @staticmethod
+    def upgrade_setting(key: str, value: Any, settings: Mapping[str, Any], services: Collection[str]) -> Change | None:
+        """Return what becomes of a key that the class no longer takes, or takes with another meaning; None: nothing.
+
+        Called for every key before the check; `settings` are all keys of the service, `services` those of the graph.
+        """
+        ...
+
+    @staticmethod
+    def wanted_dependencies(settings: Mapping[str, Any]) -> Collection[str]:
+        """Return the names of optional dependencies that these settings use, also where the graph does not link them.
+
+        Their service then runs elsewhere, started by another command.
+        """
+        ...
 
     @staticmethod
     def gpus_needed(settings: Mapping[str, Any]) -> float:

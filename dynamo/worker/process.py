@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -129,15 +129,15 @@ class ServiceProcess:
         self._targets = ScrapeTargets(runtime)
         self.context = self._enter_context(runtime)
         settings = self.config.get(self.name, {})
+        targets = self._dependencies(settings)
         pools = {
             attribute: InstancePool(runtime, target, namespace_of(target, self.config))
-            for attribute, target in self.graph.targets[self.name].items()
+            for attribute, target in targets.items()
         }
         try:
             self.instance = object.__new__(self.cls)
             attach(self.instance, ServiceBroker(runtime, self.namespace, self.name))
             # bound before the constructor runs, which may want to keep self.worker
-            targets = self.graph.targets[self.name]
             bind(self.instance, **{a: Stub(spec_of(targets[a]), pool) for a, pool in pools.items()})
             self.instance.__init__(**constructor_arguments(self.cls, settings))
             self._constructed = True
@@ -163,6 +163,12 @@ class ServiceProcess:
             return await self._live(runtime)
         finally:
             await self._shut_down(runtime)
+
+    def _dependencies(self, settings: Mapping[str, Any]) -> dict[str, type[Any]]:
+        """Return the services that this one calls, by attribute: linked ones, and optional ones that its settings want."""
+        wanted = getattr(self.cls, "wanted_dependencies", lambda settings: ())(settings)
+        known = dependencies(self.cls)
+        return {**{attribute: known[attribute].on for attribute in wanted}, **self.graph.targets[self.name]}
 
     async def _show_metrics(self, runtime: Runtime, run_dir: Path | None) -> None:
         """Serve metrics to the supervisor or, without one, on the metrics port."""

@@ -249,6 +249,37 @@ def test_configuration_in_a_variable(graph):
     assert bad.stderr.startswith('error: DYN_DEPLOYMENT_CONFIG:1 Entry.port: expected int, found "x"')
 
 
+def test_common_is_kept_for_code_that_reads_it(graph):
+    (graph / "c.yaml").write_text("Common: {model: m, scope: all}\nBackend: {common-configs: [model]}\n")
+    result = command("serve", "small:Entry", "--dry-run", "-f", "c.yaml", cwd=graph)
+    assert settings(result) == {"Common": {"model": "m", "scope": "all"}, "Backend": {"model": "m"}}
+    assert re.search(r"Backend\.model +\"m\" +c\.yaml:1\n", result.stderr)
+    assert "Common.model" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--file", "--config", "--config-file"])
+@pytest.mark.parametrize("form", ["{}=c.yaml", "{} c.yaml"])
+def test_the_file_has_all_its_names_of_0x(option, form, graph):
+    (graph / "c.yaml").write_text("Entry: {port: 7}\n")
+    base = ("serve", "small:Entry", "--no-dry-run", "--dry-run")
+    assert settings(command(*base, *form.format(option).split(), cwd=graph)) == {"Entry": {"port": 7}}
+    assert (option == "--config-file") == (f"{option} " in command("serve", "--help").stdout)
+
+
+def test_what_is_ignored_is_a_warning_on_a_line_of_its_own(graph):
+    (graph / "c.yaml").write_text("Entry: {port: 7}\nPlanner: {a: 1}\nhosts: [a]\n")
+    result = command("serve", "small:Entry", "--dry-run", "-f", "c.yaml", "--Planner.no-operation=true", cwd=graph)
+    assert settings(result) == {"Entry": {"port": 7}, "Planner": {"a": 1, "no-operation": True}}
+    assert result.stderr.splitlines()[:3] == [
+        "warning: c.yaml:2 Planner: ignored: this graph has no such service (ai-dynamo's planner)",
+        "warning: c.yaml:3 hosts: ignored: it is not a section of a service, and nothing reads it; remove it",
+        "Processes:",
+    ]
+    given = {"DYN_DEPLOYMENT_CONFIG": "Entry: {port: 7}\nPlanner: {a: 1}\n", "DYN_LOGGING_JSONL": "1"}
+    first = json.loads(command("serve", "small:Entry", "--dry-run", cwd=graph, **given).stderr.splitlines()[0])
+    assert (first["level"], first["message"].partition(": ")[0]) == ("WARNING", "DYN_DEPLOYMENT_CONFIG:2 Planner")
+
+
 def test_working_dir_is_where_the_graph_is(graph):
     result = command("serve", "small:Entry", "--dry-run", "--working-dir", str(graph), "--Entry.names=[é]")
     assert result.returncode == 1
@@ -263,7 +294,14 @@ BAD = {
     "bad YAML": ([], "Entry:\n  port: 1\n bad\n", 1, "c.yaml:3: not valid YAML: "),
     "not a mapping": ([], "- 1\n", 1, "c.yaml:1: expected a mapping of services, found a list"),
     "service not a mapping": ([], "Entry: 5\n", 1, "c.yaml:1 Entry: expected a mapping of settings, found 5"),
-    "duplicate key": ([], "Entry:\n  port: 1\n  port: 2\n", 1, "c.yaml:3 Entry.port: already given at line 2"),
+    "strict, duplicate key": (
+        ["--strict"],
+        "Entry:\n  port: 1\n  port: 2\n",
+        1,
+        "c.yaml:3 Entry.port: already given at line 2",
+    ),
+    "strict, section of another graph": (["--strict"], "\nPlanner: {a: 1}\n", 1, "c.yaml:2 Planner: ignored"),
+    "strict, top-level list": (["--strict"], "hosts: [a]\n", 1, "c.yaml:1 hosts: ignored"),
     "unknown service": ([], "\nEntri: {}\n", 1, "c.yaml:2 Entri: no such service in the graph"),
     "unknown key": ([], "Backend:\n  sise: 1\n", 1, "c.yaml:2 Backend.sise: no such setting"),
     "wrong type": ([], "Backend:\n  size: abc\n", 1, 'c.yaml:2 Backend.size: expected int, found "abc"'),

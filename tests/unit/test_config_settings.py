@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import pytest
 
-from dynamo.config.merge import resolve
 from dynamo.config.overrides import override
+from dynamo.config.resolution import resolve_and_check
 from dynamo.config.service_args import ServiceArgs, service_args
-from dynamo.config.settings import check, constructor_arguments, declared, expectation, knows
+from dynamo.config.settings import constructor_arguments, declared, expectation, knows
 from dynamo.config.yaml_file import parse
 from dynamo.errors import ConfigError
 
@@ -87,9 +87,8 @@ GRAPH = {cls.__name__: cls for cls in (Processor, Worker, Silent)}
 def refused(text: str, *overrides: tuple[str, str], graph=None) -> tuple[str, str]:
     services = {name: declared(cls) for name, cls in (graph or GRAPH).items()}
     layers = [parse(text, "configs/agg.yaml"), *(override(*pair) for pair in overrides)]
-    resolved = resolve(layers, services, lambda service, key: knows(services, service, key))
     with pytest.raises(ConfigError) as caught:
-        check(resolved, services)
+        resolve_and_check(layers, services)
     assert "\n" not in caught.value.message
     assert caught.value.hint
     return caught.value.message, caught.value.hint
@@ -97,9 +96,7 @@ def refused(text: str, *overrides: tuple[str, str], graph=None) -> tuple[str, st
 
 def accepted(text: str, graph=None) -> dict[str, dict[str, Any]]:
     services = {name: declared(cls) for name, cls in (graph or GRAPH).items()}
-    resolved = resolve([parse(text, "c.yaml")], services, lambda service, key: knows(services, service, key))
-    check(resolved, services)
-    return resolved.services
+    return resolve_and_check([parse(text, "c.yaml")], services).services
 
 
 def test_declared_settings_of_a_class():
@@ -204,11 +201,6 @@ def test_knows_for_common():
             "configs/agg.yaml:1 Worker.enforce-eagr: no such setting",
             "did you mean enforce-eager? settings of Worker: model, engine, compilation-config, enable-prefix-caching, "
             "enforce-eager, max-num-seqs, ServiceArgs",
-        ),
-        (
-            "Worker: {}\n\nPlanner: {}\n",
-            "configs/agg.yaml:3 Planner: no such service in the graph",
-            "services: Processor, Worker, Silent",
         ),
         (
             "Procesor: {model: m}\n",

@@ -126,8 +126,6 @@ def test_anchors_and_merge_keys():
         ("a: \x01\n", "c.yaml: not valid YAML: "),
         ("- a\n", "c.yaml:1: expected a mapping of services, found a list"),
         ("hello\n", 'c.yaml:1: expected a mapping of services, found "hello"'),
-        ("S:\n  k: 1\n  l: 2\n  k: 3\n", "c.yaml:4 S.k: already given at line 2"),
-        ("S: {}\n\nS: {}\n", "c.yaml:3 S: already given at line 1"),
         ("S:\n  [1]: 3\n", "c.yaml:2 S: a key must be text"),
         ("S:\n  k: !path x\n", "c.yaml:2 S.k: the tag !path is not supported"),
         ("S:\n  k: !!python/object/apply:os.getcwd []\n", "c.yaml:2 S.k"),
@@ -150,6 +148,21 @@ def test_errors_name_the_line(text, beginning, base, monkeypatch):
     assert caught.value.message.startswith(beginning)
     assert "\n" not in caught.value.message
     assert caught.value.hint
+
+
+def test_of_a_key_that_is_given_twice_the_last_one_counts():
+    layer = parse("S:\n  k: {a: 1}\n  l: 2\n  k: {b: 3}\nT: {x: 1}\nT: {y: 2}\nU: &u {z: 1, z: 2}\nV: *u\n", "c.yaml")
+    assert layer.values == {"S": {"k": {"b": 3}, "l": 2}, "T": {"y": 2}, "U": {"z": 2}, "V": {"z": 2}}
+    assert layer.origins["S", "k"].source == layer.origins["S", "k", "b"].source == "c.yaml:4"
+    assert ("S", "k", "a") not in layer.origins
+    assert ("T", "x") not in layer.origins
+    assert [notice.message.removesuffix(", which is ignored") for notice in layer.notices] == [
+        "c.yaml:4 S.k: already given at line 2",
+        "c.yaml:6 T: already given at line 5",
+        "c.yaml:7 U.z: already given at line 7",
+        "c.yaml:7 V.z: already given at line 7",
+    ]
+    assert all(notice.hint == "keep one of the two lines" for notice in layer.notices)
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -231,6 +231,51 @@ def test_directories_without_a_tokenizer(tmp_path: Path) -> None:
         Tokenizer(directory)
 
 
+OWN_CODE = '''
+from transformers import PreTrainedTokenizer
+
+
+class LetterTokenizer(PreTrainedTokenizer):
+    """A token for each letter."""
+
+    @property
+    def vocab_size(self):
+        return 128
+
+    def get_vocab(self):
+        return {chr(i): i for i in range(128)}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return ord(token)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+'''
+
+
+def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "letters.py").write_text(OWN_CODE)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    settings = {"tokenizer_class": "LetterTokenizer", "auto_map": {"AutoTokenizer": ["letters.LetterTokenizer", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(StartError, match="contains no tokenizer"):
+        Tokenizer(model)
+    tokenizer = Tokenizer(model, trust_remote_code=True)
+    assert asyncio.run(tokenizer.encode("ab", add_special_tokens=False)) == [97, 98]
+    assert tokenizer.decode([97, 98]) == "ab"
+
+
 def test_truncation_saved_for_training_is_ignored(tmp_path: Path) -> None:
     directory = model(tmp_path / "m", "x")
     saved = json.loads((directory / "tokenizer.json").read_text("utf-8"))

@@ -1,6 +1,7 @@
 """The vLLM engine. Importing this package does not import vLLM, which takes seconds.
 
 install       whether vLLM is installed, for which hardware, and the names of its flags
+old_flags     flags of 2025 that vLLM has renamed or removed
 options       the worker's settings as vLLM's environment, flags and configuration
 events_config vLLM's kv-events-config: for our subscription, and whether a user's permits one
 engine        AsyncLLM behind the Engine protocol

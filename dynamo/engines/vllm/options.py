@@ -17,7 +17,7 @@ from dynamo.engines.vllm.events_config import can_subscribe, private_events_conf
 from dynamo.engines.vllm.install import cpu_build
 from dynamo.engines.vllm.translation import first_line
 from dynamo.errors import StartError
-from dynamo.llm.model_files import resolve
+from dynamo.llm.model_files import resolve, tokenizer_dir
 from dynamo.log import LEVELS
 from dynamo.transport.network import advertised_host, interface_of
 
@@ -142,6 +142,25 @@ class Options:
             if self.get("disable-hybrid-kv-cache-manager") is None:
                 self.flags["disable-hybrid-kv-cache-manager"] = True  # which makes one KV cache group
 
+    def _complete_rope(self) -> None:
+        """Complete RoPE parameters in hf-overrides from the model's config.json: vLLM replaces all of them by those given.
+
+        So `rope-scaling` and `rope-theta`, which became such parameters, keep the meaning that they had.
+        """
+        overrides = kv_transfer.mapping(self.get("hf-overrides")) or {}
+        given = overrides.get("rope_parameters")
+        if not isinstance(given, Mapping) or ("rope_theta" in given and "rope_type" in given):
+            return
+        config = json.loads((tokenizer_dir(self._model) / "config.json").read_text("utf-8"))
+        own = config.get("rope_parameters") or {
+            **(config.get("rope_scaling") or {}),
+            "rope_theta": config.get("rope_theta"),
+        }
+        if "rope_type" in given:
+            own = {"rope_theta": own.get("rope_theta")}
+        self.flags.pop("hf_overrides", None)
+        self.flags["hf-overrides"] = {**overrides, "rope_parameters": {**own, **given}}
+
     def _parse(self, engine_args: Any, events: bool) -> Any:
         """Return the namespace of vLLM's parser for the flags and our defaults. Raises StartError for invalid flags."""
         argparse_utils = importlib.import_module("vllm.utils.argparse_utils")
@@ -150,6 +169,7 @@ class Options:
             def error(self, message: str) -> None:
                 raise StartError(f"vLLM's arguments: {message}", hint="check the worker's keys in the configuration")
 
+        self._complete_rope()
         given = {name.replace("-", "_") for name in self.flags}
         parser = engine_args.add_cli_args(Parser())
         cpu = cpu_build()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import inspect
+import logging
 import os
 import re
 import signal
@@ -13,17 +14,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import yaml
 
 from dynamo.config import yaml_file
-from dynamo.config.merge import resolve
+from dynamo.config.resolution import resolve_and_check
 from dynamo.config.service_args import service_args
 from dynamo.config.service_config import ServiceConfig
-from dynamo.config.settings import check, constructor_arguments, declared, knows
+from dynamo.config.settings import constructor_arguments, declared
 from dynamo.errors import GraphError, StartError
 from dynamo.launcher.embedded_servers import free_ports
 from dynamo.launcher.guard import descendants
@@ -44,6 +44,7 @@ from dynamo.worker.stubs import InstancePool
 if TYPE_CHECKING:
     import httpx
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Config = Mapping[str, Mapping[str, Any]]
 
@@ -125,8 +126,9 @@ def _checked(graph: Graph, config: Config) -> dict[str, dict[str, Any]]:
     """Return the settings by service, with `Common` merged in. Raises ConfigError as `dynamo serve` does."""
     services = {name: declared(cls) for name, cls in graph.services.items()}
     layer = yaml_file.parse(yaml.safe_dump({name: dict(values) for name, values in config.items()}), "config")
-    resolved = resolve([layer], services, partial(knows, services))
-    check(resolved, services)
+    resolved = resolve_and_check([layer], services)
+    for notice in resolved.notices:
+        log.warning("%s", notice)
     return {name: dict(values) for name, values in resolved.services.items()}
 
 

@@ -1,0 +1,133 @@
+"""What a configuration of ai-dynamo 0.1 to 0.3 holds beside today's settings, read as upstream read it, with a notice each.
+
+Sections of services of other graphs have no effect, older keys are replaced or left out. Whatever looks like a
+misspelling of a known name stays where it is, so that the check refuses it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dynamo.config.merge import COMMON, COMMON_CONFIGS, SERVICE_ARGS, Layer, Resolved, merge, walk
+from dynamo.config.provenance import KeyPath, Notice, Origin, canonical, location, misspelled
+from dynamo.config.upstream_keys import SERVICES, Change, upstream_key
+
+if TYPE_CHECKING:
+    from dynamo.config.settings import DeclaredSettings
+
+UpgradeKey = Callable[[str, str, Any, Mapping[str, Any]], Change | None]
+"""by service, key, value and all settings of the service"""
+
+
+def foreign_sections(layer: Layer, services: Collection[str]) -> tuple[Layer, list[str]]:
+    """Find the sections that belong to no service of the graph; what looks misspelled is not among them.
+
+    Returns the layer with a notice for each and without those that are no mappings, and the names of the others.
+    """
+    values = dict(layer.values)
+    foreign: list[str] = []
+    notices: list[Notice] = []
+    for name, value in layer.values.items():
+        if name in services or name == COMMON or _misspells(name, services):
+            continue
+        notices.append(Notice(f"{location(layer.origins, (name,))}: ignored", _why_foreign(name, value)))
+        if isinstance(value, dict):
+            foreign.append(name)
+        else:
+            del values[name]
+    return Layer(values, layer.origins, (*layer.notices, *notices)), foreign
+
+
+def _misspells(name: str, services: Collection[str]) -> bool:
+    return name not in SERVICES and misspelled(name, [*services, COMMON]) is not None
+
+
+def _why_foreign(name: str, value: Any) -> str:
+    if not isinstance(value, dict):
+        return "it is not a section of a service, and nothing reads it; remove it"
+    source = SERVICES.get(name)
+    return "this graph has no such service" + (f" ({source})" if source else "")
+
+
+def upgrade_for(services: Mapping[str, DeclaredSettings | None]) -> UpgradeKey:
+    """Return the function that says what becomes of a key of one of these services.
+
+    A service that declares no settings takes every key as it is.
+    """
+
+    def upgrade(service: str, key: str, value: Any, settings: Mapping[str, Any]) -> Change | None:
+        found = services.get(service)
+        if found is None or key in (SERVICE_ARGS, COMMON_CONFIGS):
+            return None
+        change = found.upgrade_setting(key, value, settings, services) if found.upgrade_setting else None
+        if change is not None or found.takes(key):
+            return change
+        change = upstream_key(service, key, value)
+        if change is None or all(map(found.takes, change.settings)):
+            return change
+        return Change("ai-dynamo's component of this name had it, this one has not; remove it")
+
+    return upgrade
+
+
+def upgraded(resolved: Resolved, upgrade: UpgradeKey) -> Resolved:
+    """Return a configuration with the older keys of its services replaced, and a notice for each."""
+    services: dict[str, dict[str, Any]] = {}
+    origins = dict(resolved.origins)
+    notices: dict[str, Notice] = {}  # by message: services share the lines of Common
+    for name, settings in resolved.services.items():
+        changes = {key: upgrade(name, key, value, settings) for key, value in settings.items()}
+        for key, change in changes.items():
+            if change is not None:
+                notice = _notice(resolved.origins, name, key, change)
+                notices[notice.message] = notice
+        services[name] = _changed(name, settings, changes, origins)
+    return replace(resolved, services=services, origins=origins, notices=(*resolved.notices, *notices.values()))
+
+
+def _changed(
+    name: str, settings: Mapping[str, Any], changes: Mapping[str, Change | None], origins: dict[KeyPath, Origin]
+) -> dict[str, Any]:
+    """Return the settings of service `name` with its changes, and add the origins of what is new.
+
+    A value that is given under today's name wins, except over a flag; mappings merge.
+    """
+    kept = {key: value for key, value in settings.items() if changes[key] is None}
+    spellings = {canonical(key): key for key in kept}
+    below: dict[str, Any] = {}
+    above: dict[str, Any] = {}
+    for old, change in changes.items():
+        for new, value in change.settings.items() if change is not None else ():
+            key = spellings.get(canonical(new), new)
+            is_flag = origins[name, old].is_flag
+            if key in kept and isinstance(value, Mapping):
+                kept[key] = _mapping(kept[key])
+            if is_flag and not (key in kept and origins[name, key].is_flag):
+                above = merge(above, {key: value})
+                origins[name, key] = origins[name, old]
+            else:
+                below = merge(below, {key: value})
+                origins.setdefault((name, key), origins[name, old])
+    merged = merge(merge(below, kept), above)
+    for path, _ in walk({name: merged}):
+        if path not in origins:
+            origins[path] = origins[path[:2]]
+    return {key: merged[key] for key in dict.fromkeys([*kept, *merged])}
+
+
+def _mapping(value: Any) -> Any:
+    """Return a mapping that is written as JSON, as engines' flags are; anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _notice(origins: Mapping[KeyPath, Origin], service: str, key: str, change: Change) -> Notice:
+    shared = origins.get((COMMON, key))
+    section = COMMON if shared is not None and shared == origins.get((service, key)) else service
+    fact = change.fact or (f"read as {', '.join(change.settings)}" if change.settings else "ignored")
+    return Notice(f"{location(origins, (section, key))}: {fact}", change.note)
