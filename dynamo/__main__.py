@@ -1,7 +1,10 @@
-"""`python -m dynamo` is the command `dynamo`."""
+"""`python -m dynamo` is the command `dynamo`, and imports what that would: not from the current directory by itself."""
 
 import sys
 
-from dynamo.cli.main import main
+if not sys.flags.safe_path:
+    del sys.path[0]
+
+from dynamo.cli.main import main  # noqa: E402
 
 sys.exit(main())

@@ -193,6 +193,7 @@ def serve(
       dynamo serve graphs.agg:Frontend --depends VllmWorker=elsewhere    # workers run on other machines
       dynamo serve graphs.agg:Frontend --service-name VllmWorker --VllmWorker.ServiceArgs.workers=4  # on those
     """
+    from dynamo.sdk import graph_import
     from dynamo.sdk.graph import load
 
     if system_app_port is not None and len(service_names) != 1:
@@ -207,6 +208,11 @@ def serve(
     if supervise and not service_names:
         raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
     found = load(graph, working_dir)
+    modules = graph_import.imported([cls.__module__ for cls in found.services.values()])
+    elsewhere_found = graph_import.borrowed(modules, working_dir)
+    if elsewhere_found:
+        named = ", ".join(f"{name} from {file}" for name, file in elsewhere_found.items())
+        warn(f"not in the folders of {working_dir.resolve()}, so taken from elsewhere: {named}")
     started = select(without(found, elsewhere), service_names)
     for option, given in (("--depends", elsewhere), ("--service-name", service_names)):
         if given:
@@ -234,7 +240,8 @@ def serve(
 
         check_addresses(options, os.environ.get("NATS_SERVER", ""))
         click.echo(render(resolved.services))
-        click.echo(explanation(started, resolved, services, working_dir, as_json=explain == "json"), err=True)
+        text = explanation(started, resolved, services, modules, working_dir, as_json=explain == "json")
+        click.echo(text, err=True)
         return 0
     from dynamo.launcher import run
 

@@ -22,6 +22,7 @@ from dynamo.launcher.host_metrics import HostMetrics, ask_process
 from dynamo.launcher.managed_process import Event, ProcessSpec
 from dynamo.launcher.run_dir import announce, remove_abandoned
 from dynamo.launcher.supervisor import Supervisor
+from dynamo.sdk.graph_import import absolute_python_path
 from dynamo.sdk.spec import spec_of
 from dynamo.transport.network import METRICS_ADDRESS, bound_host
 from dynamo.worker.environment import RELOAD, RUN_DIR
@@ -117,6 +118,7 @@ def launch_environment(infra: Infra, port: MetricsPort | None) -> dict[str, str]
     """
     shared = os.environ.get(SECRET)
     environment = {**infra.env, SECRET: shared or secrets.token_hex(32), SHARED: "1" if shared else ""}
+    environment |= absolute_python_path()
     if port is not None:
         environment[METRICS_ADDRESS] = port.address
     return environment

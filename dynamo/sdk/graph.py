@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from dynamo.errors import GraphError
+from dynamo.sdk import graph_import
 from dynamo.sdk.calls import check_calls
 from dynamo.sdk.depends import dependencies
 from dynamo.sdk.links import EDGES, Edge
@@ -44,9 +45,6 @@ def load(spec: str, working_dir: Path = Path()) -> Graph:
 
     Raises GraphError when something is not found; an exception raised by the module's own code passes through.
     """
-    root = str(working_dir.resolve())
-    if root not in sys.path:
-        sys.path.insert(0, root)
     name, _, attribute = spec.partition(":")
     module = _import(name, working_dir)
     edges = [edge for edge in EDGES if edge.graph == module.__name__] or list(EDGES)
@@ -135,6 +133,9 @@ def _import(name: str, working_dir: Path) -> ModuleType:
         raise GraphError(
             f"{name!r} is not a module name", hint="write it as graphs.agg:Frontend or path/file.py:Frontend"
         )
+    graph_import.install(working_dir)
+    if not is_file:
+        graph_import.check(name, working_dir)
     try:
         return _import_file(name, working_dir) if is_file else importlib.import_module(name)
     except ModuleNotFoundError as error:
