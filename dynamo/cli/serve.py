@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 import click
 from click.core import ParameterSource
@@ -16,12 +16,9 @@ from dynamo.cli.selection import require_external, select, without
 from dynamo.config import overrides, yaml_file
 from dynamo.config.merge import Layer
 from dynamo.config.options import InfraMode, ServeOptions
-from dynamo.config.resolution import resolve_and_check
+from dynamo.config.resolution import default_host_layers, resolve_and_check
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import DeclaredSettings, declared, knows
-
-if TYPE_CHECKING:
-    from dynamo.sdk.graph import Graph
 
 DEPLOYMENT_CONFIG = "DYN_DEPLOYMENT_CONFIG"
 OVERRIDES = "dynamo.config.overrides"  # key of the overrides in click's context
@@ -230,8 +227,9 @@ def serve(
         metrics_port=metrics_port,
     )
     services = {name: declared(cls) for name, cls in found.services.items()}
-    layers = _file_layers(config_file)
-    layers += _entry_layers(ctx, found, services)
+    entry = next(name for name, cls in found.services.items() if cls is found.entry)
+    layers = default_host_layers(entry, services) + _file_layers(config_file)
+    layers += _entry_layers(ctx, entry, services)
     layers += ctx.meta[OVERRIDES]
     resolved = resolve_and_check(layers, services)
     if dry_run:
@@ -276,9 +274,8 @@ def render(services: Mapping[str, Any]) -> str:
     )
 
 
-def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, DeclaredSettings | None]) -> list[Layer]:
+def _entry_layers(ctx: click.Context, entry: str, services: Mapping[str, DeclaredSettings | None]) -> list[Layer]:
     """Return `--port` and `--host` as settings of the entry service, if it has such; `ServeOptions` carries them too."""
-    name = next(name for name, cls in graph.services.items() if cls is graph.entry)
     layers = []
     for key in ("host", "port"):
         value = ctx.params[key]
@@ -286,6 +283,6 @@ def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, Decla
             continue
         given = ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE
         source = f"--{key}" if given else f"DYNAMO_{key.upper()}"
-        if knows(services, name, key):
-            layers.append(overrides.setting((name, key), value, source))
+        if knows(services, entry, key):
+            layers.append(overrides.setting((entry, key), value, source))
     return layers

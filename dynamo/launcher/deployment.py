@@ -87,6 +87,7 @@ async def _run(plan: ServePlan, run_dir: Path, console: Console) -> int:
             other_pids=infra.pids,
             reload=options.reload,
             ready_text=joined_text(plan, infra) if options.service_names else "",
+            reach_text=plan.reach,
         )
         for name in infra.embedded:
             supervisor.run_beside(name, partial(keep_server_running, name, infra, console))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.cli.terminal import ROOT, environment
+from tests.cli.terminal import environment
 from tests.ports import free_port
 from tests.served import Served
 
@@ -46,14 +43,3 @@ def graph() -> Iterator[Graph]:
     finally:
         served.end()
         shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked wheel, which a user without the repository imports."""
-    directory = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=60)
-    (built,) = directory.glob("*.whl")
-    zipfile.ZipFile(built).extractall(directory / "site")
-    return directory / "site"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import click
 import pytest
 
 from tests.cli.terminal import ROOT, environment
+from tests.conftest import Installed
 
 GRAPH = "from components.front import Front\nfrom components.worker import Worker\n\nFront.link(Worker)\n"
 FRONT = """
@@ -49,23 +49,20 @@ def write(directory: Path, files: dict[str, str], *, packages: bool = False) -> 
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def python(installed: Installed) -> str:
     """A Python with dynamo from a wheel, and with packages called as a user's folders are."""
-    directory = tmp_path_factory.mktemp("installed")
-    venv.create(directory)
-    (site,) = (directory / "lib").glob("python3.*/site-packages")
-    (site / "dependencies.pth").write_text(f"{wheel}\n{Path(click.__file__).parents[1]}\n")
     unwanted = "raise AssertionError('an installed module was imported')\n"
-    write(site, {"graphs/agg.py": unwanted, "components/worker.py": unwanted, "utils/other.py": unwanted}, packages=True)
-    return str(directory / "bin" / "python")
+    files = {"graphs/agg.py": unwanted, "components/worker.py": unwanted, "utils/other.py": unwanted}
+    write(installed.site, files, packages=True)
+    return installed.python
 
 
 @pytest.fixture(params=["editable", "PYTHONPATH", "wheel"])
-def layout(request: pytest.FixtureRequest, installed: str) -> tuple[str, dict[str, str]]:
+def layout(request: pytest.FixtureRequest, python: str) -> tuple[str, dict[str, str]]:
     """Python, and its environment: ours on the path's end as `pip install -e` puts it, before it as run.sh does, or not."""
     env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     if request.param == "wheel":
-        return installed, env
+        return python, env
     return sys.executable, env | ({"PYTHONPATH": str(ROOT)} if request.param == "PYTHONPATH" else {})
 
 
