@@ -82,7 +82,7 @@ def check(name: str, working_dir: Path) -> None:
     for end in range(1, len(parts) + 1):
         _refuse_two(".".join(parts[:end]), root, deeper=end < len(parts))
     loaded = getattr(sys.modules.get(name), "__file__", None)
-    wanted = _first_file(name)
+    wanted = locate(name)
     if loaded is not None and wanted is not None and not os.path.samefile(loaded, wanted):
         raise GraphError(
             f"graph module {name!r} is {wanted}, but {loaded} has been imported under that name",
@@ -119,6 +119,19 @@ def borrowed(modules: Mapping[str, str], working_dir: Path) -> dict[str, str]:
     }
 
 
+def locate(name: str) -> str | None:
+    """Return the file of a module by the rule of this page, whether it is imported or not; None if it is installed."""
+    top = name.partition(".")[0]
+    if top == _OWN or top in sys.stdlib_module_names:
+        return None
+    parent = name.rpartition(".")[0].replace(".", os.sep)
+    for root in roots():
+        spec = PathFinder.find_spec(name, [os.path.join(root, parent) if parent else root])
+        if spec is not None and spec.origin is not None:
+            return spec.origin
+    return None
+
+
 def absolute_python_path() -> dict[str, str]:
     """Return PYTHONPATH for processes that run in another directory, if it has relative entries."""
     given = os.environ.get("PYTHONPATH", "")
@@ -126,13 +139,6 @@ def absolute_python_path() -> dict[str, str]:
     return {"PYTHONPATH": absolute} if absolute != given else {}
 
 
-def _first_file(name: str) -> str | None:
-    parent = name.rpartition(".")[0].replace(".", os.sep)
-    for root in sys.path:
-        spec = PathFinder.find_spec(name, [f"{root or os.getcwd()}/{parent}" if parent else root or os.getcwd()])
-        if spec is not None and spec.origin is not None:
-            return spec.origin
-    return None
 
 
 def _refuse_two(name: str, root: str, *, deeper: bool = False) -> None:
