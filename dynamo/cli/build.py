@@ -31,7 +31,9 @@ _TAG = re.compile(r"[a-z0-9][\w.:/@-]*")
     metavar="FILE",
     help="YAML file of settings that the image serves the graph with.",
 )
-@click.option("-t", "--tag", metavar="NAME:TAG", help="Name of the image; by default the graph's, such as graphs-agg:latest.")
+@click.option(
+    "-t", "--tag", metavar="NAME:TAG", help="Name of the image; by default the graph's, such as graphs-agg:latest."
+)
 @click.option(
     "--base-image",
     default=BASE_IMAGE,

@@ -1,4 +1,4 @@
-"""What `dynamo serve --dry-run` prints on standard error: the process plan, and the source of each value."""
+"""What `dynamo serve --dry-run` prints on standard error: the process plan, and the source of each value and module."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def explanation(
         [
             "Processes:",
             textwrap.indent(problem, INDENT) if problem else _process_table(processes),
-            "Where each module comes from:",
-            tables.render([(name, _shown(file, working_dir)) for name, file in modules.items()], indent=len(INDENT)),
             "Where each value comes from:",
             tables.render([(key, preview(value), source) for key, value, source in values], indent=len(INDENT)),
+            "Where each module comes from:",
+            tables.render([(name, _shown(file, working_dir)) for name, file in modules.items()], indent=len(INDENT)),
         ]
     )
 

@@ -139,8 +139,6 @@ def absolute_python_path() -> dict[str, str]:
     return {"PYTHONPATH": absolute} if absolute != given else {}
 
 
-
-
 def _refuse_two(name: str, root: str, *, deeper: bool = False) -> None:
     """Raise GraphError if `name` is a module and a package in one folder; `deeper`: a module below `name` is wanted."""
     place = f"{root}/{name.replace('.', os.sep)}"

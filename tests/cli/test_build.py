@@ -94,7 +94,13 @@ def test_an_engine_builds_the_image(name: str, project: Path, bin_: Path) -> Non
     assert not Path(context).exists()
     assert not (project / "build").exists()
     *_, start = (bin_ / "context/Dockerfile").read_text().splitlines()
-    assert json.loads(start.removeprefix("CMD ")) == ["dynamo", "serve", "graphs.mine:Worker", "-f", "configs/mine.yaml"]
+    assert json.loads(start.removeprefix("CMD ")) == [
+        "dynamo",
+        "serve",
+        "graphs.mine:Worker",
+        "-f",
+        "configs/mine.yaml",
+    ]
 
 
 def test_a_failed_build_keeps_the_context_and_says_how_to_repeat_it(project: Path, bin_: Path, tmp_path: Path) -> None:
@@ -153,7 +159,10 @@ def test_an_earlier_context_is_replaced_and_nothing_else(project: Path) -> None:
     assert build(project, path="/nowhere").returncode == 0
     assert files(project / "build/graphs-mine/src") == PACKED
     ran = build(project, "-o", "prompts", path="/nowhere")
-    assert (ran.returncode, ran.stderr.splitlines()[0]) == (1, "error: prompts exists, and is no build context of dynamo")
+    assert (ran.returncode, ran.stderr.splitlines()[0]) == (
+        1,
+        "error: prompts exists, and is no build context of dynamo",
+    )
     assert build(project, "-o", "prompts", "--force", path="/nowhere").returncode == 0
     assert (project / "prompts/a.txt").exists()
 

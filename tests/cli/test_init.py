@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynamo.cli.init import FILES, MARK, project
-from tests.cli.terminal import ROOT, command, environment
+from tests.cli.terminal import command, environment
 
 
 def test_a_project_from_the_wheel_passes_its_own_tests(wheel: Path, tmp_path: Path):

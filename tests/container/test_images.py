@@ -94,7 +94,9 @@ def test_the_default_command_is_accepted_by_dynamo(dockerfile: Path) -> None:
     assert program == "dynamo"
     config = arguments[arguments.index("-f") + 1]
     assert Path(config).parts[0] in copied(dockerfile)
-    dry = subprocess.run([*COMMAND, *arguments, "--dry-run"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    dry = subprocess.run(
+        [*COMMAND, *arguments, "--dry-run"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
     assert dry.returncode == 0, dry.stderr
 
 
@@ -139,9 +141,7 @@ def test_a_mounted_configuration_is_served_to_other_machines(image: tuple[Path, 
     mock = ["--Common.model=dynamo-tiny", "--VllmWorker.engine=mock", "--VllmWorker.ServiceArgs.resources.gpu=0"]
     words = [*command, *NEMOTRON, *mock, "--infra", "embedded", "-p", str(port), "--metrics-port", "0"]
     with log.open("wb") as output:
-        graph = subprocess.Popen(
-            words, cwd=workspace / "examples/llm", env=environment(), stdout=output, stderr=output
-        )
+        graph = subprocess.Popen(words, cwd=workspace / "examples/llm", env=environment(), stdout=output, stderr=output)
     try:
         wait_for(graph, log, "\nother machines reach it without a key: DYN_API_KEYS sets keys that clients must send\n")
         with urllib.request.urlopen(f"http://127.0.0.2:{port}/v1/models", timeout=30) as answer:

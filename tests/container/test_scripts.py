@@ -88,9 +88,7 @@ RUNS = {
     "--framework cpu --hf-cache none --host 0.0.0.0": f"{HOST} --rm -e DYNAMO_HOST=0.0.0.0 dynamo:latest-cpu",
     "--framework cpu --hf-cache none -v a:b -e DYNAMO_HOST=::": f"{HOST} --rm -v a:b -e DYNAMO_HOST=:: dynamo:latest-cpu",
     "--framework cpu --hf-cache none -e DYNAMO_HOST": f"{HOST} --rm -e DYNAMO_HOST dynamo:latest-cpu",
-    "--framework cpu --hf-cache none -e 'A= DYNAMO_HOST=::'": (
-        f"{HOST} --rm -e A=\\ DYNAMO_HOST=:: dynamo:latest-cpu"
-    ),
+    "--framework cpu --hf-cache none -e 'A= DYNAMO_HOST=::'": (f"{HOST} --rm -e A=\\ DYNAMO_HOST=:: dynamo:latest-cpu"),
 }
 REFUSED = {
     "build.sh --tga x": "unknown flag: --tga",
