@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,11 +140,19 @@ def _import(name: str, working_dir: Path) -> ModuleType:
     try:
         return _import_file(name, working_dir) if is_file else importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise _missing_module(name, error.name or "", working_dir) from error
+        raise _missing_module(name, error, working_dir) from error
+    except ImportError as error:
+        hint = graph_import.stand_in(error, working_dir, name)
+        if not hint:
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename}:{frame.lineno}"
+        raise GraphError(f"graph module {name!r} cannot be imported: {place}: {error.msg}", hint=hint) from error
 
 
-def _missing_module(name: str, missing: str, working_dir: Path) -> GraphError:
-    """Return the error for a graph module `name` whose import failed because the module `missing` was not found."""
+def _missing_module(name: str, error: ModuleNotFoundError, working_dir: Path) -> GraphError:
+    """Return the error for a graph module `name` whose import failed because a module was not found."""
+    missing = error.name or ""
     if name == missing or name.startswith(f"{missing}."):
         return GraphError(
             f"graph module {name!r} not found",
@@ -154,6 +163,7 @@ def _missing_module(name: str, missing: str, working_dir: Path) -> GraphError:
         fact, hint = "does not exist", f"look for it in {package}"
     else:
         fact, hint = "is not installed", f"pip install {package}"
+    hint = "; ".join(filter(None, [hint, graph_import.stand_in(error, working_dir, name)]))
     return GraphError(f"graph {kind} {name!r} cannot be imported: it needs module {missing!r}, which {fact}", hint=hint)
 
 

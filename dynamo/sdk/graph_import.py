@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.abc import MetaPathFinder
@@ -130,6 +131,23 @@ def locate(name: str) -> str | None:
         if spec is not None and spec.origin is not None:
             return spec.origin
     return None
+
+
+def stand_in(error: ImportError, working_dir: Path, graph: str) -> str:
+    """Return a hint: the folder that would be used without the user's one in which an import failed.
+
+    Empty if there is none, or if it is the folder of the graph itself.
+    """
+    here = working_dir.resolve()
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename)
+        below = file.relative_to(here) if file.is_relative_to(here) else Path()
+        if len(below.parts) < 2 or below.parts[0] == graph.partition(".")[0]:
+            continue
+        for root in roots():
+            if root != str(here) and Path(root, below).is_file():
+                return f"without {here / below.parts[0]}, {Path(root, below.parts[0])} would be used"
+    return ""
 
 
 def absolute_python_path() -> dict[str, str]:

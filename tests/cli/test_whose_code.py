@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from tests.cli.terminal import ROOT, environment
 from tests.conftest import Installed
@@ -203,3 +204,29 @@ def test_the_current_directory_is_not_imported_from_beside_a_working_directory(t
     ran = dry_run((sys.executable, environment()), tmp_path, "--working-dir", "mine", graph="graph:Worker")
     assert ran.returncode == 1
     assert "it needs module 'helper', which is not installed" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "fact", "hint"),
+    [
+        (
+            "import yaml.patched",
+            "it needs module 'yaml.patched', which does not exist",
+            "look for it in yaml; ",
+        ),
+        (
+            "from yaml import Patched",
+            "{here}/components/worker.py:1: cannot import name 'Patched' from 'yaml' ({yaml})",
+            "",
+        ),
+    ],
+)
+def test_a_component_that_cannot_be_imported_has_a_stand_in(line: str, fact: str, hint: str, tmp_path: Path) -> None:
+    """As components do that were written for a patched engine."""
+    write(tmp_path, {**FILES, "components/worker.py": f"{line}\n{WORKER}"})
+    ran = dry_run((sys.executable, environment()), tmp_path)
+    assert ran.returncode == 1
+    error, shown = ran.stderr.splitlines()
+    fact = fact.format(here=tmp_path, yaml=yaml.__file__)
+    assert error == f"error: graph module 'graphs.agg' cannot be imported: {fact}"
+    assert shown == f"hint: {hint}without {tmp_path}/components, {ROOT}/components would be used"
