@@ -5,8 +5,8 @@ and a folder with one hides all others. Graphs come in both kinds of folder, and
 as ours are. So modules within packages are looked for file by file here, and both kinds count alike: a user's
 `components/worker.py` comes before ours, and a module that the user's folder lacks is taken from the next one.
 
-Installed packages are left to Python, with one exception: a folder of the user's that is no package to Python comes before
-an installed package of its name.
+A plain folder of the user's also comes before an installed package of its name, but not for that package itself: a folder
+`datasets` beside the graph does not get in the way of a library that is called so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from types import ModuleType
 from dynamo.errors import GraphError
 
 _OWN = "dynamo"
-_PROJECT_FILES = ("pyproject.toml", "setup.py")
 _STDLIB = os.path.realpath(sysconfig.get_path("stdlib"))
 
 
@@ -43,12 +42,12 @@ class GraphFinder(MetaPathFinder):
         Raises GraphError if the working directory holds both a module and a package of the name.
         """
         top = fullname.partition(".")[0]
-        if path is None or top == _OWN or top in sys.stdlib_module_names:
+        if path is None or top == _OWN or top in sys.stdlib_module_names or _imports_itself(top):
             return None
         parent = fullname.rpartition(".")[0].replace(".", os.sep)
         portions: list[str] = []
         for root in roots():
-            if not os.path.isdir(f"{root}/{top}") or (_is_project(f"{root}/{top}") and _is_installed(top)):
+            if not os.path.isdir(f"{root}/{top}"):
                 continue
             spec = PathFinder.find_spec(fullname, [f"{root}/{parent}"])
             if spec is None:
@@ -73,7 +72,8 @@ def install(working_dir: Path) -> None:
     """Put a directory first on Python's path, and find modules as this module says."""
     root = str(working_dir.resolve())
     sys.path[:] = [root, *(entry for entry in sys.path if (entry or os.getcwd()) != root)]
-    sys.meta_path[:] = [GraphFinder(root), *(finder for finder in sys.meta_path if not isinstance(finder, GraphFinder))]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, GraphFinder)]
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), GraphFinder(root))
 
 
 def check(name: str, working_dir: Path) -> None:
@@ -176,12 +176,17 @@ def _holds_installed(folder: str) -> bool:
     return real == _STDLIB or real.startswith(f"{_STDLIB}{os.sep}") or folder.endswith(".zip")
 
 
-def _is_installed(top: str) -> bool:
-    file = getattr(sys.modules.get(top), "__file__", None)
+def _imports_itself(top: str) -> bool:
+    """Return True while an installed package `top` imports a module of its own."""
+    if not _is_installed(sys.modules.get(top)):
+        return False
+    frame = sys._getframe(2)
+    while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
+        frame = frame.f_back
+    importer = str(frame.f_globals.get("__name__", ""))
+    return importer.partition(".")[0] == top and _is_installed(sys.modules.get(importer))
+
+
+def _is_installed(module: ModuleType | None) -> bool:
+    file = getattr(module, "__file__", None)
     return file is not None and _holds_installed(os.path.dirname(file))
-
-
-@cache
-def _is_project(folder: str) -> bool:
-    """Return True for a clone of a project: `vllm/` beside a graph is not the package `vllm`."""
-    return any(os.path.isfile(f"{folder}/{name}") for name in _PROJECT_FILES)
