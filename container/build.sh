@@ -7,7 +7,8 @@ usage() {
   cat <<'HELP'
 usage: container/build.sh [FLAG ...]
 
-  --framework NAME         VLLM (default; NVIDIA GPUs), VLLM_NIXL (the same with NIXL) or CPU; case-insensitive
+  --framework NAME         VLLM (default; NVIDIA GPUs; VLLM_V1 is the same), VLLM_NIXL (the same with NIXL) or CPU;
+                           case-insensitive
   --target STAGE           build this stage of the Dockerfile (builder, runtime) and append it to the tag
   --tag NAME:TAG           image name, default dynamo:latest-<framework>[-<target>]; can be repeated
   --release-build          also tag it dynamo:<version>-<framework>[-<target>]
@@ -20,7 +21,7 @@ usage: container/build.sh [FLAG ...]
   --cache-to TARGET
   --no-cache
   --dry-run                print the docker command and exit
-  -h, --help               show this
+  -h, -?, --help           show this
 
   ./container/build.sh                                  # dynamo:latest-vllm
   ./container/build.sh --framework cpu                  # dynamo:latest-cpu
@@ -45,7 +46,7 @@ while [ $# -gt 0 ]; do
     --no-cache) args+=(--no-cache) ;;
     --release-build) release=yes ;;
     --dry-run) dry_run=yes ;;
-    -h | --help) usage; exit 0 ;;
+    -h | -\? | --help) usage; exit 0 ;;
     *) misuse "unknown flag: $1" ;;
   esac
   shift
@@ -53,6 +54,7 @@ done
 
 case $framework in
   CPU | VLLM) ;;
+  VLLM_V1) framework=VLLM ;; # vLLM has one engine now
   VLLM_NIXL) framework=VLLM; args+=(--build-arg ENABLE_NIXL=true) ;;
   TENSORRTLLM | TRTLLM | SGLANG) misuse "--framework $framework: the engine here is vLLM; use VLLM or CPU" ;;
   STANDARD | NONE) misuse "--framework $framework: there is no image without an engine; CPU runs on any machine" ;;

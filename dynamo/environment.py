@@ -35,9 +35,14 @@ def enabled(variable: str) -> bool:
         raise ConfigError(f"{variable}: {error.message}", hint=error.hint) from None
 
 
+DEFAULT_HOST = "DYN_DEFAULT_HOST"
+"""Variable with the address on which an entry service listens if nothing else names one; images set it."""
+
+
 def get_host_port() -> tuple[str, int]:
-    """Return DYNAMO_HOST and DYNAMO_PORT; by default 127.0.0.1 and 8000."""
-    return os.environ.get("DYNAMO_HOST") or "127.0.0.1", int(os.environ.get("DYNAMO_PORT") or 8000)
+    """Return DYNAMO_HOST, else DYN_DEFAULT_HOST, and DYNAMO_PORT; by default 127.0.0.1 and 8000."""
+    host = os.environ.get("DYNAMO_HOST") or os.environ.get(DEFAULT_HOST) or "127.0.0.1"
+    return host, int(os.environ.get("DYNAMO_PORT") or 8000)
 
 
 def get_system_app_host_port() -> tuple[str, int]:

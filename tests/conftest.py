@@ -9,19 +9,23 @@ import getpass
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import venv
+import zipfile
 from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import click
 import hypothesis
 import pytest
 import pytest_asyncio
 
 from dynamo.launcher.embedded_servers import Infra, find_or_start
-from tests.served import Served, Start
+from tests.served import ROOT, Served, Start
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine makes nothing wrong
 hypothesis.settings.load_profile("untimed")
@@ -101,6 +105,35 @@ async def private_infra(tmp_path: Path) -> AsyncIterator[Infra]:
     infra = await find_or_start(tmp_path / "infra", "embedded")
     yield infra
     await infra.stop()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked wheel, which a user without the repository imports."""
+    directory = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (built,) = directory.glob("*.whl")
+    zipfile.ZipFile(built).extractall(directory / "site")
+    return directory / "site"
+
+
+class Installed(NamedTuple):
+    """A Python in which the wheel is installed, and its site-packages."""
+
+    python: str
+    site: Path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """A virtual environment with the wheel and its dependencies, and without the repository."""
+    directory = tmp_path_factory.mktemp("installed")
+    venv.create(directory)
+    (site,) = (directory / "lib").glob("python3.*/site-packages")
+    dependencies = Path(click.__file__).parents[1]  # a folder on the path, unlike a site folder, has no .pth files read
+    (site / "installed.pth").write_text(f"{wheel}\n{dependencies}\n")
+    return Installed(str(directory / "bin" / "python"), site)
 
 
 @pytest.fixture(scope="module")

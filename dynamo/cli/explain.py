@@ -1,4 +1,4 @@
-"""What `dynamo serve --dry-run` prints on standard error: the process plan, and the source of each value."""
+"""What `dynamo serve --dry-run` prints on standard error: the process plan, and the source of each value and module."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def explanation(
     graph: Graph,
     resolved: Resolved,
     declared: Mapping[str, DeclaredSettings | None],
+    modules: Mapping[str, str],
     working_dir: Path,
     *,
     as_json: bool,
 ) -> str:
-    """Return tables, or one JSON object with `plan` (or `plan_error`) and `values`.
+    """Return tables, or one JSON object with `plan` (or `plan_error`), `modules` and `values`.
 
-    `declared` are the settings of the graph's services by name.
+    `declared` are the settings of the graph's services by name, `modules` the files of what the graph imported.
     """
     values = _values(resolved, declared)
     processes: list[dict[str, Any]] = []
@@ -44,15 +45,23 @@ def explanation(
     if as_json:
         rows = [{"key": key, "value": value, "source": source} for key, value, source in values]
         planned = {"plan_error": problem} if problem else {"plan": processes}
-        return json.dumps({**planned, "values": rows}, indent=2, default=str)
+        return json.dumps({**planned, "modules": modules, "values": rows}, indent=2, default=str)
     return "\n".join(
         [
             "Processes:",
             textwrap.indent(problem, INDENT) if problem else _process_table(processes),
             "Where each value comes from:",
             tables.render([(key, preview(value), source) for key, value, source in values], indent=len(INDENT)),
+            "Where each module comes from:",
+            tables.render([(name, _shown(file, working_dir)) for name, file in modules.items()], indent=len(INDENT)),
         ]
     )
+
+
+def _shown(file: str, working_dir: Path) -> str:
+    """Return a file's path from the working directory, in full if it is not below that."""
+    path, root = Path(file), working_dir.resolve()
+    return str(path.relative_to(root)) if path.is_relative_to(root) else file
 
 
 def _process_table(processes: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ SECTIONS = {
     "Graphs": {
         "serve": ("dynamo.cli.serve:serve", "Start an inference graph, or show how it would start."),
         "run": ("dynamo.cli.run:run", "Chat with a model in the terminal."),
+        "build": ("dynamo.cli.build:build", "Pack a graph as a container image."),
         "init": ("dynamo.cli.init:init", "Create a graph project that is ready to run."),
     },
     "Running graphs": {
@@ -33,12 +34,48 @@ SECTIONS = {
 
 COMMANDS = {name: where for commands in SECTIONS.values() for name, (where, _) in commands.items()}
 
+_PACKED = "pack the graph as an image with `dynamo build`, and run that image"
+FORMER = {
+    "deploy": _PACKED,
+    "deployment": _PACKED,
+    "cloud": _PACKED,
+    "server": _PACKED,
+    "get": "list running graphs with `dynamo status`",
+    "list": "list running graphs with `dynamo status`, their models with `dynamo llmctl http list`",
+    "start": "start a graph with `dynamo serve`",
+}
+"""Command of ai-dynamo 0.1 to 0.3 that does not exist here -> what does instead."""
+
+
+class FormerCommandError(DynamoError):
+    """A command of ai-dynamo that does not exist here: a usage error."""
+
+    exit_code = 2
+
+
+def _former(name: str) -> click.Command:
+    """Return a hidden command that takes any arguments and raises FormerCommandError."""
+
+    def fail(arguments: tuple[str, ...]) -> None:
+        raise FormerCommandError(f"ai-dynamo's command `dynamo {name}` does not exist here", hint=FORMER[name])
+
+    return click.Command(
+        name,
+        callback=fail,
+        params=[click.Argument(["arguments"], nargs=-1)],
+        hidden=True,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True},
+    )
+
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in FORMER:
+            return _former(cmd_name)
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name].partition(":")

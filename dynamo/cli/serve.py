@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 import click
 from click.core import ParameterSource
@@ -16,12 +16,9 @@ from dynamo.cli.selection import require_external, select, without
 from dynamo.config import overrides, yaml_file
 from dynamo.config.merge import Layer
 from dynamo.config.options import InfraMode, ServeOptions
-from dynamo.config.resolution import resolve_and_check
+from dynamo.config.resolution import default_host_layers, resolve_and_check
 from dynamo.config.service_config import VARIABLE
 from dynamo.config.settings import DeclaredSettings, declared, knows
-
-if TYPE_CHECKING:
-    from dynamo.sdk.graph import Graph
 
 DEPLOYMENT_CONFIG = "DYN_DEPLOYMENT_CONFIG"
 OLD_OPTIONS = {"--file": "--config-file", "--config": "--config-file"}
@@ -207,6 +204,7 @@ def serve(
       dynamo serve graphs.agg:Frontend --depends VllmWorker=elsewhere    # workers run on other machines
       dynamo serve graphs.agg:Frontend --service-name VllmWorker --VllmWorker.ServiceArgs.workers=4  # on those
     """
+    from dynamo.sdk import graph_import
     from dynamo.sdk.graph import load
 
     if system_app_port is not None and len(service_names) != 1:
@@ -222,6 +220,11 @@ def serve(
         raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
     with short_warnings():
         found = load(graph, working_dir)
+    modules = graph_import.imported([cls.__module__ for cls in found.services.values()])
+    elsewhere_found = graph_import.borrowed(modules, working_dir)
+    if elsewhere_found:
+        named = ", ".join(f"{name} from {file}" for name, file in elsewhere_found.items())
+        warn(f"not in the folders of {working_dir.resolve()}, so taken from elsewhere: {named}")
     started = select(without(found, elsewhere), service_names)
     for option, given in (("--depends", elsewhere), ("--service-name", service_names)):
         if given:
@@ -239,8 +242,9 @@ def serve(
         metrics_port=metrics_port,
     )
     services = {name: declared(cls) for name, cls in found.services.items()}
-    layers = _file_layers(config_file)
-    layers += _entry_layers(ctx, found, services)
+    entry = next(name for name, cls in found.services.items() if cls is found.entry)
+    layers = default_host_layers(entry, services) + _file_layers(config_file)
+    layers += _entry_layers(ctx, entry, services)
     layers += ctx.meta[OVERRIDES]
     resolved = resolve_and_check(layers, services, strict=strict)
     for notice in resolved.notices:
@@ -251,7 +255,8 @@ def serve(
 
         check_addresses(options, os.environ.get("NATS_SERVER", ""))
         click.echo(render(resolved.services))
-        click.echo(explanation(started, resolved, services, working_dir, as_json=explain == "json"), err=True)
+        text = explanation(started, resolved, services, modules, working_dir, as_json=explain == "json")
+        click.echo(text, err=True)
         return 0
     from dynamo.launcher import run
 
@@ -286,9 +291,8 @@ def render(services: Mapping[str, Any]) -> str:
     )
 
 
-def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, DeclaredSettings | None]) -> list[Layer]:
+def _entry_layers(ctx: click.Context, entry: str, services: Mapping[str, DeclaredSettings | None]) -> list[Layer]:
     """Return `--port` and `--host` as settings of the entry service, if it has such; `ServeOptions` carries them too."""
-    name = next(name for name, cls in graph.services.items() if cls is graph.entry)
     layers = []
     for key in ("host", "port"):
         value = ctx.params[key]
@@ -296,6 +300,6 @@ def _entry_layers(ctx: click.Context, graph: Graph, services: Mapping[str, Decla
             continue
         given = ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE
         source = f"--{key}" if given else f"DYNAMO_{key.upper()}"
-        if knows(services, name, key):
-            layers.append(overrides.setting((name, key), value, source))
+        if knows(services, entry, key):
+            layers.append(overrides.setting((entry, key), value, source))
     return layers

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dynamo.config import overrides
 from dynamo.config.merge import COMMON, Layer, Resolved, overlay_all, resolve
 from dynamo.config.provenance import Notice, location, misspelled
 from dynamo.config.settings import check, knows
 from dynamo.config.upgrade import foreign_sections, upgrade_for, upgraded
+from dynamo.environment import DEFAULT_HOST
 from dynamo.errors import ConfigError
 
 if TYPE_CHECKING:
     from dynamo.config.settings import DeclaredSettings
+
+
+def default_host_layers(entry: str, services: Mapping[str, DeclaredSettings | None]) -> list[Layer]:
+    """Return the lowest layer: DYN_DEFAULT_HOST as the `host` of the entry service, if it declares that setting."""
+    host, declared = os.environ.get(DEFAULT_HOST), services[entry]
+    if not host or declared is None or "host" not in declared.settings:
+        return []
+    return [overrides.setting((entry, "host"), host, DEFAULT_HOST)]
 
 
 def resolve_and_check(

@@ -6,6 +6,7 @@
     VllmWorker: loading model (12 s)
     VllmWorker ready in 14 s (Qwen/Qwen3-0.6B)
     ready in 15 s: http://127.0.0.1:8000
+    only this machine reaches it; --host 0.0.0.0 opens it to others
     VllmWorker died (SIGKILL); restarting in 0.2 s
     stopping: draining (Ctrl-C again to force)
     stopped in 0.9 s
@@ -79,9 +80,12 @@ class Console:
         text = f"{name} ready {'again ' if again else ''}in {duration(elapsed_s)}"
         self.print(text + (f" ({detail})" if detail else ""), "good", process=name, seconds=round(elapsed_s, 3))
 
-    def serving(self, elapsed_s: float, url: str = "") -> None:
+    def serving(self, elapsed_s: float, url: str = "", reach: str = "") -> None:
+        """Print the line that scripts wait for, and who reaches the URL."""
         text = f"ready in {duration(elapsed_s)}" + (f": {url}" if url else "")
         self.print(text, "good", seconds=round(elapsed_s, 3), url=url)
+        if reach:
+            self.print(reach)
 
     def restarting(self, name: str, reason: str, error: str, delay_s: float) -> None:
         text = f"{name} {reason}{f': {error}' if error else ''}; restarting in {duration(delay_s)}"

@@ -22,6 +22,7 @@ from dynamo.launcher.host_metrics import HostMetrics, ask_process
 from dynamo.launcher.managed_process import Event, ProcessSpec
 from dynamo.launcher.run_dir import announce, remove_abandoned
 from dynamo.launcher.supervisor import Supervisor
+from dynamo.sdk.graph_import import absolute_python_path
 from dynamo.sdk.spec import spec_of
 from dynamo.transport.network import METRICS_ADDRESS, bound_host
 from dynamo.worker.environment import RELOAD, RUN_DIR
@@ -86,6 +87,7 @@ async def _run(plan: ServePlan, run_dir: Path, console: Console) -> int:
             other_pids=infra.pids,
             reload=options.reload,
             ready_text=joined_text(plan, infra) if options.service_names else "",
+            reach_text=plan.reach,
         )
         for name in infra.embedded:
             supervisor.run_beside(name, partial(keep_server_running, name, infra, console))
@@ -117,6 +119,7 @@ def launch_environment(infra: Infra, port: MetricsPort | None) -> dict[str, str]
     """
     shared = os.environ.get(SECRET)
     environment = {**infra.env, SECRET: shared or secrets.token_hex(32), SHARED: "1" if shared else ""}
+    environment |= absolute_python_path()
     if port is not None:
         environment[METRICS_ADDRESS] = port.address
     return environment

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dynamo.config import overrides, yaml_file
 from dynamo.config.merge import COMMON, SERVICE_ARGS, Layer
 from dynamo.config.options import ServeOptions
-from dynamo.config.resolution import resolve_and_check
+from dynamo.config.resolution import default_host_layers, resolve_and_check
 from dynamo.config.settings import declared
 from dynamo.errors import DynamoError, GraphError
 from dynamo.sdk.graph import load
@@ -48,6 +48,7 @@ def alone(cls: type[Any], argv: Sequence[str] | None = None) -> NoReturn:
         services = {name: declared(found) for name, found in graph.services.items()}
         if file is not None:
             layers = [_only(yaml_file.load(file), {*services, COMMON}), *layers]
+        layers = [*default_host_layers(cls.__name__, services), *layers]
         layers = [*layers, overrides.setting((cls.__name__, SERVICE_ARGS, "workers"), 1, "python -m")]
         resolved = resolve_and_check(layers, services, only=cls.__name__)
         for notice in resolved.notices:
@@ -85,7 +86,8 @@ def run_in_foreground(plan: ServePlan) -> NoReturn:
 
     def on_ready(event: Event) -> None:
         text = event.get("text") or deployment.joined_text(plan, infra)
-        console.serving(time.monotonic() - started, event.get("url") or text)
+        url = event.get("url")
+        console.serving(time.monotonic() - started, url or text, plan.reach if url else "")
 
     os.environ.update(spec.env)
     os.chdir(plan.options.working_dir)

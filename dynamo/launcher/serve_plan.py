@@ -12,6 +12,7 @@ from dynamo.launcher import gpus, metrics_port, ports
 from dynamo.launcher.managed_process import ProcessSpec
 from dynamo.launcher.plan import plan
 from dynamo.sdk.spec import spec_of
+from dynamo.transport.network import is_loopback
 from dynamo.worker.environment import namespace_of
 from dynamo.worker.http_service import http_address
 
@@ -35,6 +36,22 @@ class ServePlan:
     def services(self) -> list[tuple[str, type]]:
         """Namespace and class of each service that is started."""
         return [(namespace_of(cls, self.resolved.services), cls) for cls in self.graph.services.values()]
+
+    @property
+    def reach(self) -> str:
+        """A line on who reaches the entry service, for the terminal; empty if it listens nowhere."""
+        if self.entry_address is None:
+            return ""
+        if is_loopback(self.entry_address[0]):
+            return "only this machine reaches it; --host 0.0.0.0 opens it to others"
+        entry = self.graph.entry
+        found = declared(entry)
+        if found is None or "api-keys" not in found.settings:
+            return "other machines reach it"
+        keys = constructor_arguments(entry, self.resolved.services.get(entry.__name__, {})).get("api_keys")
+        if keys or (keys is None and os.environ.get("DYN_API_KEYS", "").strip(" ,")):
+            return "other machines reach it with an API key"
+        return "other machines reach it without a key: DYN_API_KEYS sets keys that clients must send"
 
     def reserved_ports(self) -> set[int]:
         """Return the ports that the processes will listen on by their configuration."""

@@ -55,7 +55,7 @@ class Supervisor:
     `other_pids` returns the pids of children of this process that other code starts while `run` runs (embedded
     servers), so that they are not taken for orphans. Children that exist when `run` is called never are.
     `reload`: a process that cannot start again after an edit waits for the next edit instead of ending the graph; see
-    `restart_edited`. `ready_text` is shown when all are ready and none of them has a URL.
+    `restart_edited`. `ready_text` is shown when all are ready and none of them has a URL, `reach_text` after the URL.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Supervisor:
         restarts: RestartPolicy = RestartPolicy(),
         reload: bool = False,
         ready_text: str = "",
+        reach_text: str = "",
     ) -> None:
         self._specs = list(processes)
         self._logs = run_dir / "logs"
@@ -82,6 +83,7 @@ class Supervisor:
         self._restarts = restarts
         self._reload = reload
         self._ready_text = ready_text
+        self._reach_text = reach_text
         self._beside: list[tuple[str, Callable[[], Awaitable[None]]]] = []
         self._exit_hooks = TaskSet("supervisor")
         self._edited = asyncio.Event()  # replaced at each edit
@@ -247,7 +249,8 @@ class Supervisor:
         if not self._up and all(process is not None and process.ready for process in processes):
             self._up = True
             urls = [str(p.ready["url"]) for p in processes if p is not None and p.ready.get("url")]
-            self._console.serving(time.monotonic() - self._started_at, urls[-1] if urls else self._ready_text)
+            url, reach = (urls[-1], self._reach_text) if urls else (self._ready_text, "")
+            self._console.serving(time.monotonic() - self._started_at, url, reach)
 
     async def _call_on_exit(
         self, on_exit: Callable[[ProcessSpec, Event], Awaitable[None]], process: ManagedProcess

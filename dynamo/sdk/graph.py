@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from dynamo.errors import GraphError
+from dynamo.sdk import graph_import
 from dynamo.sdk.calls import check_calls
 from dynamo.sdk.depends import dependencies
 from dynamo.sdk.links import EDGES, Edge
@@ -44,9 +46,6 @@ def load(spec: str, working_dir: Path = Path()) -> Graph:
 
     Raises GraphError when something is not found; an exception raised by the module's own code passes through.
     """
-    root = str(working_dir.resolve())
-    if root not in sys.path:
-        sys.path.insert(0, root)
     name, _, attribute = spec.partition(":")
     module = _import(name, working_dir)
     edges = [edge for edge in EDGES if edge.graph == module.__name__] or list(EDGES)
@@ -135,14 +134,25 @@ def _import(name: str, working_dir: Path) -> ModuleType:
         raise GraphError(
             f"{name!r} is not a module name", hint="write it as graphs.agg:Frontend or path/file.py:Frontend"
         )
+    graph_import.install(working_dir)
+    if not is_file:
+        graph_import.check(name, working_dir)
     try:
         return _import_file(name, working_dir) if is_file else importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise _missing_module(name, error.name or "", working_dir) from error
+        raise _missing_module(name, error, working_dir) from error
+    except ImportError as error:
+        hint = graph_import.stand_in(error, working_dir, name)
+        if not hint:
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename}:{frame.lineno}"
+        raise GraphError(f"graph module {name!r} cannot be imported: {place}: {error.msg}", hint=hint) from error
 
 
-def _missing_module(name: str, missing: str, working_dir: Path) -> GraphError:
-    """Return the error for a graph module `name` whose import failed because the module `missing` was not found."""
+def _missing_module(name: str, error: ModuleNotFoundError, working_dir: Path) -> GraphError:
+    """Return the error for a graph module `name` whose import failed because a module was not found."""
+    missing = error.name or ""
     if name == missing or name.startswith(f"{missing}."):
         return GraphError(
             f"graph module {name!r} not found",
@@ -153,6 +163,7 @@ def _missing_module(name: str, missing: str, working_dir: Path) -> GraphError:
         fact, hint = "does not exist", f"look for it in {package}"
     else:
         fact, hint = "is not installed", f"pip install {package}"
+    hint = "; ".join(filter(None, [hint, graph_import.stand_in(error, working_dir, name)]))
     return GraphError(f"graph {kind} {name!r} cannot be imported: it needs module {missing!r}, which {fact}", hint=hint)
 
 

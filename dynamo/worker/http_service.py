@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamo import environment
 from dynamo.config.provenance import canonical, preview
 from dynamo.config.settings import declared
 from dynamo.environment import enabled, get_system_app_host_port
@@ -161,8 +162,8 @@ async def _stop(server: HttpServer | None, limit_s: float) -> None:
 def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) -> tuple[str, int | None]:
     """Return the host and port of a service's HTTP server; port None means any free one.
 
-    They come from its configuration, else, for the entry of the graph, from DYNAMO_HOST and DYNAMO_PORT, else from its
-    constructor's defaults, else 127.0.0.1:8000. Raises ConfigError for an invalid port.
+    They come from its configuration, else, for the entry of the graph, from DYNAMO_HOST (else DYN_DEFAULT_HOST) and
+    DYNAMO_PORT, else from its constructor's defaults, else 127.0.0.1:8000. Raises ConfigError for an invalid port.
     """
     found = declared(cls)
     values: dict[str, Any] = {}
@@ -171,7 +172,8 @@ def http_address(cls: type[Any], settings: Mapping[str, Any], *, entry: bool) ->
         if setting is not None and not setting.required and setting.default is not None:
             values[key] = setting.default
     if entry:
-        given = {"host": os.environ.get("DYNAMO_HOST"), "port": os.environ.get("DYNAMO_PORT")}
+        host = os.environ.get("DYNAMO_HOST") or os.environ.get(environment.DEFAULT_HOST)
+        given = {"host": host, "port": os.environ.get("DYNAMO_PORT")}
         values |= {key: value for key, value in given.items() if value}
     values |= {canonical(key): value for key, value in settings.items() if canonical(key) in ("host", "port")}
     port = values.get("port", DEFAULT_PORT if entry else None)

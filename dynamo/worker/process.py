@@ -31,7 +31,7 @@ from dynamo.errors import DynamoError
 from dynamo.http.scrape_targets import ScrapeTargets
 from dynamo.log import configure
 from dynamo.rpc.runtime import Runtime
-from dynamo.sdk import bind
+from dynamo.sdk import bind, graph_import
 from dynamo.sdk.arguments import IgnoredArgumentWarning
 from dynamo.sdk.channels import attach
 from dynamo.sdk.context import ServiceContext, enter
@@ -356,3 +356,5 @@ def main(
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a child of multiprocessing unpickles what its parent imported: from the same files
+    graph_import.install(Path())

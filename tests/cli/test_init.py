@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from dynamo.cli.init import FILES, MARK, project
-from tests.cli.terminal import ROOT, command, environment
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked wheel, which a user without the repository imports."""
-    directory = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=60)
-    (built,) = directory.glob("*.whl")
-    zipfile.ZipFile(built).extractall(directory / "site")
-    return directory / "site"
+from tests.cli.terminal import command, environment
 
 
 def test_a_project_from_the_wheel_passes_its_own_tests(wheel: Path, tmp_path: Path):

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import threading
 import tomllib
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 
 from dynamo.launcher.run_dir import announce
 from tests.cli.terminal import COMMAND, environment
+from tests.conftest import Installed
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -92,14 +94,72 @@ def test_the_default_command_is_accepted_by_dynamo(dockerfile: Path) -> None:
     assert program == "dynamo"
     config = arguments[arguments.index("-f") + 1]
     assert Path(config).parts[0] in copied(dockerfile)
-    (host,) = re.findall(
-        r"DYNAMO_HOST=(\S+)", " ".join(rest for name, rest in instructions(dockerfile) if name == "ENV")
-    )
     dry = subprocess.run(
-        [*COMMAND, *arguments, "--dry-run"], cwd=ROOT, env=environment(DYNAMO_HOST=host), capture_output=True, text=True
+        [*COMMAND, *arguments, "--dry-run"], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert dry.returncode == 0, dry.stderr
+
+
+@pytest.fixture(params=DOCKERFILES, ids=lambda path: path.suffix[1:])
+def image(request: pytest.FixtureRequest, installed: Installed, tmp_path: Path) -> tuple[Path, Sequence[str]]:
+    """The folder of an image's /workspace, and the command that runs dynamo with the image's variables."""
+    workspace = tmp_path / "workspace"
+    found = instructions(request.param)
+    last_stage = found[len(found) - [name for name, _ in reversed(found)].index("FROM") :]
+    for source, target in (rest.split() for name, rest in last_stage if name == "COPY" and "--from" not in rest):
+        if target.startswith("./") and (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, workspace / target, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder,) = re.findall(r'"workspace\.pth"\)\.write_text\("(\S+)\\n"\)', request.param.read_text())
+    assert folder == last(request.param, "WORKDIR")
+    (installed.site / "workspace.pth").write_text(f"{workspace}\n")
+    (host,) = re.findall(r"DYN\w+=\S+", " ".join(rest for name, rest in last_stage if name == "ENV"))
+    return workspace, ["env", "-u", "PYTHONPATH", host, installed.python, "-m", "dynamo"]
+
+
+NEMOTRON = ["serve", "graphs.agg:Frontend", "-f", "configs/agg_llama_nemotron_4b.yaml"]
+
+
+def test_a_graph_is_served_from_the_folder_of_ai_dynamo(image: tuple[Path, Sequence[str]]) -> None:
+    workspace, command = image
+    words = [*command, *NEMOTRON, "--dry-run"]
+    dry = subprocess.run(words, cwd=workspace / "examples/llm", env=environment(), capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
     assert '"host": "0.0.0.0"' in dry.stdout
+    assert re.search(r"Frontend\.host +\"0\.0\.0\.0\" +DYN_DEFAULT_HOST\n", dry.stderr)
+    assert re.search(rf"components\.worker +{workspace}/components/worker\.py\n", dry.stderr)
+
+
+def test_a_mounted_configuration_is_served_to_other_machines(image: tuple[Path, Sequence[str]]) -> None:
+    """As after `run.sh -v CONFIG:/workspace/examples/llm/configs`. 127.0.0.2 is not where a graph listens by default."""
+    workspace, command = image
+    configs = workspace / "examples/llm/configs"
+    shutil.rmtree(configs)
+    configs.mkdir()
+    text = (ROOT / "configs/agg_llama_nemotron_4b.yaml").read_text()
+    (configs / "agg_llama_nemotron_4b.yaml").write_text(text)
+    log, port = workspace / "log", free_port()
+    mock = ["--Common.model=dynamo-tiny", "--VllmWorker.engine=mock", "--VllmWorker.ServiceArgs.resources.gpu=0"]
+    words = [*command, *NEMOTRON, *mock, "--infra", "embedded", "-p", str(port), "--metrics-port", "0"]
+    with log.open("wb") as output:
+        graph = subprocess.Popen(words, cwd=workspace / "examples/llm", env=environment(), stdout=output, stderr=output)
+    try:
+        wait_for(graph, log, "\nother machines reach it without a key: DYN_API_KEYS sets keys that clients must send\n")
+        with urllib.request.urlopen(f"http://127.0.0.2:{port}/v1/models", timeout=30) as answer:
+            assert json.load(answer)["data"]
+    finally:
+        graph.send_signal(signal.SIGTERM)
+        assert graph.wait(40) == 0
+
+
+def test_a_users_folder_in_an_image_uses_the_components_there(image: tuple[Path, Sequence[str]]) -> None:
+    workspace, command = image
+    mine = workspace / "mine"
+    (mine / "graphs").mkdir(parents=True)
+    (mine / "graphs/agg.py").write_text((ROOT / "graphs/agg.py").read_text())
+    words = [*command, "serve", "graphs.agg:Frontend", "--dry-run"]
+    dry = subprocess.run(words, cwd=mine, env=environment(), capture_output=True, text=True)
+    assert re.search(r"graphs\.agg +graphs/agg\.py\n", dry.stderr), dry.stderr
+    assert re.search(rf"components\.worker +{workspace}/components/worker\.py\n", dry.stderr)
 
 
 @each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shlex
 import shutil
 import subprocess
@@ -21,15 +22,15 @@ CONTAINER = ROOT / "container"
 USER = f"{os.getuid()}:{os.getgid()}"
 HOST = (
     "docker run --network host --ipc host --shm-size=10G --ulimit memlock=-1 --ulimit stack=67108864 "
-    f"--cap-add CAP_SYS_PTRACE --stop-timeout 40 --user {USER} -w /workspace"
+    f"--ulimit nofile=65536:65536 --cap-add CAP_SYS_PTRACE --stop-timeout 40 --user {USER} -w /workspace"
 )
 CACHE = "-v /home/ann/.cache/huggingface:/home/dynamo/.cache/huggingface"
-HERE = "-e DYNAMO_HOST=127.0.0.1"  # with the host's network: not for all who reach the host
 BUILT = {name: f"--file {CONTAINER}/Dockerfile.{name} {ROOT}" for name in ("vllm", "cpu")}
 
 BUILDS = {
     "": f"docker build --tag dynamo:latest-vllm {BUILT['vllm']}",
     "--framework cpu": f"docker build --tag dynamo:latest-cpu {BUILT['cpu']}",
+    "--framework vllm_v1": f"docker build --tag dynamo:latest-vllm {BUILT['vllm']}",
     "--framework VLLM_NIXL": f"docker build --build-arg ENABLE_NIXL=true --tag dynamo:latest-vllm {BUILT['vllm']}",
     "--target builder --no-cache": (
         f"docker build --target builder --no-cache --tag dynamo:latest-vllm-builder {BUILT['vllm']}"
@@ -50,36 +51,44 @@ BUILDS = {
     ),
 }
 RUNS = {
-    "": f"{HOST} --gpus all --rm {CACHE} {HERE} dynamo:latest-vllm",
+    "": f"{HOST} --gpus all --rm {CACHE} dynamo:latest-vllm",
     "--gpus all -it --framework vllm -v /a/../config:/workspace/configs": (
-        f"{HOST} --gpus all -it --rm {CACHE} {HERE} -v /a/../config:/workspace/configs dynamo:latest-vllm bash"
+        f"{HOST} --gpus all -it --rm {CACHE} -v /a/../config:/workspace/configs dynamo:latest-vllm bash"
     ),
-    "--framework cpu": f"{HOST} --rm {CACHE} {HERE} dynamo:latest-cpu",
-    "--framework cpu --gpus all --target builder": f"{HOST} --gpus all --rm {CACHE} {HERE} dynamo:latest-cpu-builder",
-    "--framework VLLM_NIXL --gpus NONE --hf-cache none": f"{HOST} --rm {HERE} dynamo:latest-vllm",
+    "--framework cpu": f"{HOST} --rm {CACHE} dynamo:latest-cpu",
+    "--framework cpu --gpus all --target builder": f"{HOST} --gpus all --rm {CACHE} dynamo:latest-cpu-builder",
+    "--framework VLLM_NIXL --gpus NONE --hf-cache none": f"{HOST} --rm dynamo:latest-vllm",
     "--image me/it:1 --name one -- dynamo serve 'a b' -p 9000": (
-        f"{HOST} --gpus all --rm --name one {CACHE} {HERE} me/it:1 dynamo serve a\\ b -p 9000"
+        f"{HOST} --gpus all --rm --name one {CACHE} me/it:1 dynamo serve a\\ b -p 9000"
     ),
     "-it --entrypoint sh --privileged true --rm FALSE": (
-        f"{HOST} --gpus all -it --privileged --entrypoint sh {CACHE} {HERE} dynamo:latest-vllm"
+        f"{HOST} --gpus all -it --privileged --entrypoint sh {CACHE} dynamo:latest-vllm"
     ),
     "--privileged --rm --hf-cache '/my models'": (
-        f"{HOST} --gpus all --rm --privileged -v /my\\ models:/home/dynamo/.cache/huggingface {HERE} dynamo:latest-vllm"
+        f"{HOST} --gpus all --rm --privileged -v /my\\ models:/home/dynamo/.cache/huggingface dynamo:latest-vllm"
     ),
     "--mount-workspace -e A='b c' -e B": (
-        f"{HOST} --gpus all --rm -v {ROOT}:/workspace -e PYTHONPATH=/workspace {CACHE} {HERE} "
+        f"{HOST} --gpus all --rm -v {ROOT}:/workspace -e PYTHONPATH=/workspace {CACHE} "
         "-e A=b\\ c -e B dynamo:latest-vllm"
     ),
     "--workspace /srv/mine --user 0:0 -it -- dynamo status": (
         f"{HOST.replace(f'--user {USER}', '--user 0:0')} --gpus all -it --rm "
-        f"-v /srv/mine:/workspace -e PYTHONPATH=/workspace {CACHE} {HERE} dynamo:latest-vllm dynamo status"
+        f"-v /srv/mine:/workspace -e PYTHONPATH=/workspace {CACHE} dynamo:latest-vllm dynamo status"
     ),
+    "--gpus all -it --framework vllm -v /a/../config:/workspace/examples/llm/configs": (
+        f"{HOST} --gpus all -it --rm {CACHE} -v /a/../config:/workspace/examples/llm/configs dynamo:latest-vllm bash"
+    ),
+    "--framework VLLM_V1 --runtime nvidia --workdir /workspace/examples/llm": (
+        f"{HOST}/examples/llm --gpus all --runtime nvidia --rm {CACHE} dynamo:latest-vllm"
+    ),
+    "--gpus none --runtime nvidia --use-nixl-gds": (
+        f"{HOST} -v /run/udev:/run/udev:ro --cap-add IPC_LOCK --rm {CACHE} dynamo:latest-vllm"
+    ),
+    "--framework cpu --hf-cache none --host 127.0.0.1": f"{HOST} --rm -e DYNAMO_HOST=127.0.0.1 dynamo:latest-cpu",
     "--framework cpu --hf-cache none --host 0.0.0.0": f"{HOST} --rm -e DYNAMO_HOST=0.0.0.0 dynamo:latest-cpu",
     "--framework cpu --hf-cache none -v a:b -e DYNAMO_HOST=::": f"{HOST} --rm -v a:b -e DYNAMO_HOST=:: dynamo:latest-cpu",
     "--framework cpu --hf-cache none -e DYNAMO_HOST": f"{HOST} --rm -e DYNAMO_HOST dynamo:latest-cpu",
-    "--framework cpu --hf-cache none -e 'A= DYNAMO_HOST=::'": (
-        f"{HOST} --rm {HERE} -e A=\\ DYNAMO_HOST=:: dynamo:latest-cpu"
-    ),
+    "--framework cpu --hf-cache none -e 'A= DYNAMO_HOST=::'": (f"{HOST} --rm -e A=\\ DYNAMO_HOST=:: dynamo:latest-cpu"),
 }
 REFUSED = {
     "build.sh --tga x": "unknown flag: --tga",
@@ -94,7 +103,11 @@ REFUSED = {
     "run.sh -v": "-v needs a value",
     "run.sh --hf-cache ''": "--hf-cache needs a value",
     "run.sh --name --dry-run": "--name needs a value",
-    "run.sh --framework tensorrtllm": "unknown framework: TENSORRTLLM; use VLLM, VLLM_NIXL or CPU",
+    "run.sh --framework tensorrtllm": "--framework TENSORRTLLM: the engine here is vLLM; use VLLM or CPU",
+    "run.sh --framework sglang": "--framework SGLANG: the engine here is vLLM; use VLLM or CPU",
+    "run.sh --framework none": "--framework NONE: there is no image without an engine; CPU runs on any machine",
+    "run.sh --framework x": "unknown framework: X; use VLLM, VLLM_NIXL or CPU",
+    "run.sh --runtime --rm": "--runtime needs a value",
 }
 
 
@@ -105,7 +118,7 @@ def script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProces
 
 def run(*command: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command as `text=True` does, but keep \\r, which it would change to \\n."""
-    ran = subprocess.run(command, env=env, capture_output=True, timeout=30)
+    ran = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
     return subprocess.CompletedProcess(command, ran.returncode, ran.stdout.decode(), ran.stderr.decode())
 
 
@@ -145,7 +158,7 @@ def test_misuse_prints_the_error_and_then_the_help(command: str, message: str, d
 
 
 @pytest.mark.parametrize("name", ["build.sh", "run.sh"])
-@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("flag", ["-h", "-?", "--help"])
 def test_help_names_every_flag(name: str, flag: str) -> None:
     ran = script(name, flag)
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -153,7 +166,7 @@ def test_help_names_every_flag(name: str, flag: str) -> None:
         "build.sh": "--platform --framework --base-image --base-image-tag --target --build-arg --tag --no-cache --cache-from "
         "--cache-to --build-context --release-build --dry-run --help",
         "run.sh": "--image --framework --target --name --hf-cache --gpus --entrypoint --privileged --rm -v -e -it "
-        "--mount-workspace --workspace --dry-run --",
+        "--mount-workspace --workspace --dry-run --runtime --workdir --use-nixl-gds --",
     }
     assert set(upstream[name].split()) <= set(ran.stdout.replace(",", " ").replace("[", " ").split())
 
@@ -172,12 +185,23 @@ def test_the_printed_command_can_be_pasted(docker: Path, variable: str, command:
     direct = given_to_docker(script("run.sh", *flags, "--", *command, PATH=path))
     printed = script("run.sh", *flags, "--dry-run", "--", *command).stdout
     assert given_to_docker(run("bash", "-c", printed, env={"PATH": path})) == direct
-    assert direct[direct.index("-e") + 2 :] == ["-e", variable, "dynamo:latest-vllm", *command]
+    assert direct[direct.index("-e") :] == ["-e", variable, "dynamo:latest-vllm", *command]
 
 
 def test_a_build_runs_docker(docker: Path) -> None:
     ran = script("build.sh", "--framework", "cpu", PATH=f"{docker}:{os.environ['PATH']}")
     assert given_to_docker(ran) == shlex.split(BUILDS["--framework cpu"])
+
+
+def test_a_checkout_in_a_terminal_gets_a_shell() -> None:
+    """With --mount-workspace, as ai-dynamo's run.sh does it; a script without a terminal gets the default command."""
+    master, terminal = pty.openpty()
+    command = [CONTAINER / "run.sh", "--mount-workspace", "--hf-cache", "none", "--dry-run"]
+    ran = subprocess.run(command, stdin=terminal, capture_output=True, text=True, timeout=30, check=True)
+    os.close(master)
+    os.close(terminal)
+    assert " -it " in ran.stdout
+    assert ran.stdout.rstrip().endswith(" dynamo:latest-vllm bash")
 
 
 def test_the_cache_directory_is_created_as_the_user(docker: Path, tmp_path: Path) -> None:
@@ -218,7 +242,7 @@ def test_variables_of_the_graph_are_passed_on_by_name_if_they_are_set() -> None:
     }
     ran = script("run.sh", "--dry-run", "--hf-cache", "none", **given)
     passed = [name for name, value in given.items() if value and name != "DYNAMO_RUN_DIR"]
-    assert f"{HERE} {' '.join(f'-e {name}' for name in passed)} dynamo:latest-vllm\n" in ran.stdout
+    assert f"{' '.join(f'-e {name}' for name in passed)} dynamo:latest-vllm\n" in ran.stdout
     assert "sekret" not in ran.stdout + ran.stderr
 
 

@@ -29,6 +29,11 @@ def chat(served: Served, text: str = "hello", **options: object) -> str:
     return str(answer.choices[0].message.content)
 
 
+def test_the_ready_line_is_followed_by_who_reaches_the_graph(mock_graph: Served) -> None:
+    line = f": {mock_graph.url}\nonly this machine reaches it; --host 0.0.0.0 opens it to others\n"
+    mock_graph.wait_for(line, 5)
+
+
 def test_streamed_and_whole_answers_are_the_same(mock_graph: Served) -> None:
     chunks = mock_graph.client().chat.completions.create(
         model="dynamo-tiny",

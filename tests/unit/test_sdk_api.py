@@ -504,9 +504,13 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     class Own:
         def __init__(self, port: int = 7000) -> None: ...
 
-    for name in ("DYNAMO_HOST", "DYNAMO_PORT"):
+    for name in ("DYNAMO_HOST", "DYNAMO_PORT", "DYN_DEFAULT_HOST"):
         monkeypatch.delenv(name, raising=False)
     assert http_address(Frontend, {}, entry=True) == ("127.0.0.1", 8000)
+    monkeypatch.setenv("DYN_DEFAULT_HOST", "0.0.0.0")
+    assert http_address(Frontend, {}, entry=True) == ("0.0.0.0", 8000)
+    assert http_address(Frontend, {"host": "h"}, entry=True) == ("h", 8000)
+    assert http_address(Frontend, {}, entry=False) == ("127.0.0.1", None)
     assert http_address(Frontend, {}, entry=False) == ("127.0.0.1", None)
     assert http_address(Own, {}, entry=False) == ("127.0.0.1", 7000)
     monkeypatch.setenv("DYNAMO_PORT", "9000")

@@ -1,1 +1,0 @@
-"""The services of the shipped graphs: what users read first, and copy."""

@@ -1,1 +1,0 @@
-"""The shipped graphs: imports and links only."""
