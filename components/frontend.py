@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from components.planner_service import Planner
 from components.processor import Processor
 from components.worker import VllmWorker
 from dynamo.errors import ConfigError, TransportError
@@ -47,6 +48,7 @@ class Frontend(Service):
 
     worker = depends(VllmWorker)
     processor = depends(Processor)
+    planner = depends(Planner, optional=True)
 
     def __init__(
         self,
