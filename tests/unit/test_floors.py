@@ -20,7 +20,7 @@ FLOORS = [
     {"sdk", "rpc"},
     {"kv_router", "llm", "http"},
     {"engines", "openai"},
-    {"worker"},
+    {"worker", "planner"},
     {"launcher"},
     {"cli"},
     {"compat", "testing", "__main__"},
