@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from components.planner_service import Planner
 from components.processor import Processor
 from components.worker import VllmWorker
 from dynamo.errors import ConfigError, TransportError
 from dynamo.llm.protocol import MODELS_PREFIX, ChatRequest, CompletionRequest, Delta, ModelCard, ServedModel
+from dynamo.planner.service import PlannerService
 from dynamo.sdk import (
     Service,
     Stream,
@@ -48,7 +48,7 @@ class Frontend(Service):
 
     worker = depends(VllmWorker)
     processor = depends(Processor)
-    planner = depends(Planner, optional=True)
+    planner = depends(PlannerService, optional=True)
 
     def __init__(
         self,

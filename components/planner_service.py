@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Literal
 
-from dynamo.sdk import Service, service
+from dynamo.planner.load_rule import LoadLimits, Pace
+from dynamo.planner.service import PlannerService
+from dynamo.sdk import service
 
-log = logging.getLogger(__name__)
 
-
-@service(dynamo={"namespace": "dynamo", "component_type": "planner"}, resources={"cpu": "1", "memory": "1Gi"}, workers=1)
-class Planner(Service):
+@service(
+    dynamo={"namespace": "dynamo", "component_type": "planner"}, resources={"cpu": "1", "memory": "1Gi"}, workers=1
+)
+class Planner(PlannerService):
     """Adds and removes VllmWorkers and PrefillWorkers of the graph that links it."""
 
     def __init__(
@@ -46,4 +47,15 @@ class Planner(Service):
             decode_engine_num_gpu: GPUs of one VllmWorker, in the budget.
             prefill_engine_num_gpu: GPUs of one PrefillWorker, in the budget.
         """
-        log.info("the numbers of workers are not changed yet")
+        limits = LoadLimits(
+            max_gpus=max_gpu_budget,
+            min_workers=min_endpoint,
+            decode_kv_up=decode_kv_scale_up_threshold,
+            decode_kv_down=decode_kv_scale_down_threshold,
+            prefill_queue_up=prefill_queue_scale_up_threshold,
+            prefill_queue_down=prefill_queue_scale_down_threshold,
+            decode_gpus=decode_engine_num_gpu,
+            prefill_gpus=prefill_engine_num_gpu,
+        )
+        pace = Pace(adjustment_interval, metric_pulling_interval)
+        self.plan_with(limits, pace, environment=environment, no_operation=no_operation)

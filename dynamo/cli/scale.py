@@ -57,7 +57,9 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 @click.command()
 @click.argument("changes", nargs=-1, metavar="[SERVICE=N]...", shell_complete=_complete)
 @click.option("--remove", "workers", multiple=True, metavar="WORKER", help="Remove this worker, such as VllmWorker:2.")
-@click.option("--pid", type=int, metavar="PID", help="The `dynamo serve` to change, if several run; see `dynamo status`.")
+@click.option(
+    "--pid", type=int, metavar="PID", help="The `dynamo serve` to change, if several run; see `dynamo status`."
+)
 def scale(changes: tuple[str, ...], workers: tuple[str, ...], pid: int | None) -> int:
     """Add and remove worker processes of services while the graph runs. Without arguments, list the workers.
 

@@ -64,15 +64,13 @@ def plan_another(
     number = next(number for number in itertools.count(1) if number not in used)
     count = max(len(used) + 1, number, 2)  # several, so that the name has the number
     worker = _Worker(service, cls, number, count, arguments, gpu_share(cls, services.get(service, {}), arguments))
-    devices: tuple[str, ...] | None = ()
-    if worker.gpu_share > 0:
-        free = _free_gpus(running, visible_gpus)
-        devices = gpus.take(free, worker.gpu_share)
-        if devices is None:
-            raise ConfigError(
-                f"no GPU for one more {service}: {gpus.shortage(service, worker.gpu_share, free)}",
-                hint="remove a worker of another service, or give the graph more GPUs in CUDA_VISIBLE_DEVICES",
-            )
+    free = _free_gpus(running, visible_gpus)
+    devices = gpus.take(free, worker.gpu_share) if worker.gpu_share > 0 else ()
+    if devices is None:
+        raise ConfigError(
+            f"no GPU for one more {service}: {gpus.shortage('it', worker.gpu_share, free)}",
+            hint="remove a worker of another service, or give the graph more GPUs in CUDA_VISIBLE_DEVICES",
+        )
     return _process(graph, services, worker, devices, working_dir)
 
 

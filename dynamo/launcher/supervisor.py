@@ -11,7 +11,6 @@ Linux. Elsewhere orphans are not found.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
