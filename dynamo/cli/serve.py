@@ -137,6 +137,7 @@ class _ServeCommand(click.Command):
     metavar="ADDRESS",
     help="Address of the metrics port; by default 127.0.0.1 and the address that other hosts reach.",
 )
+@click.option("--enable-local-planner", is_flag=True, hidden=True)  # of ai-dynamo 0.2
 @click.option("--reload", is_flag=True, help="Restart a service when a Python file that it imports changes.")
 @click.option(
     "--dry-run",
@@ -169,6 +170,7 @@ def serve(
     use_default_health_checks: bool | None,
     metrics_port: int | None,
     metrics_host: str | None,
+    enable_local_planner: bool,
     reload: bool,
     dry_run: bool,
     explain: str,
@@ -207,6 +209,8 @@ def serve(
     if supervise and not service_names:
         raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
     found = load(graph, working_dir)
+    if enable_local_planner:
+        warn("--enable-local-planner has no effect: a Planner that the graph links plans in any case")
     started = select(without(found, elsewhere), service_names)
     for option, given in (("--depends", elsewhere), ("--service-name", service_names)):
         if given:

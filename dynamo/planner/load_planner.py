@@ -65,7 +65,9 @@ class LoadPlanner:
         samples = await self._collect(services)
         workers = self._count(services)
         if workers != before:
-            changes = f"{before.prefill} -> {workers.prefill} prefill, {before.decode} -> {workers.decode} decode workers"
+            changes = (
+                f"{before.prefill} -> {workers.prefill} prefill, {before.decode} -> {workers.decode} decode workers"
+            )
             log.info("no decision: %s during the interval", changes)
         else:
             decision = decide(samples, workers, self._limits, self._grace)
