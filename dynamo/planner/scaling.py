@@ -21,7 +21,7 @@ import msgspec
 from dynamo.errors import UnavailableError
 from dynamo.rpc.remote_errors import Failure, unpack
 
-LIST_TIMEOUT_S = 5.0
+LIST_TIMEOUT_S = 2.0
 MAX_LINE_BYTES = 1 << 20
 
 
