@@ -139,7 +139,7 @@ def _owner(found: Sequence[_Supervised], service: str) -> _Supervised:
 
 
 async def _change(supervised: _Supervised, change: _Change) -> str:
-    """Carry out one change, and return the line for it."""
+    """Make one change, and return the line for it."""
     service = supervised.service(change.service)
     assert service is not None
     before = service.wanted

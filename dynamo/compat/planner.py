@@ -126,7 +126,7 @@ class LocalConnector(PlannerConnector):
             try:
                 await step
             except DynamoError as error:
-                log.warning("cannot %s: %s", what, error)
+                log.warning("cannot %s: %s", what, error.message)
                 return False
             return True
 

@@ -56,6 +56,10 @@ GC_THRESHOLDS = (20_000, 20, 50)
 collection took 9 % of a token's time."""
 LIVENESS_EVERY_S = 1.0
 READINESS_EVERY_S = 0.02
+PLANNER = "planner"
+"""`component_type` of a planner, as ai-dynamo writes it"""
+PLANNER_START_S = 0.5
+"""A planner whose start hooks take longer counts as started."""
 
 
 Scrape = Callable[["Pages", Callable[[], bool]], Coroutine[Any, Any, None]]
@@ -110,6 +114,7 @@ class ServiceProcess:
         self.live: LiveSettings | None = None
         self._scrape = scrape
         self._scraped: asyncio.Task[None] | None = None
+        self._planning: asyncio.Task[list[Any]] | None = None
         self._socket: MetricsSocket | None = None
         self._constructed = False
         self._ready = False
@@ -145,7 +150,7 @@ class ServiceProcess:
             self.context.listen = self.http.listen
             await self._show_metrics(runtime, run_dir)
             await self.http.start_system_app()
-            await self._call_hooks("start")
+            await self._start()
             if self.stopping.is_set():
                 return 0
             await self._join(runtime, pools)
@@ -200,6 +205,16 @@ class ServiceProcess:
         if not url:
             return {"text": f"{headless}: no endpoint here"} if headless else {}
         return {"url": url} if self.cls is self.graph.entry else {"url": url, "text": url}
+
+    async def _start(self) -> None:
+        """Run the start hooks. Those of a planner of ai-dynamo 0.3 never return: they are the planner's loop."""
+        hooks = asyncio.get_running_loop().create_task(self._call_hooks("start"))
+        if spec_of(self.cls).component_type == PLANNER:
+            await asyncio.wait({hooks}, timeout=PLANNER_START_S)
+            if not hooks.done():
+                self._planning = hooks
+                return
+        await hooks
 
     async def _call_hooks(self, kind: Hook) -> list[Any]:
         results = []
@@ -258,6 +273,8 @@ class ServiceProcess:
                 self.status.report("draining")
                 return 0
             try:
+                if self._planning is not None and self._planning.done():
+                    self._planning.result()
                 alive = all(await self._call_hooks("liveness"))
                 reason, hint = "a liveness check returned False", None
             except Exception as error:
@@ -285,8 +302,8 @@ class ServiceProcess:
             await self.http.close()
         if self.live is not None:
             await self.live.stop()
-        if self._scraped is not None:
-            self._scraped.cancel()
+        for task in filter(None, (self._scraped, self._planning)):
+            task.cancel()
         if self._socket is not None:
             self._socket.close()
         await runtime.close()
