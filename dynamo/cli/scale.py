@@ -121,9 +121,16 @@ async def _find(pid: int | None) -> list[_Supervised]:
     if not graphs:
         what = "no graph runs on this machine" if pid is None else f"no `dynamo serve` has the process id {pid}"
         raise UnavailableError(what, hint="see `dynamo status`; start a graph with `dynamo serve`")
-    clients = [SupervisorClient(Path(graph.run_dir)) for graph in graphs]
-    services = await asyncio.gather(*(client.services() for client in clients))
-    return [_Supervised(*parts) for parts in zip(graphs, clients, services, strict=True)]
+    found, errors = [], []
+    for graph in graphs:
+        client = SupervisorClient(Path(graph.run_dir))
+        try:
+            found.append(_Supervised(graph, client, await client.services()))
+        except UnavailableError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
 
 
 def _owner(found: Sequence[_Supervised], service: str) -> _Supervised:

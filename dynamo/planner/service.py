@@ -47,15 +47,15 @@ class PlannerService(AbstractService):
         """Return what changes the numbers of workers; None, with a notice of the reason, if nothing can."""
         from dynamo.planner.scaling import SupervisorClient, path_of
 
-        run_dir = Path(os.environ.get(RUN_DIR, ""))
+        run_dir = os.environ.get(RUN_DIR)
         if self._no_operation:
             log.info("no-operation: decisions are logged, and no worker is added or removed")
         elif self._environment == "kubernetes":
             log.warning("environment: kubernetes is not supported yet: decisions are logged, and nothing is changed")
-        elif not path_of(run_dir).exists():
+        elif not run_dir or not path_of(Path(run_dir)).exists():
             log.warning("no supervisor here: decisions are logged, and nothing is changed; start it with --supervise")
         else:
-            return SupervisorClient(run_dir)
+            return SupervisorClient(Path(run_dir))
         return None
 
     @on_shutdown

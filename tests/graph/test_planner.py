@@ -29,12 +29,19 @@ CONFIG = {
     },
     "PrefillWorker": {
         "max-prefills": 1,
-        "mock-slow-factor": 8,
+        "mock-slow-factor": 12,
         "ServiceArgs": {"workers": 1, "resources": {"gpu": 1}},
     },
-    "Planner": {"adjustment-interval": 2, "metric-pulling-interval": 0.2, "max-gpu-budget": 4},
+    "Planner": {  # thresholds between which no load of this test lies, so that it grows, stays and shrinks
+        "adjustment-interval": 2,
+        "metric-pulling-interval": 0.2,
+        "max-gpu-budget": 4,
+        "decode-kv-scale-up-threshold": 0.2,
+        "decode-kv-scale-down-threshold": 0.01,
+        "prefill-queue-scale-up-threshold": 2,
+    },
 }
-CLIENTS, PROMPT_TOKENS, TOKENS = 30, 600, 40
+CLIENTS, PROMPT_TOKENS, TOKENS = 24, 400, 20
 _NEW = count(1)
 
 
@@ -146,13 +153,24 @@ def requests(served: Served) -> int:
     return len(busy)
 
 
-def test_no_operation_changes_nothing(serve_graph: Start) -> None:
+def test_no_operation_changes_nothing(serve_graph: Start, load: list[Load]) -> None:
     served = start(serve_graph, "0,1,2", "--Planner.no-operation=true", "--VllmWorker.ServiceArgs.workers=2")
     served.wait_for("no operation: prefill queue 0.00 a worker, KV usage 0.00, 1 prefill and 2 decode workers", 30)
-    assert "-1 decode worker (KV 0.00 < 0.5)" in served.output
+    assert "-1 decode worker (KV 0.00 < 0.01)" in served.output
+    refused = command("scale", "VllmWorker=+1", **served.servers)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error: no GPU for one more VllmWorker: it needs 1 GPU, 0 of 3 are free\nhint: ")
     served.wait_for("no operation:", 30, after=len(served.output))
     assert {name for name in workers(served) if "Vllm" in name} == {"VllmWorker:1", "VllmWorker:2"}
     assert "removing" not in served.output
+    # by hand, under load: the streams of the worker that is removed finish
+    load.append(clients := Load(served))
+    clients.start()
+    until(lambda: requests(served) == 3, "all workers have served requests")
+    assert scaled(served, "VllmWorker=1") == "VllmWorker: 2 -> 1 worker\n"
+    assert scaled(served, "VllmWorker=2") == "VllmWorker: 1 -> 2 workers\n"
+    clients.stop()
+    assert clients.failures == []
 
 
 def test_kubernetes_is_a_notice(serve_graph: Start) -> None:
