@@ -95,21 +95,28 @@ async def _scale(changes: Sequence[_Change], workers: Sequence[str], pid: int | 
     if not changes and not workers:
         click.echo("\n\n".join(_table(supervised) for supervised in found))
         return 0
-    tasks = []
-    targets = [(_owner(found, change.service), change) for change in changes]  # all of them before the first change
-    removals = [(_owner(found, name.partition(":")[0]), name) for name in workers]
-    for supervised, change in targets:
-        tasks.append(_change(supervised, change))
-    for supervised, name in removals:
-        tasks.append(_remove(supervised, name))
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    errors = [result for result in results if isinstance(result, BaseException)]
+    # every service is found before the first change
+    targets = [(_owner(found, change.service), change) for change in changes]
+    removals = [(_owner(found, worker.partition(":")[0]), worker) for worker in workers]
+    steps = [_change(*target) for target in targets] + [_remove(*removal) for removal in removals]
+    results = await asyncio.gather(*steps, return_exceptions=True)
     for result in results:
         if isinstance(result, str):
             click.echo(result)
+    errors = _dynamo_errors(results)
+    if len(errors) > 1:
+        raise StartError("; ".join(error.message for error in errors), hint=errors[0].hint)
     if errors:
         raise errors[0]
     return 0
+
+
+def _dynamo_errors(results: Sequence[object]) -> list[DynamoError]:
+    """Return the errors among results; raise the first of another kind."""
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, DynamoError):
+            raise result
+    return [result for result in results if isinstance(result, DynamoError)]
 
 
 async def _find(pid: int | None) -> list[_Supervised]:
@@ -188,7 +195,7 @@ async def _all(steps: Sequence[Awaitable[WorkerInfo]], supervised: _Supervised, 
         _, running = await asyncio.wait(running, timeout=POLL_S)
         if running:
             await _show_progress(supervised.client, service, shown)
-    return [error for task in done if isinstance(error := task.exception(), DynamoError)]
+    return _dynamo_errors([task.exception() for task in done])
 
 
 async def _show_progress(client: SupervisorClient, service: str, shown: dict[str, str]) -> None:

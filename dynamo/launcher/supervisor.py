@@ -70,6 +70,16 @@ class _Slot:
     def joining(self) -> bool:
         return self.joined is not None and not self.joined.done()
 
+    def settle(self, error: DynamoError | None = None) -> bool:
+        """End the wait of `Supervisor.add` for this process, with an error or without; return False if none waits."""
+        if self.joined is None or self.joined.done():
+            return False
+        if error is None:
+            self.joined.set_result(None)
+        else:
+            self.joined.set_exception(error)
+        return True
+
     @property
     def state(self) -> ProcessState:
         process, restarts, leaving = self.process, max(self.runs - 1, 0), self.leaving.is_set()
@@ -233,10 +243,8 @@ class Supervisor:
     def _close_slot(self, slot: _Slot) -> None:
         """Forget a process that was removed, or added in vain."""
         name = slot.spec.name
-        if slot.joining:
-            assert slot.joined is not None
-            what = "was removed" if slot.leaving.is_set() else "ended: the graph is stopping"
-            slot.joined.set_exception(UnavailableError(f"{name} {what}"))
+        what = "was removed" if slot.leaving.is_set() else "ended: the graph is stopping"
+        slot.settle(UnavailableError(f"{name} {what}"))
         failed = slot.joined is not None and slot.joined.exception() is not None
         if slot.leaving.is_set() or failed:
             del self._slots[name]
@@ -250,10 +258,11 @@ class Supervisor:
         try:
             process = ManagedProcess(spec, self._logs / f"{spec.name}.log", self._console, self._on_event)
         except OSError as error:
-            if slot.joined is not None and slot.joining:
-                slot.joined.set_exception(StartError(f"{spec.name} could not start: {error}"))
+            what = f"{spec.name} could not start"
+            if slot.settle(StartError(f"{what}: {error}")):
+                self._console.failed(what, str(error))
             else:
-                self._fail(f"{spec.name} could not start", str(error))
+                self._fail(what, str(error))
             return None
         slot.process = process
         slot.runs += 1
@@ -271,8 +280,8 @@ class Supervisor:
         name = process.spec.name
         if slot.leaving.is_set():
             return False
-        if slot.joined is not None and slot.joining:
-            slot.joined.set_exception(self._join_error(process))
+        if slot.joining:
+            slot.settle(self._join_error(process))
             return False
         if not self._up:
             self._fail_process(process, f"{name} could not start")
@@ -337,8 +346,7 @@ class Supervisor:
                     slot = self._slots[process.spec.name]
                     detail = str(event.get("text") or "")
                     self._console.process_ready(process.spec.name, process.age_s(), detail, again=slot.runs > 1)
-                    if slot.joined is not None and slot.joining:
-                        slot.joined.set_result(None)
+                    slot.settle()
                     self._check_all_ready()
             case "failed":
                 process.error = str(event.get("error") or "failed")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dynamo.config.provenance import canonical
+from dynamo.errors import ConfigError
 from dynamo.planner.load_rule import LoadLimits, Pace
 from dynamo.sdk import AbstractService, async_on_start, on_shutdown, service_context
 from dynamo.tasks import TaskSet
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from dynamo.planner.scaling import Scaler
 
 log = logging.getLogger(__name__)
+
+INTERVALS = ("adjustment-interval", "metric-pulling-interval")
 
 
 class PlannerService(AbstractService):
@@ -28,6 +33,13 @@ class PlannerService(AbstractService):
         self._environment = environment
         self._no_operation = no_operation
         self._tasks = TaskSet("planner")
+
+    @staticmethod
+    def check_settings(settings: Mapping[str, Any], where: Callable[[str], str]) -> None:
+        """Validate the intervals, without which the planner would never pause."""
+        for key, value in settings.items():
+            if canonical(key) in INTERVALS and float(value) <= 0:
+                raise ConfigError(f"{where(key)}: expected more than 0, found {value}", hint="give seconds, such as 10")
 
     @async_on_start
     async def start(self) -> None:

@@ -208,13 +208,13 @@ class ServiceProcess:
 
     async def _start(self) -> None:
         """Run the start hooks. Those of a planner of ai-dynamo 0.3 never return: they are the planner's loop."""
-        hooks = asyncio.get_running_loop().create_task(self._call_hooks("start"))
-        if spec_of(self.cls).component_type == PLANNER:
-            await asyncio.wait({hooks}, timeout=PLANNER_START_S)
-            if not hooks.done():
-                self._planning = hooks
-                return
-        await hooks
+        if spec_of(self.cls).component_type != PLANNER:
+            await self._call_hooks("start")
+            return
+        self._planning = asyncio.get_running_loop().create_task(self._call_hooks("start"))
+        await asyncio.wait({self._planning}, timeout=PLANNER_START_S)
+        if self._planning.done():
+            self._planning.result()
 
     async def _call_hooks(self, kind: Hook) -> list[Any]:
         results = []
@@ -290,6 +290,8 @@ class ServiceProcess:
 
     async def _shut_down(self, runtime: Runtime) -> None:
         started = time.monotonic()
+        if self._planning is not None:
+            self._planning.cancel()
         if self.http is not None:
             await self.http.stop(self._drain_s)
         await runtime.drain(max(self._drain_s - (time.monotonic() - started), MIN_DRAIN_S))
@@ -302,8 +304,8 @@ class ServiceProcess:
             await self.http.close()
         if self.live is not None:
             await self.live.stop()
-        for task in filter(None, (self._scraped, self._planning)):
-            task.cancel()
+        if self._scraped is not None:
+            self._scraped.cancel()
         if self._socket is not None:
             self._socket.close()
         await runtime.close()
