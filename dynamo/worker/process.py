@@ -114,11 +114,11 @@ class ServiceProcess:
         self.live: LiveSettings | None = None
         self._scrape = scrape
         self._scraped: asyncio.Task[None] | None = None
-        self._planning: asyncio.Task[list[Any]] | None = None
         self._socket: MetricsSocket | None = None
         self._constructed = False
         self._ready = False
         self._drain_s = DRAIN_S
+        self._planning: asyncio.Task[list[Any]] | None = None
 
     async def run(self) -> int:
         """Run from construction to shutdown; return the exit code."""
