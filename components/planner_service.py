@@ -20,6 +20,7 @@ class Planner(PlannerService):
         environment: Literal["local", "kubernetes"] = "local",
         no_operation: bool = False,
         log_dir: str | None = None,
+        served_model_name: str | None = None,
         adjustment_interval: float = 180,
         metric_pulling_interval: float = 10,
         max_gpu_budget: float = 8,
@@ -36,6 +37,7 @@ class Planner(PlannerService):
             environment: where workers are added: local, by the `dynamo serve` that runs this process, or kubernetes.
             no_operation: log the decisions and change nothing.
             log_dir: directory for TensorBoard files in ai-dynamo 0.3; not used, /metrics has the numbers.
+            served_model_name: not used, as in ai-dynamo 0.3.
             adjustment_interval: seconds between two decisions.
             metric_pulling_interval: seconds between two readings of the load.
             max_gpu_budget: GPUs that all workers together may use.

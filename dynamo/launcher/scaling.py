@@ -116,6 +116,7 @@ async def serve(path: Path, scaler: Scaler) -> None:
 
     try:
         server = await asyncio.start_unix_server(answer, path, limit=MAX_LINE_BYTES)
+        path.chmod(0o600)
     except OSError as error:  # such as a path of more than 107 bytes
         log.warning("the graph cannot be scaled while it runs: %s: %s", path, error)
         return

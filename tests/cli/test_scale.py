@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,8 @@ def test_an_added_worker_that_dies_is_restarted(graph: Graph) -> None:
 def test_the_list_of_workers(graph: Graph) -> None:
     result = scale(graph)
     assert result.returncode == 0
+    sockets = list(Path(graph.env["TMPDIR"]).glob("dynamo-*/scaling"))
+    assert [path.stat().st_mode & 0o777 for path in sockets] == [0o600]
     first, head, *rows = result.stdout.splitlines()
     assert first.startswith("graphs.agg:Frontend  pid ")
     assert head.split() == ["SERVICE", "WORKER", "STATE", "GPUS", "PID", "RESTARTS"]
