@@ -15,6 +15,7 @@ from components.processor import Processor
 from components.worker import VllmWorker
 from dynamo.errors import ConfigError, TransportError
 from dynamo.llm.protocol import MODELS_PREFIX, ChatRequest, CompletionRequest, Delta, ModelCard, ServedModel
+from dynamo.planner.service import PlannerService
 from dynamo.sdk import (
     Service,
     Stream,
@@ -47,6 +48,7 @@ class Frontend(Service):
 
     worker = depends(VllmWorker)
     processor = depends(Processor)
+    planner = depends(PlannerService, optional=True)
 
     def __init__(
         self,

@@ -62,6 +62,7 @@ class PrefillWorker(EngineService):
         super().__init__(model, engine, speedup_ratio, engine_args, kv_transfer=True)
         self.max_prefills = max_prefills
         self.done = 0  # prompts computed
+        self._waiting: int | None = None  # tasks that no prefill worker has taken; None: unknown
         self._offers: dict[str, _Offer] = {}  # by task id
         self._unresponsive: set[str] = set()  # subjects of decode workers that did not answer their last offer
         self._background = TaskSet("prefill worker")
@@ -82,7 +83,8 @@ class PrefillWorker(EngineService):
         self._background.spawn(self._measure_queue(), name="measure the queue")
 
     def stats_data(self) -> dict[str, float]:
-        return {**super().stats_data(), "prefills_done": self.done, "prefills_in_hand": len(self._offers)}
+        stats = {**super().stats_data(), "prefills_done": self.done, "prefills_in_hand": len(self._offers)}
+        return stats if self._waiting is None else {**stats, "prefill_queue_waiting": self._waiting}
 
     async def _accept_jobs(self) -> None:
         """Take tasks from the queue until the process stops, which lets those in hand finish."""
@@ -156,8 +158,10 @@ class PrefillWorker(EngineService):
         """Keep the metric of the queue's length up to date."""
         while True:
             try:
-                self.metrics.waiting.set(await self.tasks.waiting())
+                self._waiting = await self.tasks.waiting()
+                self.metrics.waiting.set(self._waiting)
             except DynamoError as error:
+                self._waiting = None
                 log.debug("length of the prefill queue unknown: %s", error.message)
             await asyncio.sleep(MEASURE_INTERVAL_S)
 

@@ -7,13 +7,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from dynamo.errors import DynamoError, StartError
+from dynamo.errors import DynamoError, StartError, UnavailableError
 from dynamo.launcher.run_dir import RunningGraph, running
 from dynamo.llm.protocol import MODELS_PREFIX, ModelCard
+from dynamo.planner.scaling import ServiceInfo, SupervisorClient
 from dynamo.rpc.messages import Instance
 from dynamo.rpc.nats_service import service_name
 from dynamo.rpc.runtime import DEFAULT_ETCD
@@ -79,6 +81,8 @@ class Snapshot:
     error: str = ""
     """why all of it, or the statistics, are missing"""
     settings: list[ProcessSettings] = field(default_factory=list)
+    workers: dict[int, list[ServiceInfo]] = field(default_factory=dict)
+    """services and workers of each graph of this machine, by the pid of its `dynamo serve`"""
 
     @property
     def is_running(self) -> bool:
@@ -112,13 +116,14 @@ def single_deployment() -> Deployment:
 
 async def take_snapshot(deployment: Deployment) -> Snapshot:
     """Read the state of a deployment. Never raises a DynamoError: its message is the snapshot's `error`."""
+    workers = {graph.pid: await _read_workers(graph) for graph in deployment.graphs}
     try:
         async with deployment.etcd() as etcd:
             instance_items, _ = await etcd.get_prefix(INSTANCES_PREFIX)
             card_items, _ = await etcd.get_prefix(MODELS_PREFIX)
             settings = await read_settings(etcd)
     except DynamoError as failure:
-        return Snapshot(deployment, error=failure.message)
+        return Snapshot(deployment, error=failure.message, workers=workers)
     instances = list(filter(None, map(_decode_instance, instance_items)))
     stats: dict[str, EndpointStats] = {}
     error = ""
@@ -128,7 +133,15 @@ async def take_snapshot(deployment: Deployment) -> Snapshot:
         except DynamoError as failure:
             error = failure.message
     with_stats = [(instance, stats.get(instance.subject, EndpointStats())) for instance in instances]
-    return Snapshot(deployment, with_stats, decode_cards(card_items), error, settings)
+    return Snapshot(deployment, with_stats, decode_cards(card_items), error, settings, workers)
+
+
+async def _read_workers(graph: RunningGraph) -> list[ServiceInfo]:
+    """Return the workers that a graph's supervisor runs; none if it does not answer."""
+    try:
+        return await SupervisorClient(Path(graph.run_dir)).services()
+    except UnavailableError:
+        return []
 
 
 def decode_cards(items: Sequence[KeyValue]) -> list[tuple[str, ModelCard]]:

@@ -23,6 +23,7 @@ SECTIONS = {
     "Running graphs": {
         "status": ("dynamo.cli.status:status", "Show running graphs: instances, models, load."),
         "set": ("dynamo.cli.set:change", "Change settings of a running graph."),
+        "scale": ("dynamo.cli.scale:scale", "Add and remove workers of a running graph."),
         "llmctl": ("dynamo.cli.llmctl:llmctl", "List, add and remove models."),
     },
     "This machine": {

@@ -142,6 +142,7 @@ def _today(argument: str) -> str:
     metavar="ADDRESS",
     help="Address of the metrics port; by default 127.0.0.1 and the address that other hosts reach.",
 )
+@click.option("--enable-local-planner", is_flag=True, hidden=True)  # of ai-dynamo 0.2
 @click.option("--reload", is_flag=True, help="Restart a service when a Python file that it imports changes.")
 @click.option(
     "--strict",
@@ -179,6 +180,7 @@ def serve(
     use_default_health_checks: bool | None,
     metrics_port: int | None,
     metrics_host: str | None,
+    enable_local_planner: bool,
     reload: bool,
     strict: bool,
     dry_run: bool,
@@ -225,6 +227,8 @@ def serve(
     if elsewhere_found:
         named = ", ".join(f"{name} from {file}" for name, file in elsewhere_found.items())
         warn(f"not in the folders of {working_dir.resolve()}, so taken from elsewhere: {named}")
+    if enable_local_planner:
+        warn("--enable-local-planner has no effect: a Planner that the graph links plans in any case")
     started = select(without(found, elsewhere), service_names)
     for option, given in (("--depends", elsewhere), ("--service-name", service_names)):
         if given:

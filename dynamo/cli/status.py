@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from dynamo.cli import tables
 from dynamo.cli.errors import in_colour
@@ -19,6 +20,7 @@ from dynamo.launcher import wording
 
 if TYPE_CHECKING:
     from dynamo.cli.deployments import EndpointStats, Snapshot
+    from dynamo.planner.scaling import ServiceInfo
     from dynamo.rpc.messages import Instance
 
 WATCH_S = 1.0
@@ -116,11 +118,22 @@ def _summary(snapshot: Snapshot) -> Iterator[str]:
             f"metrics {graph.metrics}" if graph.metrics else "",
         )
         yield "  ".join(filter(None, facts))
+        yield from filter(None, map(_scaled, snapshot.workers.get(graph.pid, ())))
     yield f"etcd {_addresses(deployment.etcd_endpoints)}, nats {_addresses(deployment.nats_url)}"
     if snapshot.error:
         yield f"error: {snapshot.error}"
     elif not snapshot.instances and not snapshot.models:
         yield "no instances yet: the graph is starting"
+
+
+def _scaled(service: ServiceInfo) -> str:
+    """Return a line for a service that was scaled or has workers that are not ready; empty for others."""
+    busy = [worker for worker in service.workers if worker.state != "ready"]
+    if service.wanted == service.planned and not busy:
+        return ""
+    states = (f"{w.name} {w.state}{f' ({w.progress})' if w.progress else ''}" for w in busy)
+    count = f"{service.wanted} worker{'s' if service.wanted != 1 else ''}"
+    return ", ".join((f"{service.namespace}.{service.name}: {count}, {service.planned} at the start", *states))
 
 
 def _instance_row(instance: Instance, stats: EndpointStats) -> tuple[str, ...]:
@@ -181,6 +194,15 @@ def _to_builtins(snapshot: Snapshot) -> dict[str, Any]:
                 "metrics": graph.metrics or None,
                 "started": graph.started,
                 "run_dir": graph.run_dir,
+                "services": [
+                    {
+                        "namespace": service.namespace,
+                        "service": service.name,
+                        "planned": service.planned,
+                        "workers": [msgspec.to_builtins(worker) for worker in service.workers],
+                    }
+                    for service in snapshot.workers.get(graph.pid, ())
+                ],
             }
             for graph in snapshot.deployment.graphs
         ],

@@ -16,12 +16,14 @@ import uvloop
 from dynamo import log
 from dynamo.engines.kv_transfer.session import SECRET, SHARED
 from dynamo.errors import DynamoError, StartError
-from dynamo.launcher import embedded_servers, host_metrics, metrics_port
+from dynamo.launcher import embedded_servers, host_metrics, metrics_port, scaling
 from dynamo.launcher.console import Console
 from dynamo.launcher.host_metrics import HostMetrics, ask_process
 from dynamo.launcher.managed_process import Event, ProcessSpec
 from dynamo.launcher.run_dir import announce, remove_abandoned
+from dynamo.launcher.scaling import LocalScaler
 from dynamo.launcher.supervisor import Supervisor
+from dynamo.planner.scaling import path_of
 from dynamo.sdk.graph_import import absolute_python_path
 from dynamo.sdk.spec import spec_of
 from dynamo.transport.network import METRICS_ADDRESS, bound_host
@@ -89,6 +91,8 @@ async def _run(plan: ServePlan, run_dir: Path, console: Console) -> int:
             ready_text=joined_text(plan, infra) if options.service_names else "",
             reach_text=plan.reach,
         )
+        scaler = LocalScaler(plan, supervisor, environment)
+        supervisor.run_beside("scaling", partial(scaling.serve, path_of(run_dir), scaler))
         for name in infra.embedded:
             supervisor.run_beside(name, partial(keep_server_running, name, infra, console))
         if options.reload:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from dynamo.errors import ConfigError
 
@@ -45,18 +45,31 @@ def assign(requests: Iterable[tuple[str, float]], gpus: Sequence[str]) -> list[t
         if wanted <= 0:
             assigned.append(())
             continue
-        if wanted < WHOLE:
-            fits = [gpu for gpu, left in free.items() if left >= wanted - 1e-9][:1]
-        else:
-            fits = [gpu for gpu, left in free.items() if left == WHOLE][: int(wanted)]
-        if len(fits) < max(1, int(wanted)):
+        found = take(free, wanted)
+        if found is None:
             total = sum(w for _, w in requests)
             raise ConfigError(
-                f"{name} needs {wanted:g} GPU{'s' if wanted > 1 else ''}, {sum(v == WHOLE for v in free.values())} of "
-                f"{len(gpus)} are free; the graph needs {total:g} in all",
+                f"{shortage(name, wanted, free)}; the graph needs {total:g} in all",
                 hint="lower ServiceArgs.workers or resources.gpu, or run without a GPU: -f configs/agg_tiny.yaml",
             )
-        for gpu in fits:
-            free[gpu] -= min(wanted, WHOLE)
-        assigned.append(tuple(fits))
+        assigned.append(found)
     return assigned
+
+
+def take(free: dict[str, float], wanted: float) -> tuple[str, ...] | None:
+    """Take `wanted` GPUs, above 0, out of `free`, the part of each GPU that is free; None if they do not fit."""
+    if wanted < WHOLE:
+        fits = [gpu for gpu, left in free.items() if left >= wanted - 1e-9][:1]
+    else:
+        fits = [gpu for gpu, left in free.items() if left >= WHOLE - 1e-9][: int(wanted)]
+    if len(fits) < max(1, int(wanted)):
+        return None
+    for gpu in fits:
+        free[gpu] -= min(wanted, WHOLE)
+    return tuple(fits)
+
+
+def shortage(name: str, wanted: float, free: Mapping[str, float]) -> str:
+    """Describe that `name` needs more GPUs than are free."""
+    whole = sum(left >= WHOLE - 1e-9 for left in free.values())
+    return f"{name} needs {wanted:g} GPU{'s' if wanted > 1 else ''}, {whole} of {len(free)} are free"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from dynamo.config.service_args import ServiceArgs, service_args
 from dynamo.config.service_config import VARIABLE
+from dynamo.errors import ConfigError
 from dynamo.launcher import gpus
 from dynamo.launcher.managed_process import ProcessSpec
 from dynamo.sdk.graph import Graph
@@ -37,19 +39,67 @@ def plan(
         share = gpu_share(cls, services.get(name, {}), arguments)
         workers += [_Worker(name, cls, number, count, arguments, share) for number in range(1, count + 1)]
     assigned = gpus.assign([(worker.service, worker.gpu_share) for worker in workers], visible_gpus)
-    cwd = str(working_dir.resolve())
     return [
-        ProcessSpec(
-            worker.service,
-            worker.number,
-            _command(graph, worker),
-            _environment(worker, services, devices),
-            cwd,
-            worker.count,
-            namespace_of(worker.cls, services),
-        )
+        _process(graph, services, worker, devices, working_dir)
         for worker, devices in zip(workers, assigned, strict=True)
     ]
+
+
+def plan_another(
+    graph: Graph,
+    services: Mapping[str, Mapping[str, Any]],
+    service: str,
+    running: Sequence[ProcessSpec],
+    *,
+    working_dir: Path,
+    visible_gpus: Sequence[str],
+) -> ProcessSpec:
+    """Return the spec of one more worker of a service, beside the processes that are `running`.
+
+    It gets the lowest number and the GPUs that none of them has. Raises ConfigError if too few GPUs are free.
+    """
+    cls = graph.services[service]
+    arguments = service_args(service, services.get(service, {}))
+    used = {process.worker_id for process in running if process.service == service}
+    number = next(number for number in itertools.count(1) if number not in used)
+    count = max(len(used) + 1, number, 2)  # several, so that the name has the number
+    worker = _Worker(service, cls, number, count, arguments, gpu_share(cls, services.get(service, {}), arguments))
+    free = _free_gpus(running, visible_gpus)
+    devices = gpus.take(free, worker.gpu_share) if worker.gpu_share > 0 else ()
+    if devices is None:
+        raise ConfigError(
+            f"no GPU for one more {service}: {gpus.shortage('it', worker.gpu_share, free)}",
+            hint="remove a worker of another service, or give the graph more GPUs in CUDA_VISIBLE_DEVICES",
+        )
+    return _process(graph, services, worker, devices, working_dir)
+
+
+def gpus_of(process: ProcessSpec) -> list[str]:
+    """Return the ids of the GPUs that a process uses or shares."""
+    return [gpu for gpu in process.env["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+
+
+def _free_gpus(running: Sequence[ProcessSpec], visible: Sequence[str]) -> dict[str, float]:
+    """Return the part of each visible GPU that no running process uses."""
+    free = dict.fromkeys(visible, gpus.WHOLE)
+    for process in running:
+        for gpu in gpus_of(process):
+            free[gpu] -= float(process.env.get(GPU_SHARE, gpus.WHOLE))
+    return free
+
+
+def _process(
+    graph: Graph, services: Mapping[str, Mapping[str, Any]], worker: _Worker, devices: Sequence[str], working_dir: Path
+) -> ProcessSpec:
+    return ProcessSpec(
+        worker.service,
+        worker.number,
+        _command(graph, worker),
+        _environment(worker, services, devices),
+        str(working_dir.resolve()),
+        worker.count,
+        namespace_of(worker.cls, services),
+    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +146,7 @@ def describe(processes: Sequence[ProcessSpec]) -> list[dict[str, Any]]:
         {
             "name": process.name,
             "command": " ".join(("python", *process.argv[1:])),
-            "gpus": [gpu for gpu in process.env["CUDA_VISIBLE_DEVICES"].split(",") if gpu],
+            "gpus": gpus_of(process),
             "env": {name: value for name, value in process.env.items() if name not in hidden},
             "cwd": process.cwd,
         }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dynamo.config.settings import constructor_arguments, declared
 from dynamo.launcher import gpus, metrics_port, ports
 from dynamo.launcher.managed_process import ProcessSpec
-from dynamo.launcher.plan import plan
+from dynamo.launcher.plan import plan, plan_another
 from dynamo.sdk.spec import spec_of
 from dynamo.transport.network import is_loopback
 from dynamo.worker.environment import namespace_of
@@ -31,6 +31,7 @@ class ServePlan:
     options: ServeOptions
     processes: tuple[ProcessSpec, ...]
     entry_address: tuple[str, int] | None
+    visible_gpus: tuple[str, ...] = ()
 
     @property
     def services(self) -> list[tuple[str, type]]:
@@ -61,11 +62,27 @@ class ServePlan:
         """Return the processes with variables that are known only at the start; a service's own variables win."""
         return [replace(process, env={**environment, **process.env}) for process in self.processes]
 
+    def another(self, service: str, running: Sequence[ProcessSpec], environment: Mapping[str, str]) -> ProcessSpec:
+        """Return one more worker of a service beside the processes that are `running`, with variables as above.
+
+        Raises ConfigError if too few GPUs are free.
+        """
+        process = plan_another(
+            self.graph,
+            self.resolved.services,
+            service,
+            running,
+            working_dir=self.options.working_dir,
+            visible_gpus=self.visible_gpus,
+        )
+        return replace(process, env={**environment, **process.env})
+
 
 def make_plan(graph: Graph, resolved: Resolved, options: ServeOptions) -> ServePlan:
     """Plan the processes of a graph. Raises ConfigError if there are too few GPUs."""
-    processes = plan(graph, resolved.services, working_dir=options.working_dir, visible_gpus=gpus.visible())
-    return ServePlan(graph, resolved, options, tuple(processes), _entry_address(graph, resolved))
+    visible_gpus = tuple(gpus.visible())
+    processes = plan(graph, resolved.services, working_dir=options.working_dir, visible_gpus=visible_gpus)
+    return ServePlan(graph, resolved, options, tuple(processes), _entry_address(graph, resolved), visible_gpus)
 
 
 def check_ports(plan: ServePlan) -> None:

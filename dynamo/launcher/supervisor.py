@@ -1,5 +1,7 @@
 """The supervisor: starts the processes of a graph, watches them, restarts those that die, stops all of them in order.
 
+Processes may be added and removed while the graph runs.
+
 A process that dies may leave descendants: vLLM's engine core has its own session. As the supervisor is a subreaper
 (`guard.py`) they become its children; they are killed before the process starts again (`orphans.py`).
 
@@ -9,19 +11,17 @@ Linux. Elsewhere orphans are not found.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from dynamo import prctl
-from dynamo.errors import DynamoError
+from dynamo.errors import DynamoError, StartError, UnavailableError
 from dynamo.launcher.console import Console
 from dynamo.launcher.managed_process import Event, ManagedProcess, ProcessSpec, end_processes
 from dynamo.launcher.orphans import Orphans
@@ -40,12 +40,52 @@ SAME_STOP_S = 0.2  # systemd signals the whole cgroup: one SIGTERM comes directl
 
 
 class ProcessState(NamedTuple):
-    """`restarts`: how often it was started again, after its end or an edit. `pid` None: it is not running."""
+    """`restarts`: how often it was started again, after its end or an edit. `pid` None: it is not running.
+
+    `leaving`: it is being removed. `progress`: what its start is waiting for.
+    """
 
     spec: ProcessSpec
     ready: bool
     restarts: int
     pid: int | None
+    leaving: bool = False
+    progress: str = ""
+
+
+class _Slot:
+    """One process of the graph, through all its runs."""
+
+    def __init__(self, spec: ProcessSpec, policy: RestartPolicy, joined: asyncio.Future[None] | None = None) -> None:
+        """`joined` is set for a process that is added: its result is the first `ready`, its exception the reason why not."""
+        self.spec = spec
+        self.joined = joined
+        self.deaths = DeathRecord(policy)
+        self.process: ManagedProcess | None = None  # the living run, or the last one
+        self.runs = 0
+        self.leaving = asyncio.Event()
+        self.ended = asyncio.Event()  # for good
+
+    @property
+    def joining(self) -> bool:
+        return self.joined is not None and not self.joined.done()
+
+    def settle(self, error: DynamoError | None = None) -> bool:
+        """End the wait of `Supervisor.add` for this process, with an error or without; return False if none waits."""
+        if self.joined is None or self.joined.done():
+            return False
+        if error is None:
+            self.joined.set_result(None)
+        else:
+            self.joined.set_exception(error)
+        return True
+
+    @property
+    def state(self) -> ProcessState:
+        process, restarts, leaving = self.process, max(self.runs - 1, 0), self.leaving.is_set()
+        if process is None or not process.alive:
+            return ProcessState(self.spec, False, restarts, None, leaving)
+        return ProcessState(self.spec, bool(process.ready), restarts, process.pid, leaving, process.progress)
 
 
 class Supervisor:
@@ -73,7 +113,7 @@ class Supervisor:
         ready_text: str = "",
         reach_text: str = "",
     ) -> None:
-        self._specs = list(processes)
+        self._slots = {spec.name: _Slot(spec, restarts) for spec in processes}
         self._logs = run_dir / "logs"
         self._console = console
         self._on_exit = on_exit
@@ -87,8 +127,6 @@ class Supervisor:
         self._beside: list[tuple[str, Callable[[], Awaitable[None]]]] = []
         self._exit_hooks = TaskSet("supervisor")
         self._edited = asyncio.Event()  # replaced at each edit
-        self._current: dict[str, ManagedProcess] = {}  # by name: the living run, or the last one
-        self._runs = Counter[str]()  # by name: number of starts
         self._up = False  # all were ready at the same time once
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
@@ -111,30 +149,58 @@ class Supervisor:
         self._logs.mkdir(parents=True, exist_ok=True)
         self._orphans = Orphans(self._living, self._other_pids)
         prctl.set_subreaper()
-        self._console.starting([spec.name for spec in self._specs])
+        self._console.starting(list(self._slots))
         with stop_signals(self._on_stop_signal):
             try:
                 await self._run()
                 if self._code == 0:
                     self._console.stopped(time.monotonic() - self._stop_requested_at)
             finally:
-                for process in self._current.values():
-                    process.close()
+                for slot in self._slots.values():
+                    if slot.process is not None:
+                        slot.process.close()
                 self._orphans.kill_now()
                 self._console.flush()
         return self._code
 
     def processes(self) -> list[ProcessState]:
-        """Return the current state of all processes, in the order given."""
-        found = []
-        for spec in self._specs:
-            process = self._current.get(spec.name)
-            restarts = max(self._runs[spec.name] - 1, 0)
-            if process is not None and process.alive:
-                found.append(ProcessState(spec, bool(process.ready), restarts, process.pid))
-            else:
-                found.append(ProcessState(spec, False, restarts, None))
-        return found
+        """Return the current state of all processes, dependencies first and those of a service together."""
+        return [slot.state for slot in self._slots.values()]
+
+    async def add(self, spec: ProcessSpec) -> None:
+        """Start one more process, whose name is not in use, and return when it is ready. From then on it is as the others.
+
+        Raises StartError if it fails or ends before: it is not tried again. Raises UnavailableError while the graph starts
+        or stops. When the caller is cancelled, the process stays.
+        """
+        self._check_running()
+        joined = asyncio.get_running_loop().create_future()
+        joined.add_done_callback(_retrieve_exception)  # the caller may be cancelled
+        slot = _Slot(spec, self._restarts, joined)
+        self._slots = _inserted(self._slots, slot)
+        self._console.print(f"adding {spec.name}")
+        self._processes.create_task(self._keep_running(slot))
+        await asyncio.shield(joined)
+
+    async def remove(self, name: str) -> None:
+        """Drain a process and end it for good; return when it has ended. A second call for it waits for the same end.
+
+        It is killed if it has not ended `drain_s` after the signal. Raises UnavailableError while the graph starts or stops.
+        When the caller is cancelled, the process is removed nevertheless.
+        """
+        self._check_running()
+        slot = self._slots[name]
+        if not slot.leaving.is_set():
+            slot.leaving.set()
+            self._console.print(f"removing {name}: draining")
+            self._tasks.create_task(self._end_slot(slot))
+        await slot.ended.wait()
+
+    def _check_running(self) -> None:
+        if self._stopping.is_set():
+            raise UnavailableError("the graph is stopping")
+        if not self._up:
+            raise UnavailableError("the graph is still starting", hint="try again when it is ready")
 
     def restart_edited(self, paths: Collection[str]) -> None:
         """Drain and restart the processes that run one of these source files, by the `files` of their `ready` event."""
@@ -152,9 +218,9 @@ class Supervisor:
             async with asyncio.TaskGroup() as self._tasks:
                 beside = [self._tasks.create_task(self._run_task(name, work)) for name, work in self._beside]
                 beside.append(self._tasks.create_task(self._report_progress()))
-                async with asyncio.TaskGroup() as processes:
-                    for spec in self._specs:
-                        processes.create_task(self._keep_running(spec))
+                async with asyncio.TaskGroup() as self._processes:
+                    for slot in self._slots.values():
+                        self._processes.create_task(self._keep_running(slot))
                     await self._stopping.wait()
                     await self._stop()
                 while self._exit_hooks and not self._forced.is_set():
@@ -166,23 +232,42 @@ class Supervisor:
 
     # -- one process
 
-    async def _keep_running(self, spec: ProcessSpec) -> None:
-        """Run the process, and run it again each time it ends, until the graph stops."""
-        deaths = DeathRecord(self._restarts)
-        while not self._stopping.is_set():
-            process = await self._run_once(spec)
-            if process is None or self._stopping.is_set() or not await self._wait_for_restart(process, deaths):
-                return
+    async def _keep_running(self, slot: _Slot) -> None:
+        """Run the process, and run it again each time it ends, until the graph stops or the process is removed."""
+        try:
+            while not self._stopping.is_set() and not slot.leaving.is_set():
+                process = await self._run_once(slot)
+                if process is None or self._stopping.is_set() or not await self._wait_for_restart(slot, process):
+                    break
+        finally:
+            self._close_slot(slot)
 
-    async def _run_once(self, spec: ProcessSpec) -> ManagedProcess | None:
+    def _close_slot(self, slot: _Slot) -> None:
+        """Forget a process that was removed, or added in vain."""
+        name = slot.spec.name
+        what = "was removed" if slot.leaving.is_set() else "ended: the graph is stopping"
+        slot.settle(UnavailableError(f"{name} {what}"))
+        failed = slot.joined is not None and slot.joined.exception() is not None
+        if slot.leaving.is_set() or failed:
+            del self._slots[name]
+            if not failed and not self._stopping.is_set():
+                self._console.print(f"{name} removed")
+        slot.ended.set()
+
+    async def _run_once(self, slot: _Slot) -> ManagedProcess | None:
         """Start the process and wait until it and its orphans have ended; None if it could not be started."""
+        spec = slot.spec
         try:
             process = ManagedProcess(spec, self._logs / f"{spec.name}.log", self._console, self._on_event)
         except OSError as error:
-            self._fail(f"{spec.name} could not start", str(error))
+            what = f"{spec.name} could not start"
+            if slot.settle(StartError(f"{what}: {error}")):
+                self._console.failed(what, str(error))
+            else:
+                self._fail(what, str(error))
             return None
-        self._current[spec.name] = process
-        self._runs[spec.name] += 1
+        slot.process = process
+        slot.runs += 1
         try:
             await process.wait()
             if self._on_exit is not None:  # in the background: a restart does not wait for it
@@ -192,9 +277,14 @@ class Supervisor:
             process.close()
         return process
 
-    async def _wait_for_restart(self, process: ManagedProcess, deaths: DeathRecord) -> bool:
-        """Wait until a process that has ended may start again; False if the graph ends instead."""
+    async def _wait_for_restart(self, slot: _Slot, process: ManagedProcess) -> bool:
+        """Wait until a process that has ended may start again; False if it or the graph ends instead."""
         name = process.spec.name
+        if slot.leaving.is_set():
+            return False
+        if slot.joining:
+            slot.settle(self._join_error(process))
+            return False
         if not self._up:
             self._fail_process(process, f"{name} could not start")
             return False
@@ -202,28 +292,50 @@ class Supervisor:
             return True
         if self._reload and not process.ready:
             self._console.failed(name, process.error or process.exit_reason(), "edit a file to try again")
-            await self._next_edit()
+            await self._pause(slot, None, self._edited)
             return True
-        delay_s = deaths.add(time.monotonic(), process.age_s())
+        delay_s = slot.deaths.add(time.monotonic(), process.age_s())
         if delay_s is None:
-            what = f"{name} died {deaths.count} times in {self._restarts.window_s:.0f} s: giving up"
+            what = f"{name} died {slot.deaths.count} times in {self._restarts.window_s:.0f} s: giving up"
             self._fail_process(process, what, drain=True)
             return False
         self._console.restarting(name, process.exit_reason(), process.error, delay_s)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(delay_s):
-                await self._stopping.wait()
+        await self._pause(slot, delay_s)
         return True
 
-    async def _next_edit(self) -> None:
-        """Wait for an edit, or for the end of the graph."""
-        edited = asyncio.ensure_future(self._edited.wait())
-        stopping = asyncio.ensure_future(self._stopping.wait())
+    def _join_error(self, process: ManagedProcess) -> StartError:
+        """Return why a process that was added did not become ready, and show it on the console."""
+        name, fact, hint = process.spec.name, process.error or process.exit_reason(), process.hint
+        lines = () if process.error else list(process.tail)[-SHOWN_LINES:]
+        self._console.failed(f"{name} could not start", fact, hint, lines, str(process.log_path))
+        return StartError(f"{name} could not start: {fact}", hint=hint or f"look into {process.log_path}")
+
+    async def _pause(self, slot: _Slot, timeout_s: float | None, *events: asyncio.Event) -> None:
+        """Wait for one of `events`, the removal of the process, or the end of the graph; at most `timeout_s`."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._stopping, slot.leaving, *events)]
         try:
-            await asyncio.wait({edited, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            edited.cancel()
-            stopping.cancel()
+            for wait in waits:
+                wait.cancel()
+
+    async def _end_slot(self, slot: _Slot) -> None:
+        """Drain a process that is removed, or kill it where it has nothing to finish or does not end in time."""
+        process = slot.process
+        if process is None or not process.alive:
+            return
+        if not process.ready:
+            await end_processes([process])
+            return
+        process.draining = True
+        process.signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(self._drain_s):
+                await process.wait()
+        except TimeoutError:
+            fact = f"still running {self._drain_s:g} s after the signal to stop: killed"
+            self._console.failed(slot.spec.name, fact)
+            process.signal(signal.SIGKILL)
 
     def _on_event(self, process: ManagedProcess, event: Event) -> None:
         match event.get("event"):
@@ -233,8 +345,10 @@ class Supervisor:
                 first = not process.ready  # a later event may bring a new lease
                 process.ready = event
                 if first and not self._stopping.is_set():
+                    slot = self._slots[process.spec.name]
                     detail = str(event.get("text") or "")
-                    self._console.process_ready(process.spec.name, process.age_s(), detail, again=self._up)
+                    self._console.process_ready(process.spec.name, process.age_s(), detail, again=slot.runs > 1)
+                    slot.settle()
                     self._check_all_ready()
             case "failed":
                 process.error = str(event.get("error") or "failed")
@@ -245,7 +359,7 @@ class Supervisor:
                     self._fail_process(process, f"{process.spec.name} could not start")
 
     def _check_all_ready(self) -> None:
-        processes = [self._current.get(spec.name) for spec in self._specs]
+        processes = [slot.process for slot in self._slots.values()]
         if not self._up and all(process is not None and process.ready for process in processes):
             self._up = True
             urls = [str(p.ready["url"]) for p in processes if p is not None and p.ready.get("url")]
@@ -324,7 +438,7 @@ class Supervisor:
                     await process.wait()
 
     def _living(self) -> list[ManagedProcess]:
-        found = (self._current.get(spec.name) for spec in self._specs)
+        found = (slot.process for slot in self._slots.values())
         return [process for process in found if process is not None and process.alive]
 
     # -- beside the processes
@@ -345,3 +459,17 @@ class Supervisor:
             for process in self._living():
                 if not process.ready and not self._stopping.is_set():
                     self._console.progress(process.spec.name, process.progress, process.age_s())
+
+
+def _inserted(slots: dict[str, _Slot], slot: _Slot) -> dict[str, _Slot]:
+    """Return the slots with one more, behind the last one of its service: the order in which services are drained."""
+    names = list(slots)
+    same = [index for index, name in enumerate(names) if slots[name].spec.service == slot.spec.service]
+    names.insert(same[-1] + 1 if same else 0, slot.spec.name)
+    return {name: slots.get(name, slot) for name in names}
+
+
+def _retrieve_exception(future: asyncio.Future[None]) -> None:
+    """Mark a future's exception as seen."""
+    if not future.cancelled():
+        future.exception()

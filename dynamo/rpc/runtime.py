@@ -203,6 +203,14 @@ class Runtime:
         await self.connect()
         return await self.nats.listen(subject, handler)
 
+    async def request(self, subject: str, payload: bytes, timeout_s: float) -> bytes:
+        """Send a request on a NATS subject and return the first answer.
+
+        Raises NoInstancesError if nothing subscribes to the subject, TransportError without an answer in time.
+        """
+        await self.connect()
+        return await self.nats.request(subject, payload, timeout_s)
+
     def work_queue(self, stream: str, subject: str, **limits: Any) -> JetStreamQueue:
         """Return a work queue of JetStream with the `limits` of `JetStreamQueue`. It connects at the first use."""
 

@@ -47,6 +47,10 @@ class ProcessRuntime(Protocol):
         """Publish on a NATS subject."""
         ...
 
+    async def request(self, subject: str, payload: bytes, timeout_s: float) -> bytes:
+        """Send a request on a NATS subject and return the first answer. Raises NoInstancesError without a subscriber."""
+        ...
+
     async def listen(self, subject: str, handler: Callable[[bytes], None]) -> Any:
         """Call `handler` for each message on a NATS subject until the returned subscription is closed."""
         ...

@@ -58,6 +58,10 @@ GC_THRESHOLDS = (20_000, 20, 50)
 collection took 9 % of a token's time."""
 LIVENESS_EVERY_S = 1.0
 READINESS_EVERY_S = 0.02
+PLANNER = "planner"
+"""`component_type` of a planner, as ai-dynamo writes it"""
+PLANNER_START_S = 0.5
+"""A planner whose start hooks take longer counts as started."""
 
 
 Scrape = Callable[["Pages", Callable[[], bool]], Coroutine[Any, Any, None]]
@@ -117,6 +121,7 @@ class ServiceProcess:
         self._constructed = False
         self._ready = False
         self._drain_s = DRAIN_S
+        self._planning: asyncio.Task[list[Any]] | None = None
 
     async def run(self) -> int:
         """Run from construction to shutdown; return the exit code."""
@@ -149,7 +154,7 @@ class ServiceProcess:
             self.context.listen = self.http.listen
             await self._show_metrics(runtime, run_dir)
             await self.http.start_system_app()
-            await self._call_hooks("start")
+            await self._start()
             if self.stopping.is_set():
                 return 0
             await self._join(runtime, pools)
@@ -210,6 +215,16 @@ class ServiceProcess:
         if not url:
             return {"text": f"{headless}: no endpoint here"} if headless else {}
         return {"url": url} if self.cls is self.graph.entry else {"url": url, "text": url}
+
+    async def _start(self) -> None:
+        """Run the start hooks. Those of a planner of ai-dynamo 0.3 never return: they are the planner's loop."""
+        if spec_of(self.cls).component_type != PLANNER:
+            await self._call_hooks("start")
+            return
+        self._planning = asyncio.get_running_loop().create_task(self._call_hooks("start"))
+        await asyncio.wait({self._planning}, timeout=PLANNER_START_S)
+        if self._planning.done():
+            self._planning.result()
 
     async def _call_hooks(self, kind: Hook) -> list[Any]:
         results = []
@@ -273,6 +288,8 @@ class ServiceProcess:
                 self.status.report("draining")
                 return 0
             try:
+                if self._planning is not None and self._planning.done():
+                    self._planning.result()
                 alive = all(await self._call_hooks("liveness"))
                 reason, hint = "a liveness check returned False", None
             except Exception as error:
@@ -288,6 +305,8 @@ class ServiceProcess:
 
     async def _shut_down(self, runtime: Runtime) -> None:
         started = time.monotonic()
+        if self._planning is not None:
+            self._planning.cancel()
         if self.http is not None:
             await self.http.stop(self._drain_s)
         await runtime.drain(max(self._drain_s - (time.monotonic() - started), MIN_DRAIN_S))

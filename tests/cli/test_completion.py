@@ -37,8 +37,8 @@ def completed(*words: str, **variables: str) -> set[str]:
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (("dynamo", "s"), {"serve", "status", "set"}),
-        (("dynamo", ""), {"serve", "run", "init", "status", "set", "llmctl", "env", "completion"}),
+        (("dynamo", "s"), {"serve", "status", "set", "scale"}),
+        (("dynamo", ""), {"serve", "run", "init", "status", "set", "scale", "llmctl", "env", "completion"}),
         (("dynamo", "completion", ""), {"bash", "zsh", "fish"}),
         (("dynamo", "serve", "graphs.agg:Frontend", "--inf"), {"--infra"}),
         (("dynamo", "serve", "graphs.agg:Frontend", "--infra", "e"), {"embedded", "external"}),

@@ -105,7 +105,7 @@ from dynamo.launcher.guard import guarded
 def run():
     import asyncio, subprocess
     from pathlib import Path
-    from dynamo.errors import TransportError
+    from dynamo.errors import DynamoError, TransportError
     from dynamo.launcher.console import Console
     from dynamo.launcher.supervisor import ProcessSpec, RestartPolicy, Supervisor
     plan = json.loads(sys.argv[2])
@@ -141,6 +141,30 @@ def run():
         **plan.get("options", {}),
     )
     supervisor.run_beside("etcd", beside)
+    def spec_of(given):
+        return ProcessSpec(**{**given, "argv": tuple(given["argv"])})
+    async def step(verb, argument):
+        try:
+            await (supervisor.add(spec_of(argument)) if verb == "add" else supervisor.remove(argument))
+            journal(f"{verb} done")
+        except DynamoError as error:
+            journal(f"{verb} {type(error).__name__} {error.message}")
+    async def scale():
+        # `wait`: for a state of the processes; `start`: without waiting for the end of the step
+        begun = []
+        for verb, argument in plan.get("steps", []):
+            if verb == "wait":
+                while [f"{p.spec.name} {'leaving' if p.leaving else 'ready' if p.ready else p.pid and 'starting'}"
+                       for p in supervisor.processes()] != argument:
+                    await asyncio.sleep(0.01)
+            elif verb == "start":
+                begun.append(asyncio.create_task(step(*argument)))
+            else:
+                await step(verb, argument)
+        journal("steps done")
+        await asyncio.gather(*begun)
+        await asyncio.Event().wait()
+    supervisor.run_beside("scale", scale)
     return asyncio.run(supervisor.run())
 
 sys.exit(guarded(run))
@@ -171,13 +195,17 @@ class Serve:
         names = [name for name, _ in workers]
         processes = []
         for index, (name, do) in enumerate(workers):
-            spec = {"service": name, "worker_id": names[:index].count(name) + 1, "workers": names.count(name)}
-            label = name if spec["workers"] == 1 else f"{name}:{spec['worker_id']}"
-            argv = [do.get("python", sys.executable), "-ISc", WORKER, self.token, json.dumps(do)]
-            env = {"JOURNAL": str(self.journal_path), "STUBBORN": STUBBORN, "NAME": label}
-            processes.append({**spec, "argv": argv, "env": env, "cwd": str(self.dir)})
+            processes.append(self.spec(name, names[:index].count(name) + 1, names.count(name), do))
         text = json.dumps({"processes": processes, "run_dir": str(self.dir), **plan})
         return [sys.executable, "-c", DRIVER, self.token, text]
+
+    def spec(self, service: str, worker_id: int, workers: int, do: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of a ProcessSpec."""
+        label = service if workers == 1 else f"{service}:{worker_id}"
+        argv = [do.get("python", sys.executable), "-ISc", WORKER, self.token, json.dumps(do)]
+        env = {"JOURNAL": str(self.journal_path), "STUBBORN": STUBBORN, "NAME": label}
+        spec = {"service": service, "worker_id": worker_id, "workers": workers}
+        return {**spec, "argv": argv, "env": env, "cwd": str(self.dir)}
 
     def start(self, *workers: tuple[str, dict[str, Any]], **plan: Any) -> None:
         with open(self.dir / "out", "wb") as out, open(self.dir / "err", "wb") as err:
@@ -250,7 +278,7 @@ def test_lines_from_start_to_stop(serve: Serve) -> None:
     serve.wait_for("ready in .* http")
     serve.signal(signal.SIGINT)
     assert serve.wait() == 0
-    lines = [line for line in serve.err.splitlines() if line != "started"]
+    lines = [line for line in serve.err.splitlines() if line != "started" and "(0.8 s)" not in line]  # if it was slow
     expected = [
         r"starting 2 processes: VllmWorker, Frontend",
         r"Frontend ready in 0\.\d s",
@@ -516,3 +544,142 @@ def test_ages(seconds: float, text: str) -> None:
 
 def test_counts_of_processes() -> None:
     assert (processes(1), processes(3)) == ("1 process", "3 processes")
+
+
+# -- processes added and removed while the graph runs
+
+
+def test_a_process_that_was_added_is_as_the_others(serve: Serve) -> None:
+    serve.start(
+        WORKS,
+        FRONT,
+        steps=[["wait", ["VllmWorker ready", "Frontend ready"]], ["add", serve.spec("VllmWorker", 2, 2, CORE[1])]],
+    )
+    serve.until(lambda: "add done" in serve.journal)
+    assert "\nadding VllmWorker:2\n" in serve.err
+    assert re.search(r"^VllmWorker:2 ready in 0\.\d s$", serve.err, re.MULTILINE)
+    os.kill(serve.pid("VllmWorker:2"), signal.SIGKILL)  # restarted, without its orphans
+    serve.wait_for(r"VllmWorker:2 died \(SIGKILL\); restarting in 0\.2 s")
+    serve.wait_for(r"VllmWorker:2 ready again")
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+    ends = [line for line in serve.journal if line.endswith(" TERM")]
+    assert ends[0] == "Frontend TERM"  # drained as the others of its service, behind the entry
+    assert sorted(ends[1:]) == ["VllmWorker TERM", "VllmWorker:2 TERM"]
+
+
+@pytest.mark.parametrize(
+    ("do", "error", "shown"),
+    [
+        ({"failed": {"error": "no memory", "hint": "lower it"}}, "no memory", "no memory\nhint: lower it\n"),
+        ({"exit": 3}, "exited (3)", "exited (3)\n  | started\n  | the last word\n"),
+        ({"python": "no-such-python"}, "[Errno 2] No such file or directory: 'no-such-python'", ""),
+    ],
+)
+def test_a_process_added_in_vain_leaves_the_graph_as_it_was(
+    serve: Serve, do: dict[str, Any], error: str, shown: str
+) -> None:
+    before = ["VllmWorker ready", "Frontend ready"]
+    steps = [["wait", before], ["add", serve.spec("VllmWorker", 2, 2, do)], ["wait", before]]
+    serve.start(WORKS, FRONT, steps=steps)
+    serve.until(lambda: "steps done" in serve.journal)
+    assert f"add StartError VllmWorker:2 could not start: {error}" in serve.journal
+    assert shown in serve.err
+    assert "restarting" not in serve.err
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+
+
+def test_a_process_is_drained_before_it_is_removed(serve: Serve) -> None:
+    slow = ("VllmWorker", {"drain_s": 0.3, "ready": {"lease": 7}})
+    steps = [["wait", ["VllmWorker:1 ready", "VllmWorker:2 ready", "Frontend ready"]], ["remove", "VllmWorker:2"]]
+    serve.start(slow, slow, FRONT, steps=steps)
+    serve.until(lambda: "remove done" in serve.journal)
+    journal = serve.journal
+    assert journal.index("VllmWorker:2 TERM") < journal.index("VllmWorker:2 end") < journal.index("remove done")
+    assert "VllmWorker:1 TERM" not in journal
+    serve.until(lambda: "on_exit VllmWorker:2 7" in serve.journal)  # its lease is revoked
+    assert re.search(r"^removing VllmWorker:2: draining\n(.*\n)?VllmWorker:2 removed$", serve.err, re.MULTILINE)
+    assert "restarting" not in serve.err
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+    assert serve.journal.count("VllmWorker:2 TERM") == 1
+
+
+def test_a_removed_process_that_does_not_end_is_killed(serve: Serve) -> None:
+    stubborn = ("VllmWorker", {"ignore_term": True, "core": True, "ready": {}})
+    steps = [["wait", ["VllmWorker:1 ready", "VllmWorker:2 ready", "Frontend ready"]], ["remove", "VllmWorker:2"]]
+    serve.start(WORKS, stubborn, FRONT, steps=steps, options={"drain_s": 0.3})
+    serve.until(lambda: "remove done" in serve.journal)
+    assert "VllmWorker:2: still running 0.3 s after the signal to stop: killed\n" in serve.err
+    assert len(alive(serve.token)) == 4  # guard, supervisor, VllmWorker:1 and Frontend: its orphans ended with it
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+
+
+def test_a_process_that_is_still_starting_is_removed_at_once(serve: Serve) -> None:
+    before = ["VllmWorker ready", "Frontend ready"]
+    steps = [
+        ["wait", before],
+        ["start", ["add", serve.spec("VllmWorker", 2, 2, {"load_s": 60})]],
+        ["wait", ["VllmWorker ready", "VllmWorker:2 starting", "Frontend ready"]],
+        ["remove", "VllmWorker:2"],
+        ["wait", before],
+    ]
+    serve.start(WORKS, FRONT, steps=steps)
+    serve.until(lambda: "steps done" in serve.journal)
+    assert "add UnavailableError VllmWorker:2 was removed" in serve.journal
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+
+
+def test_a_process_that_waits_for_its_restart_is_removed(serve: Serve) -> None:
+    dies = ("VllmWorker", {"ready": {}})
+    steps = [
+        ["wait", ["VllmWorker:1 ready", "VllmWorker:2 ready", "Frontend ready"]],
+        ["wait", ["VllmWorker:1 ready", "VllmWorker:2 None", "Frontend ready"]],
+        ["remove", "VllmWorker:2"],
+    ]
+    serve.start(WORKS, dies, FRONT, steps=steps, restarts={"first_s": 60})
+    serve.wait_for(f"ready in .*{URL}")
+    os.kill(serve.pid("VllmWorker:2"), signal.SIGKILL)
+    serve.until(lambda: "remove done" in serve.journal)
+    assert serve.journal.count("VllmWorker:2 start") == 1
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+
+
+def test_nothing_is_added_or_removed_while_the_graph_starts_or_stops(serve: Serve) -> None:
+    slow = ("VllmWorker", {"load_s": 0.5, "drain_s": 0.5, "ready": {}})
+    more = serve.spec("VllmWorker", 2, 2, WORKS[1])
+    steps = [
+        ["add", more],
+        ["remove", "VllmWorker"],
+        ["wait", ["VllmWorker ready", "Frontend ready"]],
+        ["wait", ["VllmWorker ready", "Frontend None"]],  # drained first
+        ["add", more],
+        ["remove", "VllmWorker"],
+    ]
+    serve.start(slow, FRONT, steps=steps)
+    serve.wait_for(f"ready in .*{URL}")
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+    found = [line for line in serve.journal if "UnavailableError" in line]
+    starting, stopping = "the graph is still starting", "the graph is stopping"
+    assert found == [f"{verb} UnavailableError {why}" for why in (starting, stopping) for verb in ("add", "remove")]
+
+
+def test_the_end_of_the_graph_ends_what_is_starting_or_leaving(serve: Serve) -> None:
+    slow = ("VllmWorker", {"drain_s": 0.5, "ready": {}})
+    steps = [
+        ["wait", ["VllmWorker:1 ready", "VllmWorker:2 ready", "Frontend ready"]],
+        ["start", ["add", serve.spec("VllmWorker", 3, 3, {"load_s": 60, "core": True})]],
+        ["start", ["remove", "VllmWorker:2"]],
+        ["wait", ["VllmWorker:1 ready", "VllmWorker:2 leaving", "VllmWorker:3 starting", "Frontend ready"]],
+    ]
+    serve.start(slow, slow, FRONT, steps=steps)
+    serve.until(lambda: "steps done" in serve.journal)
+    serve.signal(signal.SIGINT)
+    assert serve.wait() == 0
+    assert "add UnavailableError VllmWorker:3 ended: the graph is stopping" in serve.journal
+    assert "remove done" in serve.journal

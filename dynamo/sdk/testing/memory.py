@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from dynamo.errors import NoInstancesError
 from dynamo.rpc.metrics import ProcessMetrics
 
 
@@ -80,6 +81,10 @@ class MemoryRuntime:
         """Call the handlers on a subject."""
         for handler in list(self._network.handlers.get(subject, ())):
             handler(payload)
+
+    async def request(self, subject: str, payload: bytes, timeout_s: float) -> bytes:
+        """Raise NoInstancesError: in memory, nothing answers on a subject."""
+        raise NoInstancesError(f"nothing subscribes to {subject}")
 
     async def listen(self, subject: str, handler: Callable[[bytes], None]) -> MemorySubscription:
         """Call `handler` for each message on a subject until the returned subscription is closed."""
