@@ -74,6 +74,7 @@ _DECODE_ONLY = _ignored("ai-dynamo accepted it here without effect, as a setting
 _DECODE_KEYS = ("remote-prefill", "conditional-disagg", "max-local-prefill-length", "max-prefill-queue-size")
 _ONE_ENDPOINT = _ignored("the Processor of `endpoint` serves completions, too")
 _LINKS = _ignored("the links of the graph decide it")
+_NOT_FRONTENDS = _ignored("forks of ai-dynamo repeated it here; Processor and workers have it")
 _ADDRESSES = {
     **dict.fromkeys(("etcd-endpoints", "etcd-url"), _ignored("the variable ETCD_ENDPOINTS holds the address")),
     **dict.fromkeys(("nats-server", "nats-url"), _ignored("the variable NATS_SERVER holds the address")),
@@ -87,6 +88,7 @@ KEYS: Mapping[str, Mapping[str, Row]] = {
         "endpoint-completions": _ONE_ENDPOINT,
         "worker": _LINKS,
         "processor": _LINKS,
+        **dict.fromkeys(("block-size", "max-model-len", "router"), _NOT_FRONTENDS),
         **_ADDRESSES,
     },
     "Processor": {
@@ -111,4 +113,5 @@ KEYS: Mapping[str, Mapping[str, Row]] = {
         **dict.fromkeys(_DECODE_KEYS, _DECODE_ONLY),
         **_ADDRESSES,
     },
+    "Planner": _ADDRESSES,
 }
