@@ -18,9 +18,17 @@ from dynamo.planner import (
     PlannerConnector,
     SLAPlannerDefaults,
 )
+from dynamo.sdk.graph import load
 from tests.cli.terminal import command
 from tests.compat.test_hello import post
-from tests.served import Served, Start
+from tests.served import ROOT, Served, Start
+
+
+def test_only_a_graph_that_links_it_has_a_planner() -> None:
+    for name in ("agg", "agg_router", "disagg", "disagg_router"):
+        assert "Planner" not in load(f"graphs.{name}:Frontend", ROOT).services
+    graph = load("tests.graph.planned:Frontend", ROOT)
+    assert list(graph.services) == ["PrefillWorker", "VllmWorker", "Processor", "Planner", "Frontend"]
 
 
 def test_the_defaults_of_0_3() -> None:
