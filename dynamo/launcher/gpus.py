@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dynamo.errors import ConfigError
 
 WHOLE = 1.0
+SLACK = 1e-4
+"""the environment has the part of a GPU with six digits"""
 
 
 def visible(environment: str | None = None) -> list[str]:
@@ -59,9 +61,9 @@ def assign(requests: Iterable[tuple[str, float]], gpus: Sequence[str]) -> list[t
 def take(free: dict[str, float], wanted: float) -> tuple[str, ...] | None:
     """Take `wanted` GPUs, above 0, out of `free`, the part of each GPU that is free; None if they do not fit."""
     if wanted < WHOLE:
-        fits = [gpu for gpu, left in free.items() if left >= wanted - 1e-9][:1]
+        fits = [gpu for gpu, left in free.items() if left >= wanted - SLACK][:1]
     else:
-        fits = [gpu for gpu, left in free.items() if left >= WHOLE - 1e-9][: int(wanted)]
+        fits = [gpu for gpu, left in free.items() if left >= WHOLE - SLACK][: int(wanted)]
     if len(fits) < max(1, int(wanted)):
         return None
     for gpu in fits:
@@ -71,5 +73,5 @@ def take(free: dict[str, float], wanted: float) -> tuple[str, ...] | None:
 
 def shortage(name: str, wanted: float, free: Mapping[str, float]) -> str:
     """Describe that `name` needs more GPUs than are free."""
-    whole = sum(left >= WHOLE - 1e-9 for left in free.values())
+    whole = sum(left >= WHOLE - SLACK for left in free.values())
     return f"{name} needs {wanted:g} GPU{'s' if wanted > 1 else ''}, {whole} of {len(free)} are free"

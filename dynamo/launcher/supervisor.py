@@ -178,7 +178,7 @@ class Supervisor:
         joined.add_done_callback(_retrieve_exception)  # the caller may be cancelled
         slot = _Slot(spec, self._restarts, joined)
         self._slots = _inserted(self._slots, slot)
-        self._console.print(f"adding {spec.name}")
+        self._console.print(f"adding {spec.name}", process=spec.name)
         self._processes.create_task(self._keep_running(slot))
         await asyncio.shield(joined)
 
@@ -192,7 +192,7 @@ class Supervisor:
         slot = self._slots[name]
         if not slot.leaving.is_set():
             slot.leaving.set()
-            self._console.print(f"removing {name}: draining")
+            self._console.print(f"removing {name}: draining", process=name)
             self._tasks.create_task(self._end_slot(slot))
         await slot.ended.wait()
 
@@ -251,7 +251,7 @@ class Supervisor:
         if slot.leaving.is_set() or failed:
             del self._slots[name]
             if not failed and not self._stopping.is_set():
-                self._console.print(f"{name} removed")
+                self._console.print(f"{name} removed", process=name)
         slot.ended.set()
 
     async def _run_once(self, slot: _Slot) -> ManagedProcess | None:

@@ -18,9 +18,17 @@ from dynamo.planner import (
     PlannerConnector,
     SLAPlannerDefaults,
 )
+from dynamo.sdk.graph import load
 from tests.cli.terminal import command
 from tests.compat.test_hello import post
-from tests.served import Served, Start
+from tests.served import ROOT, Served, Start
+
+
+def test_only_a_graph_that_links_it_has_a_planner() -> None:
+    for name in ("agg", "agg_router", "disagg", "disagg_router"):
+        assert "Planner" not in load(f"graphs.{name}:Frontend", ROOT).services
+    graph = load("tests.graph.planned:Frontend", ROOT)
+    assert list(graph.services) == ["PrefillWorker", "VllmWorker", "Processor", "Planner", "Frontend"]
 
 
 def test_the_defaults_of_0_3() -> None:
@@ -99,17 +107,19 @@ def test_a_connector_adds_and_removes_workers(planner_03: Served) -> None:
     planner_03.wait_for("cannot add Absent: Absent: no such service here", 10)
 
 
+def test_a_planner_whose_loop_fails_is_restarted(planner_03: Served) -> None:
+    shown = len(planner_03.output)
+    assert answer(planner_03, "fail now") == "True"
+    planner_03.wait_for("Planner exited (1): RuntimeError('no metrics'); restarting in ", 20, after=shown)
+    planner_03.wait_for("Planner ready again", 20, after=shown)
+
+
 def test_a_planner_that_dies_is_restarted(planner_03: Served) -> None:
+    shown = len(planner_03.output)
     os.kill(planner_03.pids("--service-name Planner")[0], signal.SIGKILL)
-    planner_03.wait_for("Planner ready again", 20)
+    planner_03.wait_for("Planner ready again", 20, after=shown)
     assert answer(planner_03, "add Echo") == "True"
     assert planner_03.stop(signal.SIGINT) == 0
-
-
-def test_a_planner_whose_loop_fails_is_restarted(era: Start) -> None:
-    served = era("planner_03", "--Planner.adjustment-interval=1").ready()
-    served.wait_for("Planner exited (1): RuntimeError('no metrics'); restarting in ", 20)
-    served.wait_for("Planner ready again", 20)
 
 
 def test_a_planner_that_fails_at_once_ends_the_start(era: Start) -> None:

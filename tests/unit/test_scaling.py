@@ -77,6 +77,12 @@ def test_a_third_of_a_gpu_is_free_again(graph: Graph) -> None:
         assert gpus_of(host.add("PrefillWorker")) == ["0"]
 
 
+def test_parts_that_make_a_whole(graph: Graph) -> None:
+    host = Host(graph, ["0"], VllmWorker=args(1, 2 / 3), PrefillWorker=args(1, 1 / 3))
+    host.remove("PrefillWorker")
+    assert gpus_of(host.add("PrefillWorker")) == ["0"]
+
+
 def test_without_gpus(graph: Graph) -> None:
     host = Host(graph, [], VllmWorker=args(1, 0), PrefillWorker=args(1, 0))
     added = host.add("VllmWorker")

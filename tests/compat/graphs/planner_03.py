@@ -1,7 +1,6 @@
 """A planner as 0.3 wrote them: its start hook is its loop, and a connector adds and removes workers."""
 
 import asyncio
-import logging
 
 from pydantic import BaseModel
 
@@ -11,8 +10,6 @@ from dynamo.sdk import api, async_on_start, depends, dynamo_context, endpoint, s
 from dynamo.sdk.core.protocol.interface import ComponentType
 from dynamo.sdk.lib.config import ServiceConfig
 from dynamo.sdk.lib.image import DYNAMO_IMAGE
-
-logger = logging.getLogger(__name__)
 
 
 class Ask(BaseModel):
@@ -35,6 +32,7 @@ class Echo:
 class Planner:
     def __init__(self):
         config = ServiceConfig.get_instance().get("Planner", {})
+        self.failing = asyncio.Event()
         self.interval_s = config.get("adjustment-interval", 60)
         self.environment = config.get("environment", LoadPlannerDefaults.environment)
         if self.environment == "local":
@@ -44,15 +42,17 @@ class Planner:
 
     @async_on_start
     async def async_init(self):
-        while True:
-            await asyncio.sleep(self.interval_s)
-            if self.interval_s < 60:
-                raise RuntimeError("no metrics")
-            logger.info("planned")
+        if self.interval_s:
+            await self.failing.wait()
+        raise RuntimeError("no metrics")
 
     @endpoint()
     async def generate(self, request: Ask):
         verb, component = request.text.split()
+        if verb == "fail":
+            self.failing.set()
+            yield "True"
+            return
         step = self.connector.add_component if verb == "add" else self.connector.remove_component
         yield str(await step(component))
 
