@@ -46,7 +46,8 @@ fail() { printf 'error: %s\n' "$1" >&2; exit "${2:-1}"; }
 misuse() { printf 'error: %s\n\n' "$1" >&2; usage >&2; exit 2; }
 
 framework=VLLM target='' image='' name='' gpus='' interactive='' mounts=() variables=() hf_cache='' workspace=''
-user="$(id -u):$(id -g)" entrypoint='' host="${DYNAMO_HOST:-}" own_host='' runtime='' workdir=/workspace nixl_gds='' privileged=FALSE remove=TRUE dry_run=''
+user="$(id -u):$(id -g)" entrypoint='' host="${DYNAMO_HOST:-}" own_host='' runtime='' workdir=/workspace
+nixl_gds='' privileged=FALSE remove=TRUE dry_run=''
 while [ $# -gt 0 ]; do
   case $1 in
     --framework | --target | --image | --name | --gpus | -v | -e | --hf-cache | --workspace | --user | --entrypoint | \

@@ -104,6 +104,8 @@ def build(
     tag = tag or f"{name}:latest"
     if not _TAG.fullmatch(tag):
         raise click.BadParameter(f"{tag!r} is not the name of an image", param_hint="'-t' / '--tag'")
+    if output is not None and working_dir.resolve().is_relative_to(output.resolve()):
+        raise click.BadParameter("the graph's own files are there", param_hint="'-o' / '--output'")
     engine, why_none = _find_engine() if containerize is not False else (None, "--no-containerize is given")
     if containerize and engine is None:
         raise StartError(why_none, hint="leave out --containerize to write the build context alone")

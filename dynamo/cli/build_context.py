@@ -46,16 +46,16 @@ class Packed:
     def write(self, directory: Path, *, force: bool = False) -> None:
         """Write the context, in place of an earlier one. Raises ConfigError for a folder of something else."""
         dockerfile = directory / DOCKERFILE
-        if directory.exists() and not force:
-            earlier = dockerfile.is_file() and dockerfile.read_text(errors="replace").startswith(_MARK)
-            if not earlier and (not directory.is_dir() or any(directory.iterdir())):
-                raise ConfigError(
-                    f"{directory} exists, and is no build context of dynamo",
-                    hint="choose another folder with --output, or pass --force",
-                )
+        earlier = dockerfile.is_file() and dockerfile.read_text(errors="replace").startswith(_MARK)
+        if not (force or earlier) and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise ConfigError(
+                f"{directory} exists, and is no build context of dynamo",
+                hint="choose another folder with --output, or pass --force",
+            )
         try:
-            shutil.rmtree(directory / SOURCES, ignore_errors=True)
-            (directory / REQUIREMENTS).unlink(missing_ok=True)
+            if earlier:  # of something else nothing is deleted
+                shutil.rmtree(directory / SOURCES, ignore_errors=True)
+                (directory / REQUIREMENTS).unlink(missing_ok=True)
             for target, source in self.files.items():
                 copy = directory / SOURCES / target
                 copy.parent.mkdir(parents=True, exist_ok=True)

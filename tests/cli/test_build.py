@@ -170,6 +170,11 @@ def test_an_earlier_context_is_replaced_and_nothing_else(project: Path) -> None:
 WRONG = {
     "no engine": (["--containerize"], 1, "docker, podman and buildah were not found"),
     "a bad tag": (["-t", "A B"], 2, "Invalid value for '-t' / '--tag': 'A B' is not the name of an image"),
+    "its own folder": (
+        ["-o", ".", "--force"],
+        2,
+        "Invalid value for '-o' / '--output': the graph's own files are there",
+    ),
     "push": (["--push"], 2, "there is no Dynamo Cloud to push to; push the image: docker push NAME:TAG"),
     "outside": (["--include", ".."], 1, "--include .. is not below {here}"),
     "a bad setting": (["-f", "bad.yaml"], 1, "bad.yaml:1 Worker.size: expected int"),
