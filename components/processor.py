@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Set
@@ -18,7 +17,7 @@ from dynamo.errors import ConfigError, DynamoError, TransportError, UnavailableE
 from dynamo.kv_router.hashing import block_hashes, pack
 from dynamo.kv_router.messages import KvMode, Route, RouteRequest
 from dynamo.llm.migration import REASONS, Prepare, migrating
-from dynamo.llm.model_files import tokenizer_dir
+from dynamo.llm.model_files import context_tokens, tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, GenerateRequest, RouterMode, Routing
 from dynamo.llm.tokenizer import Tokenizer
@@ -42,7 +41,6 @@ from dynamo.sdk import (
 
 log = logging.getLogger(__name__)
 
-DEFAULT_CONTEXT_TOKENS = 4096
 ROUTE_TIMEOUT_S = 0.5
 """How long the Router may take. It needs a tenth of a millisecond; without its answer the least loaded worker is used."""
 ROUTE_ATTEMPTS = 3
@@ -111,8 +109,7 @@ class Processor(Service):
         directory = tokenizer_dir(self.model)
         length = self.max_model_len
         if length is None:
-            config = json.loads((directory / "config.json").read_text("utf-8"))
-            length = int(config.get("max_position_embeddings", DEFAULT_CONTEXT_TOKENS))
+            length = context_tokens(directory)
         self.preprocessor = Preprocessor(Tokenizer(directory), length)
         self._add_metrics()
 
