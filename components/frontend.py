@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from components.processor import Processor
 from components.worker import VllmWorker
+from dynamo import environment
 from dynamo.errors import ConfigError, TransportError
 from dynamo.llm.model_cards import decode_cards, is_native
 from dynamo.llm.protocol import MODELS_PREFIX, ChatRequest, CompletionRequest, Delta, ModelCard, ServedModel
@@ -85,8 +85,7 @@ class Frontend(Service):
                 f"Frontend.endpoint: {endpoint} is not in this graph", hint=f"use {component}.chat/completions"
             )
         self.cors_origins = cors_origins
-        self.api_keys = api_keys if api_keys is not None else os.environ.get("DYN_API_KEYS", "").split(",")
-        self.api_keys = [key.strip() for key in self.api_keys if key.strip()]
+        self.api_keys = environment.api_keys() if api_keys is None else [key.strip() for key in api_keys if key.strip()]
         self.namespace = self.dynamo_address()[0]
         self._models: list[ServedModel] = []  # of this graph, by the workers' cards
         self._others: RegisteredModels | None = None

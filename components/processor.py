@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Set
+from collections.abc import Set
 from functools import partial
 from typing import cast
-
-import msgspec
 
 from components.router import Router
 from components.worker import VllmWorker
@@ -131,7 +129,7 @@ class Processor(Service):
     @endpoint(name="completions")
     def completion(self, request: CompletionRequest) -> Stream[Delta]:
         stream = self._answer(partial(self.preprocessor.completion, request), request.routing)
-        return _echo(partial(self.preprocessor.prompt_text, request), stream) if request.echo else stream
+        return self.preprocessor.echo(request, stream) if request.echo else stream
 
     def _answer(self, prepare: Prepare, routing: Routing | None) -> Stream[Delta]:
         routing = routing or Routing()
@@ -200,19 +198,6 @@ class Processor(Service):
             log.info("block size: %d as the workers report it, not %d as configured", route.block_size, self.block_size)
             self.block_size = route.block_size
         return route
-
-
-def _echo(prompt: Callable[[], str], stream: Stream[Delta]) -> Stream[Delta]:
-    """Put the prompt's text in front of each choice's first delta."""
-    started: set[int] = set()
-
-    def add_prompt(delta: Delta) -> Delta:
-        if delta.index in started:
-            return delta
-        started.add(delta.index)
-        return msgspec.structs.replace(delta, text=prompt() + delta.text)
-
-    return stream.map(add_prompt)
 
 
 if __name__ == "__main__":

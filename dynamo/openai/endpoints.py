@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+import orjson
 from starlette.types import Receive, Scope, Send
 
 from dynamo import context
@@ -171,12 +172,12 @@ class GeneratingRoute(ABC):
     def _call(self, prepared: PreparedRequest) -> Stream[Delta]:
         """Call the backend."""
 
-    def _prepare_forwarded(self, given: SamplingFields, builder: ForwardedResponse) -> PreparedRequest:
+    def _prepare_forwarded(self, body: bytes, stream: bool, builder: ForwardedResponse) -> PreparedRequest:
         """Return the request as the client sent it, but for the model's name and for `stream`: workers always stream."""
-        request = given.model_dump(exclude_unset=True, by_alias=True)
-        usage = {**request.get("stream_options", {}), "include_usage": True}
+        request: dict[str, Any] = orjson.loads(body)
+        usage = {**(request.get("stream_options") or {}), "include_usage": True}
         request |= {"model": builder.model, "stream": True, "stream_options": usage}
-        return PreparedRequest((), builder, given.stream, request)
+        return PreparedRequest((), builder, stream, request)
 
     def _forward(self, prepared: PreparedRequest) -> Stream[Delta]:
         assert prepared.forwarded is not None
@@ -197,9 +198,8 @@ class ChatCompletions(GeneratingRoute):
         request.model = model.name
         response_id = f"chatcmpl-{request_id}"
         if self.api in model.forwarded:
-            return self._prepare_forwarded(
-                given, ForwardedChat(response_id, model.name, given.n, include_usage=given.include_usage)
-            )
+            forwarded = ForwardedChat(response_id, model.name, given.n, include_usage=given.include_usage)
+            return self._prepare_forwarded(body, given.stream, forwarded)
         self._shared.report_unknown(given)
         sampling = request.sampling
         builder = ChatResponseBuilder(
@@ -227,9 +227,8 @@ class Completions(GeneratingRoute):
         response_id = f"cmpl-{request_id}"
         choices = requests[0].sampling.n * len(requests)
         if self.api in model.forwarded:
-            return self._prepare_forwarded(
-                given, ForwardedCompletion(response_id, model.name, choices, include_usage=given.include_usage)
-            )
+            forwarded = ForwardedCompletion(response_id, model.name, choices, include_usage=given.include_usage)
+            return self._prepare_forwarded(body, given.stream, forwarded)
         self._shared.report_unknown(given)
         for request in requests:
             request.model = model.name

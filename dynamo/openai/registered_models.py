@@ -213,9 +213,12 @@ class RegisteredModels:
         prepare: Any = text.preprocessor.chat if api == "chat" else text.preprocessor.completion
         send = self._send_to_worker if route.kind == "worker" else partial(self._send_tokens, text)
         decode = text.preprocessor.tokenizer.decode
-        return migrating(
+        stream = migrating(
             partial(prepare, request), partial(send, route.client), decode, MIGRATION_LIMIT, lambda reason: None
         )
+        if isinstance(request, CompletionRequest) and request.echo:
+            return text.preprocessor.echo(request, stream)
+        return stream
 
     async def _send_to_worker(self, client: Client, request: GenerateRequest, lost: Set[int]) -> Stream[Delta]:
         return client.call(request, self._choice, lost, decode=_DELTA, streaming=True)
