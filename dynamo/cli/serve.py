@@ -206,7 +206,11 @@ def serve(
     )
     if supervise and not service_names:
         raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
+    given_port = os.environ.pop("DYNAMO_PORT", None)
     found = load(graph, working_dir)
+    os.environ.pop("DYNAMO_PORT", None)  # Frontends of 0.3 set it when they are imported, for their own process
+    if given_port is not None:
+        os.environ["DYNAMO_PORT"] = given_port
     started = select(without(found, elsewhere), service_names)
     for option, given in (("--depends", elsewhere), ("--service-name", service_names)):
         if given:

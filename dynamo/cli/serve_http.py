@@ -20,10 +20,11 @@ from dynamo.openai.backend import Backend
 from dynamo.openai.registered_models import RegisteredModels
 from dynamo.rpc.runtime import Runtime
 from dynamo.tasks import TaskSet
-from dynamo.worker.environment import RUN_DIR
 
 log = logging.getLogger(__name__)
 
+IN_GRAPH = "DYNAMO_PROCESS"
+"""set in the processes of a graph, and in those that they start"""
 PARENT_POLL_S = 0.5
 HEALTH_POLL_S = 1.0
 
@@ -71,7 +72,7 @@ async def serve(
     await server.start()
     print(f"ready in {time.monotonic() - started:.1f} s: {server.url}", flush=True)
     if host in ("127.0.0.1", "localhost", "::1"):
-        print(f"only this host can reach it; for others: --host 0.0.0.0, or DYNAMO_HOST={'0.0.0.0'}", file=sys.stderr)
+        print("only this host can reach it; for others, give --host 0.0.0.0 or set DYNAMO_HOST", file=sys.stderr)
     try:
         return await until_stopped(check_health)
     finally:
@@ -84,7 +85,7 @@ async def until_stopped(check_health: Callable[[], Awaitable[Any]] | None = None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
-    parent = os.getppid() if os.environ.get(RUN_DIR) else None
+    parent = os.getppid() if os.environ.get(IN_GRAPH) else None
     checked_at = time.monotonic()
     while not stopping.is_set():
         try:
