@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,27 +33,25 @@ def wait_for_model(url: str, progress: Progress) -> RemoteModel:
             return found
 
 
-def run_batch(file: Path, url: str) -> int:
-    """Answer each line of a file, `{"text": ...}`; write the lines with their answers to `OUTPUT` beside the file.
-
-    Returns 1 if a prompt failed. Raises ConfigError for a file that cannot be read, or a line without text.
-    """
-    entries = list(_entries(file))
+def run_batch(entries: list[dict[str, Any]], url: str, directory: Path) -> int:
+    """Answer prompts; write them with their answers to `OUTPUT` in a directory. Return 1 if a prompt failed."""
     model = wait_for_model(url, Progress())
     started = time.monotonic()
     failed = 0
-    with (file.parent / OUTPUT).open("w", encoding="utf-8") as output, ThreadPoolExecutor(CONCURRENT) as threads:
+    with (directory / OUTPUT).open("w", encoding="utf-8") as output, ThreadPoolExecutor(CONCURRENT) as threads:
         for entry in threads.map(lambda entry: _answer(model, entry), entries):
             failed += "error" in entry
             output.write(json.dumps(entry, ensure_ascii=False) + "\n")
             output.flush()
     tokens = sum(entry.get("tokens_out", 0) for entry in entries)
     took_s = time.monotonic() - started
-    print(f"{len(entries)} prompts in {took_s:.1f} s, {tokens} output tokens: {file.parent / OUTPUT}", file=sys.stderr)
+    print(f"{len(entries)} prompts in {took_s:.1f} s, {tokens} output tokens: {directory / OUTPUT}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _entries(file: Path) -> Iterator[dict[str, Any]]:
+def read_prompts(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file, each `{"text": ...}`. Raises ConfigError for an unreadable file, or a line without text."""
+    entries = []
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeError) as error:
@@ -69,7 +66,8 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
             entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise ConfigError(f"{file}:{number}: no prompt", hint='write {"text": "a prompt"} on each line')
-        yield entry
+        entries.append(entry)
+    return entries
 
 
 def _answer(model: RemoteModel, entry: dict[str, Any]) -> dict[str, Any]:

@@ -230,10 +230,12 @@ def _run(job: Job) -> int:
     if kind == "dyn":
         return _serve_endpoint(job)
     if kind == "batch":
-        from dynamo.cli.batch import run_batch
+        from dynamo.cli.batch import read_prompts, run_batch
 
+        file = Path(job.input.partition(":")[2])
+        prompts = read_prompts(file)
         with _server(job) as url:
-            return run_batch(Path(job.input.partition(":")[2]), url)
+            return run_batch(prompts, url, file.parent)
     return _talk(job)
 
 

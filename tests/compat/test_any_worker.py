@@ -313,3 +313,76 @@ def test_http_without_servers_is_one_line(tmp_path: Path) -> None:
     assert command.process.wait(30) == 1
     assert command.output.startswith("error: ")
     assert "Traceback" not in command.output
+
+
+# -- dynamo run in= out=
+
+
+def test_run_in_http_out_dyn(run: Run, site: Site, chat_worker: Command, token_worker: Command) -> None:
+    other = Site(run, "-m", "dynamo", "run", "in=http", "out=dyn", "--router-mode", "random", "--http-port")
+    other.wait_for("any/chatty")
+    other.wait_for("tokens")
+    assert other.chat("any/chatty", "hi").choices[0].message.content == "Any engine will do."
+    assert other.chat("tokens", "hi", max_tokens=2).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "begins"), [("echo_full", "ping"), ("echo_core", "<|begin|><|user|>ping"), ("mocker", "")]
+)
+def test_run_in_dyn(run: Run, site: Site, engine: str, begins: str) -> None:
+    name = f"model-of-{engine}"
+    serving = run("-m", "dynamo", "run", f"in=dyn://any.{engine}.generate", f"out={engine}", "--model-name", name)
+    site.wait_for(name)
+    answer = site.chat(name, "ping", max_tokens=30)
+    assert answer.choices[0].message.content.startswith(begins)
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    serving.process.send_signal(signal.SIGTERM)
+    assert serving.process.wait(30) == 0
+    site.wait_for(name, False)
+
+
+def test_run_in_http_with_an_engine_in_the_process(run: Run) -> None:
+    served = Site(run, "-m", "dynamo", "run", "in=http", "out=mocker", "--model-name", "own", "--context-length", "512", "--http-port")
+    assert served.names() == {"own"}
+    assert served.http.get("/v1/models").json()["data"][0]["max_model_len"] == 512
+    chunks = list(served.chat("own", "hi", max_tokens=8, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage.completion_tokens == 8
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512"):
+        served.chat("own", "hi", max_tokens=4096)
+    served.command.process.send_signal(signal.SIGINT)
+    assert served.command.process.wait(10) == 0
+
+
+def test_run_in_batch(run: Run, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "first"}\n\n{"text": "second", "id": 2}\n')
+    batch = run("-m", "dynamo", "run", f"in=batch:{prompts}", "out=echo_full")
+    assert batch.process.wait(60) == 0, batch.output
+    answers = [json.loads(line) for line in (tmp_path / "output.jsonl").read_text().splitlines()]
+    assert [(a["text"], a["response"], a["tokens_out"]) for a in answers] == [("first", "first", 5), ("second", "second", 6)]
+    assert answers[1]["id"] == 2
+
+
+def test_a_server_in_a_graph_ends_with_its_service(run: Run, nats_server: str, etcd_server: str, tmp_path: Path) -> None:
+    env = {"NATS_SERVER": nats_server, "ETCD_ENDPOINTS": etcd_server, "DYNAMO_PROCESS": "mark"}
+    port = free_port()
+    program = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-m', 'dynamo.cli.http', '-p', '{port}'])\n"
+        "print('child', child.pid, flush=True)\ntime.sleep(60)"
+    )
+    parent = Command(tmp_path / "output", env, "-c", program)
+    try:
+        wait_until(lambda: READY.search(parent.output), "no server")
+        parent.process.kill()
+        pid = int(parent.output.split()[1])
+        wait_until(lambda: not alive(pid), "the server is still there")
+    finally:
+        parent.end()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
