@@ -163,9 +163,12 @@ class RegisteredModels:
         return f"no instance of {', '.join(sorted(addresses))} serves {name}" if addresses else ""
 
     def instance_counts(self) -> dict[str, int]:
-        """Return for each endpoint how many instances can be called."""
-        addresses = {_address(card) for cards in self._cards.values() for card in cards}
-        return {".".join(a): len(self._clients[a].instance_ids()) for a in sorted(addresses) if a in self._clients}
+        """Return for each endpoint that a card names, or that is used for one, how many instances can be called."""
+        cards = [card for cards_of_name in self._cards.values() for card in cards_of_name]
+        named = {_address(card) for card in cards}
+        used = {address for card in cards for api in APIS for address in _addresses(card, api)}
+        counts = {a: len(self._clients[a].instance_ids()) for a in sorted(used) if a in self._clients}
+        return {".".join(address): count for address, count in counts.items() if count or address in named}
 
     def _route(self, name: str, api: str) -> _Route | None:
         """Return the first endpoint for an API of a model that has an instance now."""
