@@ -1,4 +1,4 @@
-"""`dynamo run in=... out=...`, also the command `dynamo-run`: what asks joined to what answers, as in ai-dynamo 0.1 to 0.3."""
+"""`dynamo run in=... out=...`, also the command `dynamo-run`: joins what asks to what answers, as in ai-dynamo 0.1 to 0.3."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dynamo.cli.http import DEFAULT_PORT, PORT
+from dynamo.cli.signals import exit_on_signals
 from dynamo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dynamo.cli.chat import Model
+    from dynamo.cli.local_model import LocalModel
+    from dynamo.openai.echo import EchoModel
 
 ENGINES = {"vllm": "vllm", "mocker": "mock", "mock": "mock", "echo_core": "echo"}
 """out= -> engine in this process"""
@@ -116,6 +122,7 @@ class _InOut(click.Command):
 @click.pass_context
 def dynamo_run(
     ctx: click.Context,
+    /,
     words: tuple[str, ...],
     model_path: str | None,
     model_name: str | None,
@@ -156,7 +163,6 @@ def dynamo_run(
     elif not job.input.startswith(("http", "dyn")):
         os.environ.setdefault("DYN_LOG", "warning")
     from dynamo import log
-    from dynamo.cli.run import exit_on_signals
 
     log.configure("run")
     with exit_on_signals():
@@ -240,17 +246,17 @@ def _run(job: Job) -> int:
 
 
 def _serve_http(job: Job) -> int:
-    import uvloop
-
-    from dynamo.cli.serve_http import serve, serve_registered
+    from dynamo.cli.serve_http import run_loop, serve, serve_registered
 
     where = (job.host, job.port)
     if job.output == "dyn":
         if job.router_mode == "kv":
-            click.echo("note: --router-mode kv: the least loaded instance is taken; graphs.agg_router routes by KV", err=True)
-        return uvloop.run(serve_registered(*where, CHOICES[job.router_mode], job.started))
+            click.echo(
+                "note: --router-mode kv: the least loaded instance is taken; graphs.agg_router routes by KV", err=True
+            )
+        return run_loop(serve_registered(*where, CHOICES[job.router_mode], job.started))
     if job.engine is None:
-        return uvloop.run(serve(_echo(job), *where, job.started))
+        return run_loop(serve(_echo(job), *where, job.started))
     from dynamo.openai.engine_model import EngineModel
 
     with _local_model(job) as local:
@@ -259,9 +265,8 @@ def _serve_http(job: Job) -> int:
 
 
 def _serve_endpoint(job: Job) -> int:
-    import uvloop
-
     from dynamo.cli.serve_endpoint import parse_address, serve_endpoint
+    from dynamo.cli.serve_http import run_loop
     from dynamo.llm.model_cards import BACKEND
     from dynamo.llm.protocol import GenerateRequest, ModelCard
 
@@ -282,7 +287,7 @@ def _serve_endpoint(job: Job) -> int:
         )
 
     if job.engine is None:
-        return uvloop.run(serve_endpoint(card(0, "", "chat"), _echo(job).chunks))
+        return run_loop(serve_endpoint(card(0, "", "chat"), _echo(job).chunks))
     with _local_model(job) as local:
         registered = card(local.preprocessor.context_length, job.engine, BACKEND)
         serving = serve_endpoint(registered, local.engine.generate, GenerateRequest, local.engine.check_health)
@@ -310,7 +315,7 @@ def _talk(job: Job) -> int:
 
 
 @contextmanager
-def _answering(job: Job) -> Iterator[Any]:
+def _answering(job: Job) -> Iterator[Model]:
     """Provide the model: in this process, or behind a server that is started for it."""
     if job.engine is not None:
         with _local_model(job) as local:
@@ -346,7 +351,7 @@ def _server(job: Job) -> Iterator[str]:
         yield url
 
 
-def _local_model(job: Job) -> Any:
+def _local_model(job: Job) -> LocalModel:
     from dynamo.cli.chat import Progress
     from dynamo.cli.local_model import LocalModel
 
@@ -354,7 +359,7 @@ def _local_model(job: Job) -> Any:
     return LocalModel(job.model, job.engine, None, Progress(), job.extra)
 
 
-def _echo(job: Job) -> Any:
+def _echo(job: Job) -> EchoModel:
     from dynamo.engines.echo import delay_s
     from dynamo.openai.echo import EchoModel
 

@@ -38,13 +38,11 @@ def http(host: str, port: int, namespace: str | None, component: str | None) -> 
       llmctl http add chat-models my-model my_namespace.MyProcessor.chat
     """
     started = time.monotonic()
-    import uvloop
-
     from dynamo import log
-    from dynamo.cli.serve_http import serve_registered
+    from dynamo.cli.serve_http import run_loop, serve_registered
 
     log.configure("http")
-    return uvloop.run(serve_registered(host, port, "round_robin", started))
+    return run_loop(serve_registered(host, port, "round_robin", started))
 
 
 def main() -> int:

@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
+
+import uvloop
 
 from dynamo.cli.deployments import single_deployment
 from dynamo.environment import api_keys
@@ -38,6 +40,12 @@ def connections(name: str) -> Runtime:
         return Runtime(name=name)
     found = single_deployment()
     return Runtime(nats_url=found.nats_url, etcd_endpoints=found.etcd_endpoints, name=name)
+
+
+def run_loop(work: Coroutine[Any, Any, int]) -> int:
+    """Run a coroutine, and return the exit code that it returns."""
+    code: int = uvloop.run(work)
+    return code
 
 
 async def serve_registered(host: str, port: int, choice: str, started: float) -> int:

@@ -39,7 +39,9 @@ def temporary_graph(arguments: Sequence[str], progress: Progress) -> Iterator[st
 def temporary_server(arguments: Sequence[str], progress: Progress) -> Iterator[str]:
     """Run `dynamo run in=http ARGUMENTS` on a free port of this host, as `temporary_graph` does, and yield its URL."""
     port = str(free_ports(1)[0])
-    with _temporary_server(["run", "in=http", *arguments, "--http-host", "127.0.0.1", "--http-port", port], progress) as url:
+    with _temporary_server(
+        ["run", "in=http", *arguments, "--http-host", "127.0.0.1", "--http-port", port], progress
+    ) as url:
         yield url
 
 
@@ -91,6 +93,4 @@ def _failure(lines: Sequence[str], code: int) -> StartError:
             hint = lines[number + 1].removeprefix("hint: ") if lines[number + 1 :] else None
             return StartError(line.removeprefix("error: "), hint=hint)
     sys.stderr.write("".join(f"  | {line}\n" for line in lines[-SHOWN_LINES:]))
-    return StartError(
-        f"the server did not start: it ended with code {code}", hint="its last lines are above"
-    )
+    return StartError(f"the server did not start: it ended with code {code}", hint="its last lines are above")

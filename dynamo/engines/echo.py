@@ -55,8 +55,8 @@ class EchoEngine:
         for count, token in enumerate(request.token_ids, 1):
             await asyncio.sleep(self._delay_s)
             reason = "stop" if count == len(request.token_ids) else "length" if count == limit else None
+            new = text.add([token])
             for index in range(request.sampling.n):
-                new = text.add([token]) if index == 0 else new
                 yield Delta(new, [token], index, reason, None, prompt_tokens)  # type: ignore[arg-type]
                 prompt_tokens = None
             if reason is not None:

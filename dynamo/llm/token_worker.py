@@ -1,7 +1,7 @@
 """Workers that take tokens and yield tokens in plain data, as the Backend workers of ai-dynamo 0.3 do.
 
-Such a worker gets the prompt as token ids, and yields `{"token_ids": [...], "finish_reason": ...}`. What it leaves out is done
-here: text, stop strings and stop tokens, the limit of output tokens.
+Such a worker gets the prompt as token ids, and yields `{"token_ids": [...], "finish_reason": ...}`. What it leaves out is
+done here: text, stop strings and stop tokens, the limit of output tokens.
 """
 
 from __future__ import annotations

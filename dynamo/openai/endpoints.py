@@ -67,7 +67,11 @@ class RouteContext:
     """State shared by the generating routes: the backend, limits and metrics."""
 
     def __init__(
-        self, backend: Backend, max_body_bytes: int, timeout_s: float | None, missing: Callable[[str], str] | None = None
+        self,
+        backend: Backend,
+        max_body_bytes: int,
+        timeout_s: float | None,
+        missing: Callable[[str], str] | None = None,
     ) -> None:
         self.backend = backend
         self.missing = missing

@@ -56,7 +56,9 @@ class ForwardedResponse(ResponseBuilder):
         text = sum(map(self._has_output, choices))
         if self._usage is None:
             self.output_tokens += text
-        return ForwardedChunk(event({**chunk, **self._head(self.chunk_object), "choices": choices}), range(text), choices)
+        return ForwardedChunk(
+            event({**chunk, **self._head(self.chunk_object), "choices": choices}), range(text), choices
+        )
 
     def _parse(self, item: Any) -> dict[str, Any]:
         chunk = item
@@ -68,7 +70,11 @@ class ForwardedResponse(ResponseBuilder):
         if isinstance(chunk, dict) and (chunk.get("object") == "error" or isinstance(chunk.get("error"), dict)):
             raise _reported(chunk.get("error") or chunk)
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        if not isinstance(chunk, dict) or not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+        if (
+            not isinstance(chunk, dict)
+            or not isinstance(choices, list)
+            or not all(isinstance(c, dict) for c in choices)
+        ):
             raise EngineError(
                 f"the worker of {self.model} yielded something else than {self.chunk_object}: {item!r:.80}",
                 hint="it should yield OpenAI's chunks, as dicts with `choices`",
@@ -88,7 +94,7 @@ class ForwardedResponse(ResponseBuilder):
         return self._started
 
     @staticmethod
-    def merge(deltas: Iterable[Any]) -> list[Any]:  # type: ignore[override]
+    def merge(deltas: Iterable[Any]) -> list[Any]:
         """Join chunks that wait to be written."""
         chunks = list(deltas)
         return [ForwardedChunk(b"".join(c.event for c in chunks), range(sum(len(c.token_ids) for c in chunks)), [])]
@@ -126,7 +132,7 @@ class ForwardedResponse(ResponseBuilder):
     ) -> dict[str, Any]:
         raise NotImplementedError("chunks are the worker's own")
 
-    _body_choice = _chunk_choice  # type: ignore[assignment]
+    _body_choice = _chunk_choice
 
 
 class ForwardedChat(ForwardedResponse):

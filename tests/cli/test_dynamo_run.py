@@ -25,7 +25,11 @@ def with_input(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["in=http", "out=sglang", "M"], "out=sglang: this project runs vLLM", "type out=vllm; or start your own worker"),
+        (
+            ["in=http", "out=sglang", "M"],
+            "out=sglang: this project runs vLLM",
+            "type out=vllm; or start your own worker",
+        ),
         (["out=mistralrs"], "out=mistralrs: this project runs vLLM", "type out=vllm"),
         (["out=pystr:engine.py"], "out=pystr:engine.py: this project runs vLLM", "type out=vllm"),
         (["in=http", "out=vlm"], "out=vlm: no such output", "outputs: vllm, mocker, echo_core, echo_full, dyn"),
@@ -33,8 +37,16 @@ def with_input(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["in=none", "out=vllm", "M"], "in=none: an engine over several hosts is a graph", "see docs/deployment.md"),
         (["in=dyn://a.b.c", "out=dyn"], "in=dyn and out=dyn: nothing would answer", "type in=http out=dyn"),
         (["in=dyn://a..c", "out=echo_full"], "in=dyn://a..c: not an endpoint", "write in=dyn://namespace.component"),
-        (["in=http", "out=vllm", "--num-nodes", "2"], "--num-nodes: an engine over several hosts", "type `dynamo serve"),
-        (["in=http", "out=dyn", "--context-length", "9"], "--context-length is a worker's", "give it to the command with"),
+        (
+            ["in=http", "out=vllm", "--num-nodes", "2"],
+            "--num-nodes: an engine over several hosts",
+            "type `dynamo serve",
+        ),
+        (
+            ["in=http", "out=dyn", "--context-length", "9"],
+            "--context-length is a worker's",
+            "give it to the command with",
+        ),
         (["in=http", "out=vllm", "--request-template", "t"], "--request-template is not supported", "give the fields"),
         (["in=batch:/nowhere", "out=echo_full"], "in=batch:/nowhere: No such file", "give a file of lines"),
         (["in=stdin", "out=echo_full"], "in=stdin: the prompt is empty", "type: echo"),

@@ -37,17 +37,16 @@ def wait_for(url: str, *models: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("program", "number"), [("http", signal.SIGINT), ("dynamo-run", signal.SIGTERM)])
-def test_a_frontend_that_starts_a_server(serve_graph: Start, program: str, number: int) -> None:
+@pytest.mark.parametrize(("frontend", "number"), [("Frontend", signal.SIGINT), ("RunFrontend", signal.SIGTERM)])
+def test_a_frontend_that_starts_a_server(serve_graph: Start, frontend: str, number: int) -> None:
     served = serve_graph(
-        "--Frontend.served_model_name=my/speller",
-        "--Frontend.endpoint=ingress.Processor.chat/completions",
-        f"--Frontend.program={program}",
-        graph="tests.compat.graphs.ingress_03:Frontend",
+        f"--{frontend}.served_model_name=my/speller",
+        f"--{frontend}.endpoint=ingress.Processor.chat/completions",
+        graph=f"tests.compat.graphs.ingress_03:{frontend}",
         env=os.environ | {"OWN_PORT": str(free_port())},
     )
     served.ready()
-    names = ["registered-model"] + (["my/speller"] if program == "http" else [])
+    names = ["registered-model"] + (["my/speller"] if frontend == "Frontend" else [])
     wait_for(served.url, *names)
     for name in names:
         assert chat(served.url, name, "any") == "ANY"

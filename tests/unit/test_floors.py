@@ -28,10 +28,10 @@ FLOORS = [
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 APART = [{"sdk", "rpc"}, {"engines", "openai"}]
 """A declaration and a running process do not import each other; the worker joins them."""
-COMPAT = ("dynamo.runtime", "dynamo.sdk.compat", "dynamo.sdk.lib", "dynamo.sdk.core", "dynamo.sdk.cli")
+COMPAT = ("dynamo.compat", "dynamo.runtime", "dynamo.sdk.compat", "dynamo.sdk.lib", "dynamo.sdk.core", "dynamo.sdk.cli")
 """What exists for ai-dynamo 0.1 to 0.3 alone: over everything else, and imported by nothing but the door below."""
-DOORS = {"dynamo/sdk/__init__.py": "compat"}
-"""`from dynamo.sdk import dynamo_context`, as 0.x wrote it."""
+DOORS = {"dynamo/sdk/__init__.py": "compat", "dynamo/llm/__init__.py": "compat"}
+"""`from dynamo.sdk import dynamo_context` and `from dynamo.llm import register_llm`, as 0.x wrote it."""
 ONLY_IN = {
     "grpc": "dynamo/transport/etcd_cluster.py",
     "aetcd": "dynamo/transport/etcd_cluster.py",

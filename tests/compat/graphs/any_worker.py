@@ -1,4 +1,4 @@
-"""A worker with an engine of its own, as scripts of 0.3 were written: `any_worker.py dyn://ns.backend.generate --type backend`."""
+"""A worker with an engine of its own, as scripts of 0.3 were written: any_worker.py dyn://ns.backend.generate."""
 
 import argparse
 import asyncio

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 
 from dynamo.llm import ModelType, register_llm
@@ -27,7 +28,6 @@ class IngressConfig(BaseModel):
     served_model_name: str
     endpoint: str
     port: int = 8080
-    program: str = "http"
 
 
 @service(dynamo={"namespace": "ingress"}, workers=1)
@@ -66,14 +66,10 @@ class Frontend:
 
     def __init__(self):
         self.config = IngressConfig(**ServiceConfig.get_parsed_config("Frontend"))
-        if self.config.program == "http":
-            self.llmctl("remove", self.config.served_model_name)
-            self.llmctl("add", self.config.served_model_name, self.config.endpoint)
-            command = ["http", "-p", str(self.config.port)]
-        else:
-            command = ["dynamo-run", "in=http", f"out=dyn://{self.config.endpoint}", "--http-port", str(self.config.port)]
+        self.llmctl("remove", self.config.served_model_name)
+        self.llmctl("add", self.config.served_model_name, self.config.endpoint)
         logger.info("Starting HTTP server")
-        self.process = subprocess.Popen(command, stdout=None, stderr=None)
+        self.process = subprocess.Popen(["http", "-p", str(self.config.port)], stdout=None, stderr=None)
 
     def llmctl(self, action, *arguments):
         subprocess.run(["llmctl", "http", action, "chat-models", *arguments], check=False)
@@ -84,5 +80,16 @@ class Frontend:
 
     @on_shutdown
     def cleanup(self):
-        if self.config.program == "http":
-            self.llmctl("remove", self.config.served_model_name)
+        self.llmctl("remove", self.config.served_model_name)
+
+
+@service(dynamo={"enabled": True, "namespace": "ingress"}, workers=1, app=FastAPI(title="LLM Example"))
+class RunFrontend:
+    """Has an application without a route of its own, and so no HTTP server: `port` is that of `dynamo-run`."""
+
+    processor = depends(Processor)
+
+    def __init__(self):
+        self.config = IngressConfig(**ServiceConfig.get_parsed_config("RunFrontend"))
+        output = f"out=dyn://{self.config.endpoint}"
+        self.process = subprocess.Popen(["dynamo-run", "in=http", output, "--http-port", str(self.config.port)])
