@@ -6,6 +6,7 @@ set here, so that they are the same in all chunks of a response.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ class ForwardedResponse(ResponseBuilder):
             kept = self._folded.setdefault(index, {"index": index, "logprobs": None, "finish_reason": None})
             for key, value in choice.items():
                 if key != "message":
-                    kept[key] = fold(kept.get(key), value, key)
+                    kept[key] = fold(kept.get(key), copy.deepcopy(value), key)
 
     def body(self) -> bytes:
         choices = [self._whole(choice) for _, choice in sorted(self._folded.items())]
@@ -168,10 +169,11 @@ WHOLE = ("id", "type", "role", "name", "finish_reason", "stop_reason")
 def fold(before: Any, new: Any, key: str = "") -> Any:
     """Return the value of a key after one more chunk: text and lists grow, objects are folded key by key.
 
-    Objects in a list that have an index, such as tool calls, are folded with the one of the same index.
+    Objects in a list that have an index, such as tool calls, are folded with the one of the same index. `before` may be
+    changed, and parts of both become parts of the result.
     """
     if new is None or before is None:
-        return before if new is None else _copied(new)
+        return before if new is None else new
     if isinstance(before, str) and isinstance(new, str):
         return new if key in WHOLE else before + new
     if isinstance(before, dict) and isinstance(new, dict):
@@ -179,10 +181,6 @@ def fold(before: Any, new: Any, key: str = "") -> Any:
     if isinstance(before, list) and isinstance(new, list):
         return _fold_lists(before, new)
     return new
-
-
-def _copied(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value
 
 
 def _fold_lists(before: list[Any], new: list[Any]) -> list[Any]:
