@@ -43,7 +43,7 @@ def test_any_field_of_a_delta_is_folded() -> None:
     assert "usage" not in body
 
 
-def test_choices_are_told_apart_by_their_index() -> None:
+def test_choices_are_separated_by_their_index() -> None:
     body = folded(
         ForwardedCompletion("id", "m", 2),
         {"choices": [{"index": 1, "text": "b"}]},
@@ -64,7 +64,10 @@ def test_chunks_as_text_and_as_events() -> None:
 
 
 def test_a_whole_response_in_place_of_chunks() -> None:
-    whole = {"object": "chat.completion", "choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}]}
+    whole = {
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}],
+    }
     (event,) = streamed(ForwardedChat("id", "m"), whole)
     assert event["object"] == "chat.completion.chunk"
     assert event["choices"][0]["delta"] == {"content": "hi"}
