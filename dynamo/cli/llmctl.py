@@ -138,15 +138,21 @@ async def _add(etcd: Etcd, kind: str, name: str, address: _Address) -> bool:
     from dynamo.rpc.messages import instances_prefix
 
     key = _key(kind, name)
-    like = next((card for _, card in await _cards(etcd) if card.namespace == address.namespace and card.engine), None)
+    like = next((card for _, card in await _cards(etcd) if _answers(address, card)), None)
     if not await etcd.create(key, msgspec.json.encode(_card(kind, name, address, like))):
         raise DynamoError(f"failed to create key: {key} exists", hint=f"llmctl http remove {kind}-models {name}")
     instances, _ = await etcd.get_prefix(instances_prefix(*address))
     return bool(instances)
 
 
+def _answers(address: _Address, card: ModelCard) -> bool:
+    """Return True if requests to an endpoint reach the worker of a card: it is the worker's, or its Processor's."""
+    worker = (card.component, card.endpoint) == (address.component, address.endpoint)
+    return bool(card.engine) and card.namespace == address.namespace and (worker or address.component == "Processor")
+
+
 def _card(kind: str, name: str, address: _Address, like: ModelCard | None) -> ModelCard:
-    """Return a card with the limits of `like`, a worker's model in the same namespace that may answer for it."""
+    """Return a card with the limits of `like`, a worker's model that answers for it."""
     from dynamo.llm.protocol import ModelCard
 
     return ModelCard(

@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 Api = Literal["chat", "completion"]
 APIS: tuple[Api, ...] = ("chat", "completion")
 MIGRATION_LIMIT = 3
+LOAD_RETRY_S = 10.0
+"""pause after a tokenizer could not be loaded"""
 _PROCESSOR_TAKES = {"chat": type_name(ChatRequest), "completion": type_name(CompletionRequest)}
 _PROCESSORS = {"chat": ("Processor", "chat/completions"), "completion": ("Processor", "completions")}
 _WORKER_TAKES = type_name(GenerateRequest)
@@ -90,7 +92,7 @@ class RegisteredModels:
         self._cards: dict[str, list[ModelCard]] = {}  # by name, those with the smallest key first
         self._known: set[Address] = set()
         self._clients: dict[Address, Client] = {}
-        self._texts: dict[tuple[str, int], _Text | None] = {}  # by model and context length; None: loading, or failed
+        self._texts: dict[tuple[str, int], _Text | None] = {}  # by model and context length; None: loading
         self._tasks = TaskSet("RegisteredModels")
 
     async def follow(self) -> None:
@@ -131,12 +133,16 @@ class RegisteredModels:
         return self._texts[key]
 
     async def _load(self, card: ModelCard) -> None:
-        try:
-            text = await asyncio.to_thread(_load_text, card.source, card.context_length)
-        except (DynamoError, OSError, ValueError) as error:
-            log.error("model %s cannot be served: its tokenizer cannot be loaded here: %s", card.name, error)
-            return
-        self._texts[card.source, card.context_length] = text
+        """Load a card's tokenizer; try again while the model is registered, since the files may come later."""
+        key = (card.source, card.context_length)
+        while any((c.source, c.context_length) == key for cards in self._cards.values() for c in cards):
+            try:
+                self._texts[key] = await asyncio.to_thread(_load_text, *key)
+                return
+            except (DynamoError, OSError, ValueError) as error:
+                log.error("model %s cannot be served: its tokenizer cannot be loaded here: %s", card.name, error)
+            await asyncio.sleep(LOAD_RETRY_S)
+        del self._texts[key]
 
     # -- what can answer
 
@@ -159,7 +165,12 @@ class RegisteredModels:
 
     def missing(self, name: str) -> str:
         """Return why a registered model cannot answer; empty for a name that is not registered."""
-        addresses = {".".join(_address(card)) for card in self._cards.get(name, ())}
+        cards = self._cards.get(name, ())
+        addresses = {".".join(_address(card)) for card in cards}
+        for card in cards:
+            client = self._clients.get(_address(card))
+            if BACKEND in card.types and client is not None and client.instance_ids() and self._text(card) is None:
+                return f"the tokenizer of {name} is not loaded"
         return f"no instance of {', '.join(sorted(addresses))} serves {name}" if addresses else ""
 
     def instance_counts(self) -> dict[str, int]:
