@@ -80,7 +80,11 @@ class _InOut(click.Command):
 )
 @click.argument("words", nargs=-1, metavar="[MODEL]")
 @click.option("--model-path", metavar="MODEL", help="The same as MODEL: directory, Hugging Face id or dynamo-tiny.")
-@click.option("--model-name", metavar="NAME", help="Name of the model for clients; by default MODEL.")
+@click.option(
+    "--model-name",
+    metavar="NAME",
+    help="Name of the model for clients; by default MODEL, or its last part if it is a directory.",
+)
 @click.option("--model-config", metavar="MODEL", hidden=True)
 @click.option("--http-port", type=PORT, default=DEFAULT_PORT, show_default=True, help="Port of in=http.")
 @click.option(
@@ -155,7 +159,8 @@ def dynamo_run(
     default_input = "text" if sys.stdin.isatty() else "stdin"
     given = ctx.meta.get("dynamo.in", default_input), ctx.meta.get("dynamo.out", "vllm")
     model = (words[0] if words else None) or model_path or TINY
-    job = Job(*given, model, model_name or model, http_host, http_port, router_mode)
+    name = model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    job = Job(*given, model, name, http_host, http_port, router_mode)
     _check(job, options)
     job.extra = _engine_arguments(options, extra_engine_args)
     if verbosity:

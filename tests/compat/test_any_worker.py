@@ -51,7 +51,7 @@ class Command:
 Run = Callable[..., Command]
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what
