@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING
-
-import msgspec
+from typing import TYPE_CHECKING, Any, cast
 
 from components.processor import Processor
 from components.worker import VllmWorker
+from dynamo import environment
 from dynamo.errors import ConfigError, TransportError
+from dynamo.llm.model_cards import decode_cards, is_native
 from dynamo.llm.protocol import MODELS_PREFIX, ChatRequest, CompletionRequest, Delta, ModelCard, ServedModel
 from dynamo.planner.service import PlannerService
 from dynamo.sdk import (
@@ -32,6 +31,8 @@ from dynamo.tasks import TaskSet
 
 if TYPE_CHECKING:
     from dynamo.http.server import HttpServer
+    from dynamo.openai.registered_models import RegisteredModels
+    from dynamo.rpc.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,15 @@ NATS_GRACE_S = 1.0
 FIRST_MODEL_TIMEOUT_S = 2.0
 """How long one of several Frontends waits for a model before it accepts connections."""
 FIRST_MODEL_POLL_S = 0.02
+PROCESSOR_ENDPOINTS = (("Processor", "chat/completions"), ("Processor", "completions"))
 
 
 @service(dynamo={"namespace": "dynamo"}, resources={"cpu": "10", "memory": "20Gi"}, workers=1)
 class Frontend(Service):
-    """Serves OpenAI's HTTP API, and keeps the list of models from the cards that workers publish in etcd."""
+    """Serves OpenAI's HTTP API, and keeps the list of models from the cards that workers publish in etcd.
+
+    Models of its own graph are answered by its Processor, other registered models by the endpoints that their cards name.
+    """
 
     worker = depends(VllmWorker)
     processor = depends(Processor)
@@ -82,9 +87,10 @@ class Frontend(Service):
                 f"Frontend.endpoint: {endpoint} is not in this graph", hint=f"use {component}.chat/completions"
             )
         self.cors_origins = cors_origins
-        self.api_keys = api_keys if api_keys is not None else os.environ.get("DYN_API_KEYS", "").split(",")
-        self.api_keys = [key.strip() for key in self.api_keys if key.strip()]
-        self._models: list[ServedModel] = []  # by the workers' cards
+        self.api_keys = environment.api_keys() if api_keys is None else [key.strip() for key in api_keys if key.strip()]
+        self.namespace = self.dynamo_address()[0]
+        self._models: list[ServedModel] = []  # of this graph, by the workers' cards
+        self._others: RegisteredModels | None = None
         self.app: Callable[..., Awaitable[None]] | None = None
         self.server: HttpServer | None = None
         self._tasks = TaskSet("Frontend")
@@ -97,6 +103,13 @@ class Frontend(Service):
 
         context = service_context()
         if context is not None:
+            self.namespace = context.namespace
+            if not context.in_memory:
+                from dynamo.openai.registered_models import RegisteredModels
+
+                self._others = RegisteredModels(
+                    cast("Runtime", context.runtime), wanted=lambda card: not self._is_own(card)
+                )
             self._tasks.spawn(self._follow_models(context.runtime), name="follow models")
         self.app = create_app(
             self,
@@ -106,6 +119,7 @@ class Frontend(Service):
             processes=context.runtime.metrics if context is not None else None,
             targets=context.scrape_targets if context is not None else None,
             unavailable_reason=self.unavailable_reason,
+            missing=self._others.missing if self._others is not None else None,
         )
         if context is not None and context.in_memory:
             return
@@ -142,33 +156,49 @@ class Frontend(Service):
         Unreadable cards, from workers of another version, are skipped.
         """
         found: dict[str, ServedModel] = {}
-        for key in sorted(cards):
-            try:
-                card = msgspec.json.decode(cards[key], type=ModelCard)
-            except msgspec.MsgspecError as error:
-                log.warning("skipped unreadable model card %s: %s", key, error)
-                continue
+        for card in filter(self._is_own, decode_cards(cards)):
             for name in self.served_model_names or [card.name]:
                 found.setdefault(name, ServedModel(name, card.source, card.context_length, card.created))
         self._models = list(found.values())
+        if self._others is not None:
+            self._others.update(cards)
+
+    def _is_own(self, card: ModelCard) -> bool:
+        """Return True for the models of this graph's workers, and for further names of them that `llmctl` added."""
+        added = (card.component, card.endpoint) in PROCESSOR_ENDPOINTS
+        return card.namespace == self.namespace and (is_native(card) or added)
+
+    def _other(self, name: str) -> RegisteredModels | None:
+        """Return what answers for a model that is not of this graph."""
+        others = self._others
+        if others is None or name not in others or any(model.name == name for model in self._models):
+            return None
+        return others
 
     def chat(self, request: ChatRequest) -> Stream[Delta]:
-        return self.processor.chat(request)
+        return (self._other(request.model) or self.processor).chat(request)
 
     def completion(self, request: CompletionRequest) -> Stream[Delta]:
-        return self.processor.completion(request)
+        return (self._other(request.model) or self.processor).completion(request)
+
+    def forward(self, api: str, request: dict[str, Any]) -> Stream[Any]:
+        assert self._others is not None
+        return self._others.forward(api, request)
 
     def models(self) -> list[ServedModel]:
-        """Return the models that can answer now: those that a worker serves, and none without a Processor."""
-        return self._models if instance_ids(self.processor) else []
+        """Return the models that can answer now: of this graph those that a worker serves, and none without a Processor."""
+        own = self._models if instance_ids(self.processor) else []
+        others = self._others.models() if self._others is not None else []
+        return [*own, *(model for model in others if model.name not in {m.name for m in own})] if others else own
 
     @readiness
     def ready(self) -> bool:
         return bool(self.models())
 
     def instance_counts(self) -> dict[str, int]:
-        """Return how many Processors can be called."""
-        return {"Processor": len(instance_ids(self.processor))}
+        """Return how many Processors can be called, and how many instances of other registered models."""
+        others = self._others.instance_counts() if self._others is not None else {}
+        return {"Processor": len(instance_ids(self.processor)), **others}
 
     def unavailable_reason(self) -> str:
         """Return why requests cannot be answered although there are models; empty if they can."""
@@ -180,6 +210,8 @@ class Frontend(Service):
     @on_shutdown
     async def stop(self) -> None:
         await self._tasks.aclose()
+        if self._others is not None:
+            await self._others.aclose()
         if self.server is not None:
             await self.server.stop()
 

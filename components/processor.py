@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from functools import partial
 from typing import Any, cast
-
-import msgspec
 
 from components.router import Router
 from components.worker import VllmWorker
@@ -21,7 +18,7 @@ from dynamo.errors import ConfigError, DynamoError, TransportError, UnavailableE
 from dynamo.kv_router.hashing import block_hashes, pack
 from dynamo.kv_router.messages import KvMode, Route, RouteRequest
 from dynamo.llm.migration import REASONS, Prepare, migrating
-from dynamo.llm.model_files import tokenizer_dir
+from dynamo.llm.model_files import context_tokens, tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, GenerateRequest, RouterMode, Routing
 from dynamo.llm.tokenizer import Tokenizer
@@ -45,7 +42,6 @@ from dynamo.sdk import (
 
 log = logging.getLogger(__name__)
 
-DEFAULT_CONTEXT_TOKENS = 4096
 ROUTE_TIMEOUT_S = 0.5
 """How long the Router may take. It needs a tenth of a millisecond; without its answer the least loaded worker is used."""
 ROUTE_ATTEMPTS = 3
@@ -127,8 +123,7 @@ class Processor(Service):
         directory = tokenizer_dir(self.model, with_code=self.trust_remote_code)
         length = self.max_model_len
         if length is None:
-            config = json.loads((directory / "config.json").read_text("utf-8"))
-            length = int(config.get("max_position_embeddings", DEFAULT_CONTEXT_TOKENS))
+            length = context_tokens(directory)
         self.preprocessor = Preprocessor(Tokenizer(directory, trust_remote_code=self.trust_remote_code), length)
         self._add_metrics()
 
@@ -150,7 +145,7 @@ class Processor(Service):
     @endpoint(name="completions")
     def completion(self, request: CompletionRequest) -> Stream[Delta]:
         stream = self._answer(partial(self.preprocessor.completion, request), request.routing)
-        return _echo(partial(self.preprocessor.prompt_text, request), stream) if request.echo else stream
+        return self.preprocessor.echo(request, stream) if request.echo else stream
 
     def _answer(self, prepare: Prepare, routing: Routing | None) -> Stream[Delta]:
         routing = routing or Routing()
@@ -219,19 +214,6 @@ class Processor(Service):
             log.info("block size: %d as the workers report it, not %d as configured", route.block_size, self.block_size)
             self.block_size = route.block_size
         return route
-
-
-def _echo(prompt: Callable[[], str], stream: Stream[Delta]) -> Stream[Delta]:
-    """Put the prompt's text in front of each choice's first delta."""
-    started: set[int] = set()
-
-    def add_prompt(delta: Delta) -> Delta:
-        if delta.index in started:
-            return delta
-        started.add(delta.index)
-        return msgspec.structs.replace(delta, text=prompt() + delta.text)
-
-    return stream.map(add_prompt)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from dynamo.sdk import (
     service,
     service_context,
 )
-from dynamo.sdk.context import ProcessRuntime
+from dynamo.sdk.context import ProcessRuntime, ServiceContext
 from dynamo.streams import Channel
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class VllmWorker(EngineService):
             load=self.load,
         )
         self.export_engine_metrics("generate", runtime.instance_id)
-        await self._publish_model_card(runtime)
+        await self._publish_model_card(context)
         self.reporter.start()
 
     def _follow_kv_events(self, cached_blocks: CachedBlocks) -> None:
@@ -213,20 +213,19 @@ class VllmWorker(EngineService):
             metrics=DecodeMetrics(metrics_registry()),
         )
 
-    async def _publish_model_card(self, runtime: ProcessRuntime) -> None:
+    async def _publish_model_card(self, context: ServiceContext) -> None:
         """Let frontends find the model; etcd removes the card when this process ends."""
-        namespace, component = self.dynamo_address()
         card = ModelCard(
             name=self.served_name,
             source=self.model,
-            namespace=namespace,
-            component=component,
+            namespace=context.namespace,
+            component=context.service_name,
             context_length=self.info.context_length,
             kv_block_size=self.info.kv_block_size,
             engine=self.engine_name,
             created=int(time.time()),
         )
-        await runtime.publish(model_key(card.name, runtime.instance_id), card)
+        await context.runtime.publish(model_key(card.name, context.runtime.instance_id), card)
 
     @endpoint
     def generate(self, request: GenerateRequest) -> Stream[Delta]:

@@ -45,6 +45,11 @@ def get_host_port() -> tuple[str, int]:
     return host, int(os.environ.get("DYNAMO_PORT") or 8000)
 
 
+def api_keys() -> list[str]:
+    """Return the keys of DYN_API_KEYS, which are separated by commas."""
+    return [key.strip() for key in os.environ.get("DYN_API_KEYS", "").split(",") if key.strip()]
+
+
 def get_system_app_host_port() -> tuple[str, int]:
     """Return DYNAMO_SYSTEM_APP_HOST and DYNAMO_SYSTEM_APP_PORT.
 

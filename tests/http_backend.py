@@ -72,6 +72,9 @@ class FakeBackend:
     def completion(self, request: CompletionRequest) -> Stream[Delta]:
         return self._called(request)
 
+    def forward(self, api: str, request: dict[str, Any]) -> Stream[Any]:
+        return self._called(request)
+
     def models(self) -> list[ServedModel]:
         return self.served
 

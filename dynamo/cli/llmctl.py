@@ -1,7 +1,7 @@
 """`dynamo llmctl`, also the command `llmctl`: names of models in etcd, as in ai-dynamo 0.3.
 
-A worker writes the card of its model itself, under its lease. `add` gives a model a further name: it writes a card under
-id 0, which belongs to no lease and stays until `remove`.
+A worker writes the card of its model itself, under its lease. `add` registers a model, or a further name of one: it writes
+a card for one type under id 0, which belongs to no lease and stays until `remove`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ KINDS = {
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 HEAD = ("MODEL TYPE", "MODEL NAME", "NAMESPACE", "COMPONENT", "ENDPOINT")
-WORKERS_ENDPOINT = "generate"
 
 
 class _Address(NamedTuple):
@@ -69,8 +68,8 @@ def list_models(public_namespace: str | None, kind: str | None) -> None:
     """List the models; TYPE is chat-models, completion-models or embedding-models."""
     wanted = KIND_OF.get(kind or "")
     rows = {
-        (model_type, card.name, card.namespace, card.component, endpoint)
-        for _, card, endpoint in with_etcd(_cards)
+        (model_type, card.name, card.namespace, card.component, card.endpoint)
+        for _, card in with_etcd(_cards)
         if public_namespace in (None, card.namespace)
         for model_type in card.types
         if wanted in (None, model_type)
@@ -117,51 +116,43 @@ def _parse(text: str, namespace: str) -> _Address:
     return _Address(*parts)
 
 
-async def _cards(etcd: Etcd) -> list[tuple[str, ModelCard, str]]:
-    """Return etcd key, card and endpoint of every model."""
-    import msgspec
-
+async def _cards(etcd: Etcd) -> list[tuple[str, ModelCard]]:
+    """Return etcd key and card of every model."""
     from dynamo.cli.deployments import decode_cards
     from dynamo.llm.protocol import MODELS_PREFIX
 
     items, _ = await etcd.get_prefix(MODELS_PREFIX)
-    endpoints = {}
-    for item in items:
-        try:
-            endpoints[item.key] = str(msgspec.json.decode(item.value, type=dict).get("endpoint") or WORKERS_ENDPOINT)
-        except msgspec.MsgspecError:
-            continue
-    return [(key, card, endpoints[key]) for key, card in decode_cards(items)]
+    return decode_cards(items)
+
+
+def _key(kind: str, name: str) -> str:
+    from dynamo.llm.protocol import model_key
+
+    return model_key(name, NO_LEASE, kind)
 
 
 async def _add(etcd: Etcd, kind: str, name: str, address: _Address) -> bool:
-    """Add a model, or a type to a model that was added. Return whether an instance serves the endpoint now.
+    """Add a model. Return whether an instance serves the endpoint now. Raises DynamoError if the name is taken."""
+    import msgspec
 
-    Raises DynamoError if the name is taken.
-    """
-    from dynamo.llm.protocol import model_key
     from dynamo.rpc.messages import instances_prefix
 
-    key = model_key(name, NO_LEASE)
-    cards = await _cards(etcd)
-    known = next(((card, endpoint) for k, card, endpoint in cards if k == key), None)
-    taken = DynamoError(f"failed to create key: {key} exists", hint=f"llmctl http remove {kind}-models {name}")
-    if known is None:
-        like = next((c for _, c, _ in cards if c.namespace == address.namespace), None)
-        if not await etcd.create(key, _encode(_card(kind, name, address, like), address.endpoint)):
-            raise taken
-    else:  # a further type of the same model
-        card, endpoint = known
-        if kind in card.types or (card.namespace, card.component, endpoint) != address:
-            raise taken
-        card.types = [*card.types, kind]
-        await etcd.put(key, _encode(card, endpoint))
+    key = _key(kind, name)
+    like = next((card for _, card in await _cards(etcd) if _answers(address, card)), None)
+    if not await etcd.create(key, msgspec.json.encode(_card(kind, name, address, like))):
+        raise DynamoError(f"failed to create key: {key} exists", hint=f"llmctl http remove {kind}-models {name}")
     instances, _ = await etcd.get_prefix(instances_prefix(*address))
     return bool(instances)
 
 
+def _answers(address: _Address, card: ModelCard) -> bool:
+    """Return True if requests to an endpoint reach the worker of a card: it is the worker's, or its Processor's."""
+    worker = (card.component, card.endpoint) == (address.component, address.endpoint)
+    return bool(card.engine) and card.namespace == address.namespace and (worker or address.component == "Processor")
+
+
 def _card(kind: str, name: str, address: _Address, like: ModelCard | None) -> ModelCard:
-    """Return a card with the limits of `like`, a worker's model in the same namespace that will answer for it."""
+    """Return a card with the limits of `like`, a worker's model that answers for it."""
     from dynamo.llm.protocol import ModelCard
 
     return ModelCard(
@@ -174,26 +165,15 @@ def _card(kind: str, name: str, address: _Address, like: ModelCard | None) -> Mo
         engine=like.engine if like else "",
         created=int(time.time()),
         types=[kind],
+        endpoint=address.endpoint,
     )
 
 
-def _encode(card: ModelCard, endpoint: str) -> bytes:
-    import msgspec
-
-    return msgspec.json.encode({**msgspec.to_builtins(card), "endpoint": endpoint})
-
-
 async def _remove(etcd: Etcd, kind: str, name: str) -> bool:
-    """Remove a type from a model that was added. Return whether running workers serve the name by themselves."""
-    from dynamo.llm.protocol import model_key
-
-    key = model_key(name, NO_LEASE)
-    cards = await _cards(etcd)
-    for found, card, endpoint in cards:
-        if found == key and kind in card.types:
-            card.types = [t for t in card.types if t != kind]
-            await (etcd.put(key, _encode(card, endpoint)) if card.types else etcd.delete(key))
-    return any(card.name == name and found != key for found, card, _ in cards)
+    """Remove a model that was added. Return whether running workers serve the name by themselves."""
+    key = _key(kind, name)
+    await etcd.delete(key)
+    return any(card.name == name and f"/{NO_LEASE}:" not in found[len(name) :] for found, card in await _cards(etcd))
 
 
 def main() -> int:

@@ -8,22 +8,25 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Coroutine, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from dynamo import engines, prctl
 from dynamo.cli.chat import Message, Piece, Progress, SamplingOptions
 from dynamo.engines.vllm.install import cpu_build
 from dynamo.launcher import guard
 from dynamo.llm import tiny
+from dynamo.llm.engine import Engine
 from dynamo.llm.model_files import tokenizer_dir
 from dynamo.llm.preprocess import Preprocessor
 from dynamo.llm.protocol import ChatRequest, Delta, GenerateRequest, Sampling
 from dynamo.llm.tokenizer import Tokenizer
 from dynamo.streams import Stream
 from dynamo.worker.environment import RUN_DIR
+
+T = TypeVar("T")
 
 POLL_S = 0.1
 CANCEL_S = 0.05  # for the engine to receive a cancellation
@@ -36,8 +39,20 @@ class LocalModel:
     Its event loop runs only while a token is awaited, not while the user types.
     """
 
-    def __init__(self, model: str, engine: str, context_tokens: int | None, progress: Progress) -> None:
+    engine: Engine
+    preprocessor: Preprocessor
+
+    def __init__(
+        self,
+        model: str,
+        engine: str,
+        context_tokens: int | None,
+        progress: Progress,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`arguments` are further arguments of the engine, vLLM's flags by name."""
         self.name = f"{model} ({engine})"
+        self._given = dict(arguments or {})
         self._model = model
         self._engine_name = engine
         self._context_tokens = context_tokens
@@ -45,20 +60,20 @@ class LocalModel:
 
     def __enter__(self) -> Self:
         tokenizer = Tokenizer(tokenizer_dir(self._model))
-        self._engine = engines.create(self._engine_name, self._model, self._arguments(), self._progress.show)
+        self.engine = engines.create(self._engine_name, self._model, self._arguments(), self._progress.show)
         self._runner = asyncio.Runner()
         self._run_dir = tempfile.TemporaryDirectory(prefix="dynamo-")  # vLLM leaves its sockets behind
         os.environ[RUN_DIR] = self._run_dir.name
         try:
             with _stoppable_loading():
-                info = self._runner.run(self._engine.start())
+                info = self._runner.run(self.engine.start())
         except BaseException:
             self._stop()
             guard.kill_tree()  # also an engine core that its engine, still starting, does not know yet
             raise
         finally:
             self._progress.clear()
-        self._preprocessor = Preprocessor(tokenizer, info.context_length)
+        self.preprocessor = Preprocessor(tokenizer, info.context_length)
         return self
 
     def __exit__(
@@ -68,7 +83,7 @@ class LocalModel:
 
     def _stop(self) -> None:
         try:
-            self._runner.run(self._engine.stop())
+            self._runner.run(self.engine.stop())
         finally:
             self._runner.close()
             del os.environ[RUN_DIR]
@@ -80,12 +95,16 @@ class LocalModel:
         if self._context_tokens is not None:
             arguments["max-model-len"] = self._context_tokens
         if self._engine_name != "vllm":
-            return arguments
+            return arguments | self._given
         if cpu_build():
             arguments |= {"enforce-eager": True, "block-size": 32}
         if self._model == tiny.NAME:
             arguments["kv-cache-memory-bytes"] = TINY_KV_BYTES
-        return arguments
+        return arguments | self._given
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the model's event loop, such as one that serves its engine."""
+        return self._runner.run(work)
 
     def answer(self, messages: list[Message], sampling: SamplingOptions) -> Generator[Piece]:
         """Answer the last message. Raises RequestError or ContextLengthError for the messages, EngineError of the engine."""
@@ -106,8 +125,8 @@ class LocalModel:
             raise
 
     async def _open(self, chat: ChatRequest) -> Stream[Delta]:
-        request: GenerateRequest = await self._preprocessor.chat(chat)
-        return self._engine.generate(request)
+        request: GenerateRequest = await self.preprocessor.chat(chat)
+        return self.engine.generate(request)
 
 
 async def _next(stream: Stream[Delta]) -> Delta | None:

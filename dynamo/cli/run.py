@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from dynamo.cli.errors import INTERRUPTED
+from dynamo.cli.signals import exit_on_signals
 
 if TYPE_CHECKING:
     from dynamo.cli.chat import Model
@@ -24,7 +23,18 @@ _GRAPH = re.compile(r"[\w./-]+:[A-Za-z_]\w*|[\w./-]+\.py")  # module:Service, pa
 TINY = "dynamo-tiny"
 
 
-@click.command()
+class _RunCommand(click.Command):
+    """Hands arguments with `in=` or `out=` to `dynamo_run`, whose options are others."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from dynamo.cli.dynamo_run import dynamo_run, is_given
+
+        if is_given(args) and not ctx.resilient_parsing:
+            ctx.exit(dynamo_run.main(args, prog_name=ctx.command_path, standalone_mode=False) or 0)
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_RunCommand)
 @click.argument("words", nargs=-1, metavar="[GRAPH] [PROMPT]")
 @click.option(
     "-f",
@@ -91,6 +101,11 @@ def run(
       git diff | dynamo run --system "Summarise this change." --model Qwen/Qwen3-0.6B
       dynamo run --url http://127.0.0.1:8000                 # a running graph
       dynamo run graphs.agg:Frontend -f configs/agg.yaml     # a graph just for this conversation
+
+    \b
+    With in= or out= it joins what asks to what answers, as ai-dynamo 0.3 did; `dynamo run in=http --help` lists it all:
+      dynamo run in=http out=vllm Qwen/Qwen3-0.6B            # OpenAI's HTTP API for one model
+      dynamo run in=http out=dyn                             # for the models that workers register
     """
     graph, prompt = _split_words(words)
     url = _effective_url(ctx, graph, url)
@@ -102,7 +117,7 @@ def run(
     from dynamo.cli.chat import Chat, SamplingOptions
 
     code = 0
-    with _exit_on_signals():
+    with exit_on_signals():
         try:
             with _open_model(graph, config_file, model, engine, url, context_length) as opened_model:
                 chat = Chat(opened_model, SamplingOptions(max_tokens, temperature), system=system, stats=stats)
@@ -184,18 +199,3 @@ def _configure_logging() -> None:
 
     os.environ.setdefault("DYN_LOG", "warning")
     configure("run")
-
-
-@contextmanager
-def _exit_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit, so that engines and graphs are stopped on the way out."""
-
-    def leave(number: int, _: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

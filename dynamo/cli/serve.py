@@ -220,8 +220,12 @@ def serve(
     )
     if supervise and not service_names:
         raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
+    given_port = os.environ.pop("DYNAMO_PORT", None)
     with short_warnings():
         found = load(graph, working_dir)
+    os.environ.pop("DYNAMO_PORT", None)  # Frontends of 0.3 set it when they are imported, for their own process
+    if given_port is not None:
+        os.environ["DYNAMO_PORT"] = given_port
     modules = graph_import.imported([cls.__module__ for cls in found.services.values()])
     elsewhere_found = graph_import.borrowed(modules, working_dir)
     if elsewhere_found:

@@ -155,6 +155,11 @@ def _instance_row(instance: Instance, stats: EndpointStats) -> tuple[str, ...]:
     )
 
 
+def _registrant(key: str) -> str:
+    """Return the id, in hex, of the instance that wrote a card, which may be one for each type."""
+    return key.rpartition("/")[2].partition(":")[0]
+
+
 def _model_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
     """Return a row for each model; workers that serve it alike share a row."""
     workers: Counter[tuple[str, ...]] = Counter()
@@ -162,7 +167,7 @@ def _model_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
         context = str(card.context_length) if card.context_length else ""
         service = f"{card.namespace}.{card.component}"
         row = (card.name, ",".join(card.types), context, card.engine, card.source, service)
-        workers[row] += 0 if key.endswith("/0") else 1  # id 0: a name that `llmctl` added
+        workers[row] += 0 if _registrant(key) == "0" else 1  # id 0: `llmctl` added it
     return [(*row, str(count or "")) for row, count in sorted(workers.items())]
 
 
@@ -230,7 +235,7 @@ def _to_builtins(snapshot: Snapshot) -> dict[str, Any]:
                 "engine": card.engine or None,
                 "source": card.source or None,
                 "service": f"{card.namespace}.{card.component}",
-                "instance": key.rpartition("/")[2],
+                "instance": _registrant(key),
             }
             for key, card in snapshot.models
         ],

@@ -1,4 +1,4 @@
-"""A graph that exists while a command runs: `dynamo serve` as a child process."""
+"""A server that exists while a command runs: `dynamo serve` or `dynamo run in=http` as a child process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,23 @@ def temporary_graph(arguments: Sequence[str], progress: Progress) -> Iterator[st
 
     Raises StartError, with the error that it printed, if it does not start.
     """
-    command = [sys.executable, "-m", "dynamo", "serve", *arguments, "--port", str(free_ports(1)[0])]
+    with _temporary_server(["serve", *arguments, "--port", str(free_ports(1)[0])], progress) as url:
+        yield url
+
+
+@contextmanager
+def temporary_server(arguments: Sequence[str], progress: Progress) -> Iterator[str]:
+    """Run `dynamo run in=http ARGUMENTS` on a free port of this host, as `temporary_graph` does, and yield its URL."""
+    port = str(free_ports(1)[0])
+    with _temporary_server(
+        ["run", "in=http", *arguments, "--http-host", "127.0.0.1", "--http-port", port], progress
+    ) as url:
+        yield url
+
+
+@contextmanager
+def _temporary_server(arguments: Sequence[str], progress: Progress) -> Iterator[str]:
+    command = [sys.executable, "-m", "dynamo", *arguments]
     with tempfile.TemporaryDirectory(prefix="dynamo-run-") as directory:
         log = Path(directory) / "output"
         with log.open("wb") as output:
@@ -66,17 +82,15 @@ def _wait_for_url(process: subprocess.Popen[bytes], log: Path, progress: Progres
         lines = text.strip().splitlines()
         if code is not None:
             raise _failure(lines, code)
-        progress.show(lines[-1] if lines else "starting the graph")
+        progress.show(lines[-1] if lines else "starting")
         time.sleep(POLL_S)
 
 
 def _failure(lines: Sequence[str], code: int) -> StartError:
-    """Return the error and hint that `dynamo serve` printed; without them, print its last lines."""
+    """Return the error and hint that the server printed; without them, print its last lines."""
     for number, line in enumerate(lines):
         if line.startswith("error: "):
             hint = lines[number + 1].removeprefix("hint: ") if lines[number + 1 :] else None
             return StartError(line.removeprefix("error: "), hint=hint)
     sys.stderr.write("".join(f"  | {line}\n" for line in lines[-SHOWN_LINES:]))
-    return StartError(
-        f"the graph did not start: `dynamo serve` ended with code {code}", hint="its last lines are above"
-    )
+    return StartError(f"the server did not start: it ended with code {code}", hint="its last lines are above")

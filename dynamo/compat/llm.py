@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dynamo.compat.disagg_router import DisaggregatedRouter as DisaggregatedRouter
+from dynamo.compat.http_service import HttpAsyncEngine as HttpAsyncEngine
+from dynamo.compat.http_service import HttpError as HttpError
+from dynamo.compat.http_service import HttpService as HttpService
 from dynamo.compat.kv_indexer import ApproxKvIndexer as ApproxKvIndexer
 from dynamo.compat.kv_indexer import KvIndexer as KvIndexer
 from dynamo.compat.kv_indexer import OverlapScores as OverlapScores
@@ -11,6 +14,9 @@ from dynamo.compat.kv_publishers import KvEventPublisher as KvEventPublisher
 from dynamo.compat.kv_publishers import ZmqKvEventListener as ZmqKvEventListener
 from dynamo.compat.kv_publishers import ZmqKvEventPublisher as ZmqKvEventPublisher
 from dynamo.compat.kv_publishers import ZmqKvEventPublisherConfig as ZmqKvEventPublisherConfig
+from dynamo.compat.registration import ModelType as ModelType
+from dynamo.compat.registration import RouterMode as RouterMode
+from dynamo.compat.registration import register_llm as register_llm
 from dynamo.compat.router_events import token_hashes
 from dynamo.compat.worker_metrics import AggregatedMetrics as AggregatedMetrics
 from dynamo.compat.worker_metrics import EndpointKvMetrics as EndpointKvMetrics

@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,8 @@ async def _run(plan: ServePlan, run_dir: Path, console: Console) -> int:
         environment = {**launch_environment(infra, port), RUN_DIR: str(run_dir)}
         if options.reload:
             environment[RELOAD] = "1"
+        if options.host:
+            environment["DYNAMO_HOST"] = options.host
         revoker = _LeaseRevoker(infra.etcd_endpoints)
         supervisor = Supervisor(
             plan.processes_with(environment),
@@ -122,8 +125,12 @@ def launch_environment(infra: Infra, port: MetricsPort | None) -> dict[str, str]
     The secret is the one in the environment, which several hosts share, or a new random one.
     """
     shared = os.environ.get(SECRET)
+    scripts = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
     environment = {**infra.env, SECRET: shared or secrets.token_hex(32), SHARED: "1" if shared else ""}
     environment |= absolute_python_path()
+    if scripts not in path.split(os.pathsep):  # for services that run `http`, `llmctl` or `dynamo-run`
+        environment["PATH"] = f"{scripts}{os.pathsep}{path}"
     if port is not None:
         environment[METRICS_ADDRESS] = port.address
     return environment

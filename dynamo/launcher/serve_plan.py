@@ -97,7 +97,7 @@ def _entry_address(graph: Graph, resolved: Resolved) -> tuple[str, int] | None:
         return None
     given = resolved.services.get(graph.entry.__name__, {})
     spec = spec_of(graph.entry)
-    if spec.routes or spec.app:
+    if spec.serves_http:
         host, port = http_address(graph.entry, given, entry=True)
         return None if port is None else (host, port)
     found = declared(graph.entry)

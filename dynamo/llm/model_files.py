@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from dynamo.errors import StartError
 from dynamo.llm import tiny
+
+DEFAULT_CONTEXT_TOKENS = 4096
 
 
 def resolve(name: str) -> str:
@@ -42,3 +45,9 @@ def tokenizer_dir(name: str, *, with_code: bool = False) -> Path:
             f"model {name!r} cannot be loaded: {reason}",
             hint="use a local directory, set HF_TOKEN for a gated model, or try model: dynamo-tiny",
         ) from None
+
+
+def context_tokens(directory: Path) -> int:
+    """Return the context length of a model, as its config.json has it. Raises OSError without the file."""
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    return int(config.get("max_position_embeddings", DEFAULT_CONTEXT_TOKENS))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from dynamo.context import request_id
 from dynamo.errors import ContextLengthError, RequestError
-from dynamo.llm.protocol import ChatRequest, CompletionRequest, GenerateRequest, Sampling
+from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, GenerateRequest, Sampling
 from dynamo.llm.tokenizer import Tokenizer
+from dynamo.streams import Stream
 
 
 class Preprocessor:
@@ -45,8 +48,19 @@ class Preprocessor:
                     raise RequestError(f"the model has no token {token}", param="prompt")
         return self._limit(tokens, request.sampling, request.stream, "prompt")
 
-    def prompt_text(self, request: CompletionRequest) -> str:
-        """Return the text that `echo` puts in front of the completion."""
+    def echo(self, request: CompletionRequest, stream: Stream[Delta]) -> Stream[Delta]:
+        """Return the stream with the prompt's text in front of each choice's first delta."""
+        started: set[int] = set()
+
+        def add_prompt(delta: Delta) -> Delta:
+            if delta.index in started:
+                return delta
+            started.add(delta.index)
+            return msgspec.structs.replace(delta, text=self._prompt_text(request) + delta.text)
+
+        return stream.map(add_prompt)
+
+    def _prompt_text(self, request: CompletionRequest) -> str:
         return request.prompt if isinstance(request.prompt, str) else self.tokenizer.decode(request.prompt)
 
     def _limit(self, tokens: list[int], sampling: Sampling, stream: bool, param: str) -> GenerateRequest:

@@ -135,6 +135,8 @@ class ModelCard(msgspec.Struct):
     created: int
     """Unix time, seconds"""
     types: list[str] = msgspec.field(default_factory=lambda: ["chat", "completion"])
+    """OpenAI APIs: chat, completion, embedding; or backend: the endpoint takes tokens, as `dynamo.llm.token_worker` says"""
+    endpoint: str = "generate"
 
 
 class ServedModel(NamedTuple):
@@ -144,11 +146,14 @@ class ServedModel(NamedTuple):
     root: str
     context_length: int
     created: int
+    apis: tuple[str, ...] = ("chat", "completion")
+    forwarded: tuple[str, ...] = ()
+    """those of `apis` whose worker takes the OpenAI request itself and yields OpenAI chunks"""
 
 
 MODELS_PREFIX = "models/"
 
 
-def model_key(name: str, lease_id: int) -> str:
-    """Return the etcd key of a worker's `ModelCard`."""
-    return f"{MODELS_PREFIX}{name}/{lease_id:x}"
+def model_key(name: str, lease_id: int, kind: str = "") -> str:
+    """Return the etcd key of a worker's `ModelCard`; with `kind`, of the one for this type alone."""
+    return f"{MODELS_PREFIX}{name}/{lease_id:x}{f':{kind}' if kind else ''}"

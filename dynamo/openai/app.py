@@ -37,6 +37,7 @@ def create_app(
     processes: ProcessMetrics | None = None,
     targets: Targets | None = None,
     unavailable_reason: Callable[[], str] = str,
+    missing: Callable[[str], str] | None = None,
 ) -> ASGIApp:
     """Return the ASGI application.
 
@@ -50,9 +51,11 @@ def create_app(
         targets: returns the addresses for /metrics/targets.
         unavailable_reason: returns why no request can be answered although there are models, for /health; empty if they
             can.
+        missing: returns why a model that is known by name cannot answer, for a 503; empty for an unknown name. None: no
+            model is known that cannot answer.
     """
     app = FastAPI(title="dynamo", version=__version__, docs_url="/docs", redoc_url=None, redirect_slashes=False)
-    shared = RouteContext(backend, max_body_bytes, timeout_s)
+    shared = RouteContext(backend, max_body_bytes, timeout_s, missing)
     if processes is not None:
         processes.share(shared.metrics.registry)
     add_info_routes(

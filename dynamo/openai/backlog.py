@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from dynamo.llm.protocol import Delta
 
@@ -14,15 +14,17 @@ that is more, so that the copying stays in proportion to the text."""
 class Backlog:
     """The deltas of one response that wait to be written, merged when they become many."""
 
-    def __init__(self, choices: int) -> None:
+    def __init__(self, choices: int, merge: Callable[[list[Delta]], list[Delta]]) -> None:
+        """`merge` returns the same output in fewer deltas."""
         self.deltas: list[Delta] = []
         self._choices = choices
+        self._merge = merge
         self._merge_above = MERGE_ABOVE
 
     def add(self, delta: Delta) -> None:
         self.deltas.append(delta)
         if len(self.deltas) > self._merge_above + self._choices:
-            self.deltas = merge_deltas(self.deltas)
+            self.deltas = self._merge(self.deltas)
             self._merge_above = max(MERGE_ABOVE, sum(len(kept.token_ids) for kept in self.deltas) // 8)
 
     def take(self) -> list[Delta]:
@@ -30,7 +32,7 @@ class Backlog:
         deltas = self.deltas
         self.deltas = []
         self._merge_above = MERGE_ABOVE
-        return merge_deltas(deltas) if len(deltas) > 2 * self._choices else deltas
+        return self._merge(deltas) if len(deltas) > 2 * self._choices else deltas
 
 
 def merge_deltas(deltas: Iterable[Delta]) -> list[Delta]:

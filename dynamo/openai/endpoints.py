@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
+import orjson
 from starlette.types import Receive, Scope, Send
 
 from dynamo import context
@@ -18,6 +20,7 @@ from dynamo.http.middleware import DIRECT, header, request_name
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, ServedModel
 from dynamo.openai import streaming
 from dynamo.openai.backend import Backend
+from dynamo.openai.forwarding import ForwardedChat, ForwardedCompletion, ForwardedResponse
 from dynamo.openai.metrics import FrontendMetrics, RequestTracker
 from dynamo.openai.responses import ChatResponseBuilder, CompletionResponseBuilder, ResponseBuilder
 from dynamo.openai.schema import ChatCompletionRequest, SamplingFields, TextCompletionRequest
@@ -63,27 +66,40 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 class RouteContext:
     """State shared by the generating routes: the backend, limits and metrics."""
 
-    def __init__(self, backend: Backend, max_body_bytes: int, timeout_s: float | None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        max_body_bytes: int,
+        timeout_s: float | None,
+        missing: Callable[[str], str] | None = None,
+    ) -> None:
         self.backend = backend
+        self.missing = missing
         self.max_body_bytes = max_body_bytes
         self.timeout_s = timeout_s
         self.metrics = FrontendMetrics(lambda: [model.name for model in backend.models()])
         self._reported_fields: set[str] = set()
 
-    def find_model(self, name: str) -> ServedModel:
-        """Return the model that a request names; for an empty name, the only model.
+    def find_model(self, name: str, api: str) -> ServedModel:
+        """Return the model that a request names; for an empty name, the only model. `api` is "chat" or "completion".
 
         Raises ModelNotFoundError, RequestError for an empty name if there are several models, and UnavailableError while
-        there is none.
+        there is none, or no worker for this one.
         """
         models = self.backend.models()
         for model in models:
-            if model.name == name:
+            if model.name == name or (not name and len(models) == 1):
+                if api not in model.apis:
+                    raise ModelNotFoundError(
+                        f"The model `{model.name}` does not answer {api} requests.",
+                        hint=f"it answers {', '.join(model.apis)} requests",
+                        param="model",
+                    )
                 return model
+        if self.missing is not None and (reason := self.missing(name)):
+            raise UnavailableError(reason, hint="its workers are starting, restarting or stopped; try again")
         if not models:
             raise UnavailableError("no model is ready", hint="it is starting or restarting; see /health")
-        if not name and len(models) == 1:
-            return models[0]
         names = ", ".join(m.name for m in models)
         if not name:
             raise RequestError("you must provide a model parameter", hint=f"models: {names}", param="model")
@@ -103,14 +119,17 @@ class RouteContext:
 class PreparedRequest(NamedTuple):
     """The backend calls for one HTTP request, and the builder of its response."""
 
-    calls: list[ChatRequest] | list[CompletionRequest]
+    calls: Sequence[ChatRequest] | Sequence[CompletionRequest]
     builder: ResponseBuilder
     stream: bool
+    forwarded: dict[str, Any] | None = None
+    """the request for a worker that takes OpenAI's; there are no `calls` then"""
 
 
 class GeneratingRoute(ABC):
     """The ASGI application of one generating route."""
 
+    api = ""
     endpoint = ""
     """name in metrics and logs"""
     request_model: type[SamplingFields]
@@ -139,7 +158,7 @@ class GeneratingRoute(ABC):
             shared.metrics, builder.model, self.endpoint, stream=prepared.stream, started_at=arrived_at
         )
         try:
-            stream = self._call(prepared)
+            stream = self._call(prepared) if prepared.forwarded is None else self._forward(prepared)
         except Exception as error:
             tracker.finish("error", error=error)
             await respond_error(send, error)
@@ -157,19 +176,38 @@ class GeneratingRoute(ABC):
     def _call(self, prepared: PreparedRequest) -> Stream[Delta]:
         """Call the backend."""
 
+    def _prepare_forwarded(self, body: bytes, stream: bool, builder: ForwardedResponse) -> PreparedRequest:
+        """Return the request as the client sent it, but for the model's name and for `stream`: workers always stream."""
+        request: dict[str, Any] = orjson.loads(body)
+        usage = {**(request.get("stream_options") or {}), "include_usage": True}
+        request |= {"model": builder.model, "stream": True, "stream_options": usage}
+        return PreparedRequest((), builder, stream, request)
+
+    def _forward(self, prepared: PreparedRequest) -> Stream[Delta]:
+        assert prepared.forwarded is not None
+        assert isinstance(prepared.builder, ForwardedResponse)
+        # ForwardedChunk is a Delta as far as the writers are concerned
+        return self._shared.backend.forward(self.api, prepared.forwarded).map(prepared.builder.accept)
+
 
 class ChatCompletions(GeneratingRoute):
+    api = "chat"
     endpoint = "chat_completions"
     request_model = ChatCompletionRequest
 
     def _prepare(self, body: bytes, request_id: str) -> PreparedRequest:
         given = parse(ChatCompletionRequest, body)
         request = given.to_request()
-        request.model = self._shared.find_model(given.model).name
+        model = self._shared.find_model(given.model, self.api)
+        request.model = model.name
+        response_id = f"chatcmpl-{request_id}"
+        if self.api in model.forwarded:
+            forwarded = ForwardedChat(response_id, model.name, given.n, include_usage=given.include_usage)
+            return self._prepare_forwarded(body, given.stream, forwarded)
         self._shared.report_unknown(given)
         sampling = request.sampling
         builder = ChatResponseBuilder(
-            f"chatcmpl-{request_id}",
+            response_id,
             request.model,
             sampling.n,
             include_usage=given.include_usage,
@@ -182,18 +220,23 @@ class ChatCompletions(GeneratingRoute):
 
 
 class Completions(GeneratingRoute):
+    api = "completion"
     endpoint = "completions"
     request_model = TextCompletionRequest
 
     def _prepare(self, body: bytes, request_id: str) -> PreparedRequest:
         given = parse(TextCompletionRequest, body)
         requests = given.to_requests()
-        model = self._shared.find_model(given.model).name
+        model = self._shared.find_model(given.model, self.api)
+        response_id = f"cmpl-{request_id}"
+        choices = requests[0].sampling.n * len(requests)
+        if self.api in model.forwarded:
+            forwarded = ForwardedCompletion(response_id, model.name, choices, include_usage=given.include_usage)
+            return self._prepare_forwarded(body, given.stream, forwarded)
         self._shared.report_unknown(given)
         for request in requests:
-            request.model = model
-        choices = requests[0].sampling.n * len(requests)
-        builder = CompletionResponseBuilder(f"cmpl-{request_id}", model, choices, include_usage=given.include_usage)
+            request.model = model.name
+        builder = CompletionResponseBuilder(response_id, model.name, choices, include_usage=given.include_usage)
         return PreparedRequest(requests, builder, given.stream)
 
     def _call(self, prepared: PreparedRequest) -> Stream[Delta]:

@@ -96,5 +96,5 @@ def _model(model: ServedModel) -> dict[str, Any]:
         "owned_by": "dynamo",
         "root": model.root,
         "parent": None,
-        "max_model_len": model.context_length,
+        "max_model_len": model.context_length or None,
     }

@@ -14,13 +14,15 @@ import orjson
 
 from dynamo import __version__
 from dynamo.llm.protocol import Delta, TokenLogprob
+from dynamo.openai.backlog import merge_deltas
 
 _TEXT = "\0text\0"
 FINGERPRINT = f"dynamo-{__version__}"
 DONE = b"data: [DONE]\n\n"
 
 
-def _event(value: Any) -> bytes:
+def event(value: Any) -> bytes:
+    """Return a server-sent event with the value as JSON."""
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
@@ -29,6 +31,8 @@ class ResponseBuilder(ABC):
 
     object = ""
     chunk_object = ""
+    merge = staticmethod(merge_deltas)
+    """merge deltas that wait to be written"""
 
     def __init__(self, response_id: str, model: str, choices: int = 1, *, include_usage: bool = False) -> None:
         self.id = response_id
@@ -65,16 +69,16 @@ class ResponseBuilder(ABC):
             return before + orjson.dumps(delta.text) + after
         out = b""
         if delta.text or delta.logprobs:
-            out = _event(self._chunk_of(self._chunk_choice(delta.index, delta.text, delta.logprobs, None)))
+            out = event(self._chunk_of(self._chunk_choice(delta.index, delta.text, delta.logprobs, None)))
         if delta.finish_reason is not None:
-            out += _event(self._chunk_of(self._chunk_choice(delta.index, None, None, delta)))
+            out += event(self._chunk_of(self._chunk_choice(delta.index, None, None, delta)))
         return out
 
     def closing(self) -> bytes:
         """Return the events that follow the last delta of a complete stream."""
         if not self.include_usage:
             return DONE
-        return _event({**self._head(self.chunk_object), "choices": [], "usage": self.usage()}) + DONE
+        return event({**self._head(self.chunk_object), "choices": [], "usage": self.usage()}) + DONE
 
     # -- as one body
 
@@ -130,8 +134,8 @@ class ResponseBuilder(ABC):
 
     def _render_chunk_frame(self, index: int) -> tuple[bytes, bytes]:
         """Return what surrounds the text in the chunks of a choice."""
-        event = _event(self._chunk_of(self._chunk_choice(index, _TEXT, None, None)))
-        before, _, after = event.partition(orjson.dumps(_TEXT))
+        whole = event(self._chunk_of(self._chunk_choice(index, _TEXT, None, None)))
+        before, _, after = whole.partition(orjson.dumps(_TEXT))
         self._chunk_frames[index] = (before, after)
         return before, after
 
@@ -174,7 +178,7 @@ class ChatResponseBuilder(ResponseBuilder):
         """Return the role, in a chunk of its own for each choice, as OpenAI does."""
         role = {"role": "assistant", "content": ""}
         return b"".join(
-            _event(self._chunk_of({"index": i, "delta": role, "logprobs": None, "finish_reason": None}))
+            event(self._chunk_of({"index": i, "delta": role, "logprobs": None, "finish_reason": None}))
             for i in range(self.choices)
         )
 

@@ -158,7 +158,7 @@ class EventStreamWriter(ResponseWriter):
         self._loop = asyncio.get_running_loop()
         self._direct = direct
         self._live: DirectConnection | None = None
-        self._backlog = Backlog(builder.choices)
+        self._backlog = Backlog(builder.choices, builder.merge)
         self._wake = asyncio.Event()
         self._retry_timer: asyncio.TimerHandle | None = None
         self._silence_timer: asyncio.TimerHandle | None = None

@@ -101,6 +101,10 @@ class Client:
         """Return the ids of the instances that can be called now."""
         return [instance.instance_id for instance, _ in self._ready]
 
+    def request_types(self) -> set[str]:
+        """Return the `Instance.request_type` of the instances that can be called now."""
+        return {instance.request_type for instance, _ in self._ready}
+
     def in_flight(self) -> dict[int, int]:
         """Return this process's running calls, of all endpoints, by the id of each instance that can be called now."""
         return {instance.instance_id: pooled.in_flight for instance, pooled in self._ready}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import Any, NewType
 
 import msgspec
 
@@ -38,6 +38,8 @@ class Instance(msgspec.Struct):
     """`unix`: path and `tcp`: host:port of the RPC listener; `pulse`: host:port of the heartbeat"""
     host: str = ""
     """`host_id()` there: the unix socket is reachable if it is the same as here"""
+    request_type: str = ""
+    """`module:class` that the endpoint declares for its request; empty if it takes plain data"""
 
     @property
     def id(self) -> InstanceId:
@@ -60,3 +62,8 @@ def instances_prefix(namespace: str, component: str, endpoint: str) -> str:
 def subject(namespace: str, component: str, endpoint: str, lease_id: int) -> str:
     """Return the NATS subject of one instance's requests."""
     return f"{namespace}_{component.lower()}.{endpoint}-{lease_id:x}"
+
+
+def type_name(kind: Any) -> str:
+    """Return `module:class` for a class; empty for `Any` and other annotations, which stand for plain data."""
+    return f"{kind.__module__}:{kind.__qualname__}" if isinstance(kind, type) and kind is not Any else ""

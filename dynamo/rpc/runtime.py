@@ -21,7 +21,7 @@ from dynamo.rpc.client import Client, requests_over_nats
 from dynamo.rpc.connection_pool import ConnectionPool
 from dynamo.rpc.discovery import Discovery, watch
 from dynamo.rpc.heartbeat import Heartbeat
-from dynamo.rpc.messages import Instance, instances_prefix, subject
+from dynamo.rpc.messages import Instance, instances_prefix, subject, type_name
 from dynamo.rpc.metrics import ProcessMetrics
 from dynamo.rpc.nats_service import serve_service_info
 from dynamo.rpc.served_endpoint import ServedEndpoint
@@ -176,6 +176,7 @@ class Runtime:
             transport={"nats_tcp": topic, "stream": self.listener.key},
             streams={**self.listener.addresses, "pulse": self._heartbeat.address},
             host=host_id(),
+            request_type=type_name(request_type),
         )
         self.serving = True
         if self.is_static:

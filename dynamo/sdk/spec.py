@@ -30,6 +30,10 @@ class Resources(NamedTuple):
         return cls(gpu, str(given.get("cpu", "1")), str(given.get("memory", "500Mi")))
 
 
+APP_DOCUMENTATION = ("openapi", "swagger_ui_html", "swagger_ui_redirect", "redoc_html")
+"""names of the routes that every FastAPI application has"""
+
+
 @dataclass(frozen=True)
 class ServiceSpec:
     """Declaration of a service: plain data, no sockets."""
@@ -50,6 +54,14 @@ class ServiceSpec:
     @property
     def address(self) -> tuple[str, str]:
         return self.namespace, self.name
+
+    @property
+    def serves_http(self) -> bool:
+        """True for a service with `@api` methods, or with an application that has routes besides its documentation."""
+        if self.routes or self.app is None:
+            return bool(self.routes)
+        routes = getattr(self.app, "routes", None)
+        return routes is None or any(getattr(route, "name", None) not in APP_DOCUMENTATION for route in routes)
 
 
 def spec_of(cls: type[Any]) -> ServiceSpec:

@@ -84,7 +84,7 @@ class HttpService:
 
     async def start(self) -> str | None:
         """Accept requests for `@api` methods; return the URL, or None for a service without any."""
-        if not self._spec.routes and self._spec.app is None:
+        if not self._spec.serves_http:
             return None
         from dynamo.http.server import HttpServer  # uvicorn and FastAPI, only where they are used
 

@@ -96,10 +96,20 @@ class Status:
 
 
 class ServiceProcess:
-    """One worker of one service. `scrape` serves its metrics where there is no supervisor."""
+    """One worker of one service. `scrape` serves its metrics where there is no supervisor.
+
+    `own_port`: the port of its `@api` methods, if it is not that of the configuration.
+    """
 
     def __init__(
-        self, graph: Graph, name: str, worker_id: int, workers: int, status: Status, scrape: Scrape | None = None
+        self,
+        graph: Graph,
+        name: str,
+        worker_id: int,
+        workers: int,
+        status: Status,
+        scrape: Scrape | None = None,
+        own_port: str | None = None,
     ) -> None:
         self.graph = graph
         self.name = name
@@ -122,6 +132,7 @@ class ServiceProcess:
         self._ready = False
         self._drain_s = DRAIN_S
         self._planning: asyncio.Task[list[Any]] | None = None
+        self._own_port = own_port
 
     async def run(self) -> int:
         """Run from construction to shutdown; return the exit code."""
@@ -148,8 +159,9 @@ class ServiceProcess:
             self._constructed = True
             entry = self.cls is self.graph.entry
             text = partial(runtime.metrics.text, shared=True)
+            port = {"port": self._own_port} if self._own_port and entry else {}
             self.http = HttpService(
-                self.instance, settings, entry=entry, workers=self.workers, run_dir=run_dir, metrics=text
+                self.instance, settings | port, entry=entry, workers=self.workers, run_dir=run_dir, metrics=text
             )
             self.context.listen = self.http.listen
             await self._show_metrics(runtime, run_dir)
@@ -211,7 +223,7 @@ class ServiceProcess:
         return context
 
     def _url(self) -> dict[str, str]:
-        url, headless = self.context.url, self.context.headless
+        url, headless = self.context.url if self._own_port is None else "", self.context.headless
         if not url:
             return {"text": f"{headless}: no endpoint here"} if headless else {}
         return {"url": url} if self.cls is self.graph.entry else {"url": url, "text": url}
@@ -354,8 +366,18 @@ def main(
     warnings.simplefilter("ignore", IgnoredArgumentWarning)  # the command printed them
 
     async def run() -> int:
+        given_port = os.environ.get("DYNAMO_PORT")
         graph = load(options.graph)
-        process = ServiceProcess(graph, options.service_name, options.worker_id, options.workers, status, scrape)
+        port = os.environ.get("DYNAMO_PORT")  # set by a graph of 0.3 whose Frontend has `port` for another server
+        process = ServiceProcess(
+            graph,
+            options.service_name,
+            options.worker_id,
+            options.workers,
+            status,
+            scrape,
+            port if port != given_port else None,
+        )
         return await process.run()
 
     try:

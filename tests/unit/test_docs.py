@@ -16,6 +16,7 @@ import click
 import pytest
 
 import dynamo.sdk
+from dynamo.cli.dynamo_run import dynamo_run, is_given
 from dynamo.cli.main import group
 from dynamo.config.settings import declared
 
@@ -95,6 +96,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             found = command.get_command(click.Context(command), words.pop(0))
             assert found is not None, f"{program} {words}: no such command"
             command = found
+        if command.name == "run" and is_given(words):
+            command = dynamo_run
         options = {"-h", "--help", *(opt for p in command.params for opt in (*p.opts, *p.secondary_opts))}
         for word, following in zip(words, [*words[1:], ""], strict=False):
             if word == "--":
