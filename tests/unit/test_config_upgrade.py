@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from components.frontend import Frontend
+from components.planner_service import Planner
 from components.prefill_worker import PrefillWorker
 from components.processor import Processor
 from components.router import Router
@@ -166,6 +167,9 @@ ROWS: list[tuple[str, str, Any, dict[str, Any] | None]] = [
     ),
     ("Frontend", "endpoint_completion", "x", {}),
     ("Frontend", "endpoint_completions", "x", {}),
+    ("Frontend", "block-size", 64, {}),
+    ("Frontend", "max-model-len", 4096, {}),
+    ("Frontend", "router", "kv", {}),
     ("Frontend", "worker", "VllmWorker", {}),
     ("Frontend", "processor", "Processor", {}),
     ("Processor", "router-num-threads", 4, {}),
@@ -198,12 +202,13 @@ ROWS: list[tuple[str, str, Any, dict[str, Any] | None]] = [
 @pytest.mark.parametrize(("service", "key", "value", "settings"), ROWS)
 def test_a_key_of_upstream(service: str, key: str, value: Any, settings: dict[str, Any] | None) -> None:
     flag = (f"{service}.{key}", str(value))
-    found = read(f"{service}: {{}}", flag)
+    graph = (*DISAGG_ROUTER, Planner)
+    found = read(f"{service}: {{}}", flag, graph=graph)
     assert found.services[service] == ({key: value} if settings is None else settings)
     assert len(found.notices) == (settings is not None)
     if settings is not None:
         assert found.notices[0].message.startswith(f"--{service}.{key}: {'read as' if settings else 'ignored'}")
-        assert refused(f"{service}: {{}}", flag, strict=True).startswith(f"--{service}.{key}: ")
+        assert refused(f"{service}: {{}}", flag, graph=graph, strict=True).startswith(f"--{service}.{key}: ")
 
 
 def test_every_row_is_tried() -> None:
