@@ -38,7 +38,7 @@ def completed(*words: str, **variables: str) -> set[str]:
     ("words", "offered"),
     [
         (("dynamo", "s"), {"serve", "status", "set", "scale"}),
-        (("dynamo", ""), {"serve", "run", "init", "status", "set", "scale", "llmctl", "env", "completion"}),
+        (("dynamo", ""), {"serve", "run", "build", "init", "status", "set", "scale", "llmctl", "env", "completion"}),
         (("dynamo", "completion", ""), {"bash", "zsh", "fish"}),
         (("dynamo", "serve", "graphs.agg:Frontend", "--inf"), {"--infra"}),
         (("dynamo", "serve", "graphs.agg:Frontend", "--infra", "e"), {"embedded", "external"}),

@@ -73,6 +73,7 @@ def test_a_model_of_your_own_reaches_every_service_that_needs_it() -> None:
     assert done.returncode == 0, done.stderr
     services = json.loads(done.stdout.splitlines()[-1].removeprefix("DYNAMO_SERVICE_CONFIG="))
     assert {name: values["model"] for name, values in services.items()} == {
+        "Common": "Qwen/Qwen3-0.6B",
         "Processor": "Qwen/Qwen3-0.6B",
         "VllmWorker": "Qwen/Qwen3-0.6B",
     }
@@ -80,7 +81,7 @@ def test_a_model_of_your_own_reaches_every_service_that_needs_it() -> None:
 
 def test_shown_files_are_the_files() -> None:
     source = (ROOT / "graphs/agg.py").read_text("utf-8")
-    assert source.endswith(block("python", "Frontend.link(Processor)"))
+    assert source.endswith(block("python", "Frontend.link(Processor).link(VllmWorker)\n"))
     for name in re.findall(r"`(configs/\w+\.yaml)`", TEXT):
         assert yaml.safe_load((ROOT / name).read_text("utf-8"))
     for name in re.findall(r"^\d+\..*?`((?:dynamo|components)/[\w/.]+)`", TEXT, re.MULTILINE):
