@@ -47,7 +47,8 @@ def construct(constructor: Callable[[], None], port: object, on_listening: Calla
                     return
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    threading.Thread(target=watch, name="constructor", daemon=True).start()
+    watcher = threading.Thread(target=watch, name="constructor", daemon=True)
+    watcher.start()
     try:
         constructor()
     except KeyboardInterrupt:
@@ -55,6 +56,7 @@ def construct(constructor: Callable[[], None], port: object, on_listening: Calla
             raise
     finally:
         ended.set()
+        watcher.join()  # before start hooks, which may fork
         for number, handler in before.items():
             signal.signal(number, handler)
     if served.is_set() and not interrupted.is_set():
@@ -64,10 +66,13 @@ def construct(constructor: Callable[[], None], port: object, on_listening: Calla
 
 def _listening_children(pid: int) -> Iterator[str]:
     """Yield the URLs at which child processes of a process accept connections over IPv4; none without /proc."""
+    children = list(_children(pid))
+    if not children:
+        return
     with contextlib.suppress(OSError):
         table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         urls = {f"socket:[{row[9]}]": _url(row[1]) for row in table if row[3] == LISTENS}
-        for child in _children(pid):
+        for child in children:
             with contextlib.suppress(OSError):  # it has ended
                 for descriptor in os.scandir(f"/proc/{child}/fd"):
                     if (url := urls.get(os.readlink(descriptor))) is not None:
@@ -75,8 +80,8 @@ def _listening_children(pid: int) -> Iterator[str]:
 
 
 def _children(pid: int) -> Iterator[str]:
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
             yield from Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
 
 
