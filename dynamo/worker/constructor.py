@@ -32,11 +32,13 @@ def construct(constructor: Callable[[], None], port: object, on_listening: Calla
     Raises what the constructor raises, and UnavailableError if it returns after that call: its server has ended.
     """
     interrupted, ended, served = threading.Event(), threading.Event(), threading.Event()
+    running = False
 
     def interrupt(number: int, _: FrameType | None) -> None:
         if not interrupted.is_set():
             interrupted.set()
-            raise KeyboardInterrupt
+            if running:
+                raise KeyboardInterrupt
 
     def watch() -> None:
         while not ended.wait(POLL_S):
@@ -50,7 +52,11 @@ def construct(constructor: Callable[[], None], port: object, on_listening: Calla
     watcher = threading.Thread(target=watch, name="constructor", daemon=True)
     watcher.start()
     try:
-        constructor()
+        try:
+            running = True
+            constructor()
+        finally:
+            running = False
     except KeyboardInterrupt:
         if not interrupted.is_set():
             raise
@@ -59,6 +65,7 @@ def construct(constructor: Callable[[], None], port: object, on_listening: Calla
         watcher.join()  # before start hooks, which may fork
         for number, handler in before.items():
             signal.signal(number, handler)
+            signal.siginterrupt(number, False)  # as event loops have it
     if served.is_set() and not interrupted.is_set():
         raise UnavailableError("the constructor returned: the server that it waited for has ended")
     return not interrupted.is_set()

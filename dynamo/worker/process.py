@@ -138,6 +138,8 @@ class ServiceProcess:
     async def run(self) -> int:
         """Run from construction to shutdown; return the exit code."""
         loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
         run_dir = Path(os.environ[RUN_DIR]) if os.environ.get(RUN_DIR) else None
         runtime = Runtime(run_dir=run_dir, name=self.label)
         self._following = loop.create_task(self._stop_with(runtime))
@@ -159,8 +161,6 @@ class ServiceProcess:
             if not construct(constructor, port, lambda url: self.status.report("ready", url=url)):
                 return 0
             self._constructed = True
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.stopping.set)
             entry = self.cls is self.graph.entry
             text = partial(runtime.metrics.text, shared=True)
             own = {"port": self._own_port} if self._own_port and entry else {}
