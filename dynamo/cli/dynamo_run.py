@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ class _InOut(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for word in [word for word in args[:2] if word.startswith(("in=", "out="))]:
             key, _, value = word.partition("=")
+            if f"dynamo.{key}" in ctx.meta:
+                raise click.UsageError(f"{key}= is given twice", ctx)
             ctx.meta[f"dynamo.{key}"] = value
             args = [arg for arg in args if arg is not word]
         return super().parse_args(ctx, args)
@@ -194,8 +197,10 @@ def _check(job: Job, options: dict[str, Any]) -> None:
     kind = job.input.partition(":")[0]
     if job.input == "none":
         raise ConfigError("in=none: an engine over several hosts is a graph", hint="see docs/deployment.md: nnodes")
-    if kind not in ("http", "text", "stdin", "batch", "dyn"):
+    if job.input not in ("http", "text", "stdin") and kind not in ("batch", "dyn"):
         raise ConfigError(f"in={job.input}: no such input", hint=f"inputs: {INPUTS}")
+    if job.input in ("batch", "batch:"):
+        raise ConfigError("in=batch: no file", hint="type in=batch:FILE")
     if kind == "dyn" and job.output == "dyn":
         raise ConfigError("in=dyn and out=dyn: nothing would answer", hint="type in=http out=dyn, or out=vllm")
     if options["num_nodes"] > 1:
@@ -276,6 +281,7 @@ def _serve_endpoint(job: Job) -> int:
     from dynamo.llm.protocol import GenerateRequest, ModelCard
 
     namespace, component, endpoint = parse_address(job.input)
+    block_size = job.extra.get("block-size")
 
     def card(context_length: int, engine: str, kind: str) -> ModelCard:
         return ModelCard(
@@ -284,7 +290,7 @@ def _serve_endpoint(job: Job) -> int:
             namespace=namespace,
             component=component,
             context_length=context_length,
-            kv_block_size=int(job.extra.get("block-size", 0)),
+            kv_block_size=block_size if isinstance(block_size, int) else 0,
             engine=engine,
             created=int(time.time()),
             types=[kind],
@@ -340,20 +346,13 @@ def _server(job: Job) -> Iterator[str]:
     from dynamo.cli.temporary_graph import temporary_server
 
     progress = Progress()
-    arguments = [f"out={job.output}", job.model, "--model-name", job.name, "--router-mode"]
-    arguments.append(job.router_mode)
-    if job.extra:
-        import tempfile
-
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(job.extra, file)
-            file.flush()
-            with temporary_server([*arguments, "--extra-engine-args", file.name], progress) as url:
-                yield url
-        return
-    with temporary_server(arguments, progress) as url:
-        wait_for_model(url, progress)
-        yield url
+    arguments = [f"out={job.output}", job.model, "--model-name", job.name, "--router-mode", job.router_mode]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job.extra, file)
+        file.flush()
+        with temporary_server([*arguments, "--extra-engine-args", file.name], progress) as url:
+            wait_for_model(url, progress)
+            yield url
 
 
 def _local_model(job: Job) -> LocalModel:

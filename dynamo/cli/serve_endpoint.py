@@ -29,7 +29,7 @@ async def serve_endpoint(
     request_type: Any = Any,
     check_health: Callable[[], Awaitable[Any]] | None = None,
 ) -> int:
-    """Serve a model until the process is to stop; return the exit code: 1 if `check_health` raised EngineError.
+    """Serve a model as long as `until_stopped` says; return the exit code.
 
     Raises TransportError if etcd or NATS cannot be reached.
     """
@@ -38,7 +38,7 @@ async def serve_endpoint(
         await runtime.serve(card.namespace, card.component, card.endpoint, handler, request_type)
         await runtime.publish(model_key(card.name, runtime.instance_id), card)
         print(f"ready: {card.name} at {SCHEME}{card.namespace}.{card.component}.{card.endpoint}", flush=True)
-        code = await until_stopped(check_health)
+        code = await until_stopped(check_health, runtime)
         await runtime.drain(DRAIN_S)
         return code
     finally:

@@ -59,7 +59,7 @@ async def serve_registered(host: str, port: int, choice: str, started: float) ->
     try:
         await runtime.connect()
         tasks.spawn(models.follow(), name="follow models")
-        return await serve(models, host, port, started, missing=models.missing)
+        return await serve(models, host, port, started, missing=models.missing, runtime=runtime)
     finally:
         await tasks.aclose()
         await models.aclose()
@@ -74,21 +74,27 @@ async def serve(
     *,
     missing: Callable[[str], str] | None = None,
     check_health: Callable[[], Awaitable[Any]] | None = None,
+    runtime: Runtime | None = None,
 ) -> int:
-    """Serve a backend until the process is to stop; return the exit code: 1 if `check_health` raised EngineError."""
+    """Serve a backend as long as `until_stopped` says; return the exit code."""
     server = HttpServer(create_app(backend, api_keys=api_keys(), missing=missing), host, port)
     await server.start()
     print(f"ready in {time.monotonic() - started:.1f} s: {server.url}", flush=True)
     if host in ("127.0.0.1", "localhost", "::1"):
         print("only this host can reach it; for others, give --host 0.0.0.0 or set DYNAMO_HOST", file=sys.stderr)
     try:
-        return await until_stopped(check_health)
+        return await until_stopped(check_health, runtime)
     finally:
         await server.stop()
 
 
-async def until_stopped(check_health: Callable[[], Awaitable[Any]] | None = None) -> int:
-    """Wait for SIGINT or SIGTERM (return 0), for the end of the service that started this process, or a broken engine (1)."""
+async def until_stopped(
+    check_health: Callable[[], Awaitable[Any]] | None = None, runtime: Runtime | None = None
+) -> int:
+    """Wait for SIGINT or SIGTERM, or for the end of the service that started this process; return the exit code.
+
+    It is 1 if `check_health` raised EngineError or another process revoked the lease of `runtime`, else 0.
+    """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -102,6 +108,9 @@ async def until_stopped(check_health: Callable[[], Awaitable[Any]] | None = None
             pass
         if parent is not None and os.getppid() != parent:
             return 0
+        if runtime is not None and runtime.is_stopped:
+            log.error("the lease was revoked")
+            return 1
         if check_health is not None and time.monotonic() - checked_at > HEALTH_POLL_S:
             checked_at = time.monotonic()
             try:

@@ -26,6 +26,9 @@ REASONS: dict[str, FinishReason] = {
     "abort": "abort",
 }
 
+TOKENS = 1 << 32
+"""token ids are below"""
+
 
 def eos_token_ids(directory: Path) -> list[int]:
     """Return the tokens that end a text, of a model's `generation_config.json`, else of its `config.json`."""
@@ -100,14 +103,16 @@ class TokenReader:
         items.pipe(self._on_item, self._on_end, counted=False)
 
     def _on_item(self, item: Any) -> None:
-        tokens = item.get("token_ids") if isinstance(item, dict) else None
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        found = item if isinstance(item, dict) else {}
+        reason = _reason(found.get("finish_reason"), found.get("error"))
+        tokens = found.get("token_ids", [] if reason else None)
+        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < TOKENS for token in tokens):
             raise EngineError(
                 f"the worker yielded something else than tokens: {item!r:.80}",
                 hint='it should yield {"token_ids": [...], "finish_reason": ...}',
             )
-        tokens, reason = self._cut(tokens, _reason(item.get("finish_reason")))
-        self._push(tokens, reason, item.get("text"))
+        tokens, reason = self._cut(tokens, reason)
+        self._push(tokens, reason, found.get("text"))
         if reason is not None:
             self._items.cancel()
             self._end(None)
@@ -152,11 +157,10 @@ def _decode(decode: Callable[[list[int], bool], str], skip_special_tokens: bool,
     return decode(tokens, skip_special_tokens)
 
 
-def _reason(given: Any) -> FinishReason | None:
-    """Return the finish reason in our words. Raises EngineError if the worker reports an error."""
-    if given is None:
-        return None
-    if given == "error" or isinstance(given, dict):
-        text = given.get("error") if isinstance(given, dict) else None
-        raise EngineError(f"the worker reported an error: {text or 'without a message'}")
-    return REASONS.get(given, "stop")
+def _reason(given: Any, error: Any) -> FinishReason | None:
+    """Return the finish reason in our words. Raises EngineError if the worker reports an error, in either place."""
+    if isinstance(given, dict):
+        error = error or given.get("error")
+    if error or given == "error" or isinstance(given, dict):
+        raise EngineError(f"the worker reported an error: {error or 'without a message'}")
+    return None if given is None else REASONS.get(str(given).lower(), "stop")

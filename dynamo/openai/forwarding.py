@@ -18,6 +18,8 @@ from dynamo.llm.protocol import Delta, TokenLogprob
 from dynamo.openai.responses import DONE, ResponseBuilder, event
 
 SSE_PREFIX = "data:"
+END = "[DONE]"
+"""the last event of a stream; ours is written when the worker's stream has ended"""
 
 
 class ForwardedChunk(NamedTuple):
@@ -28,6 +30,9 @@ class ForwardedChunk(NamedTuple):
     token_ids: range
     """one for each piece of text: the worker does not say how many tokens it is"""
     choices: list[dict[str, Any]]
+
+
+NOTHING = ForwardedChunk(b"", range(0), [])
 
 
 class ForwardedResponse(ResponseBuilder):
@@ -44,6 +49,8 @@ class ForwardedResponse(ResponseBuilder):
 
         Raises EngineError for what is no chunk, and the error that it reports, if so.
         """
+        if isinstance(item, str) and item.removeprefix(SSE_PREFIX).strip() == END:
+            return NOTHING
         chunk = self._parse(item)
         self._started = True
         choices: list[dict[str, Any]] = chunk["choices"]
@@ -51,15 +58,17 @@ class ForwardedResponse(ResponseBuilder):
         if isinstance(usage, dict):
             self._take_usage(usage)
             if not choices and not self.include_usage:
-                return ForwardedChunk(b"", range(0), choices)
-        if "message" in (choices[0] if choices else ()):  # a whole response in place of chunks
-            choices = [{**choice, "delta": choice.get("message")} for choice in choices]
+                return NOTHING
+        if any(isinstance(choice.get("message"), dict) for choice in choices):  # a whole response in place of chunks
+            choices = [{"delta": choice.get("message"), **choice} for choice in choices]
         text = sum(map(self._has_output, choices))
         if self._usage is None:
             self.output_tokens += text
-        return ForwardedChunk(
-            event({**chunk, **self._head(self.chunk_object), "choices": choices}), range(text), choices
-        )
+        try:
+            written = event({**chunk, **self._head(self.chunk_object), "choices": choices})
+        except TypeError as error:  # bytes, or integers of more than 64 bits
+            raise EngineError(f"the worker of {self.model} yielded a chunk that JSON cannot hold: {error}") from None
+        return ForwardedChunk(written, range(text), choices)
 
     def _parse(self, item: Any) -> dict[str, Any]:
         chunk = item
@@ -68,19 +77,16 @@ class ForwardedResponse(ResponseBuilder):
                 chunk = orjson.loads(item.removeprefix(SSE_PREFIX))
             except orjson.JSONDecodeError:
                 chunk = None
-        if isinstance(chunk, dict) and (chunk.get("object") == "error" or isinstance(chunk.get("error"), dict)):
-            raise _reported(chunk.get("error") or chunk)
-        choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        if (
-            not isinstance(chunk, dict)
-            or not isinstance(choices, list)
-            or not all(isinstance(c, dict) for c in choices)
-        ):
-            raise EngineError(
-                f"the worker of {self.model} yielded something else than {self.chunk_object}: {item!r:.80}",
-                hint="it should yield OpenAI's chunks, as dicts with `choices`",
-            )
-        return chunk
+        if isinstance(chunk, dict):
+            if chunk.get("error") or chunk.get("object") == "error":
+                raise _reported(chunk.get("error") or chunk)
+            choices = chunk.get("choices")
+            if isinstance(choices, list) and all(map(_is_choice, choices)):
+                return chunk
+        raise EngineError(
+            f"the worker of {self.model} yielded something else than {self.chunk_object}: {item!r:.80}",
+            hint="it should yield OpenAI's chunks, as dicts with `choices`",
+        )
 
     def _take_usage(self, usage: dict[str, Any]) -> None:
         self._usage = usage
@@ -109,7 +115,7 @@ class ForwardedResponse(ResponseBuilder):
 
     def add(self, delta: Any) -> None:
         for choice in delta.choices:
-            index = _count(choice.get("index"))
+            index = choice.get("index") or 0
             kept = self._folded.setdefault(index, {"index": index, "logprobs": None, "finish_reason": None})
             for key, value in choice.items():
                 if key != "message":
@@ -147,7 +153,9 @@ class ForwardedChat(ForwardedResponse):
         delta = choice.pop("delta", None) or {}
         tools = delta.get("tool_calls")
         if isinstance(tools, list):
-            delta["tool_calls"] = [{k: v for k, v in tool.items() if k != "index"} for tool in tools]
+            delta["tool_calls"] = [
+                {k: v for k, v in tool.items() if k != "index"} if isinstance(tool, dict) else tool for tool in tools
+            ]
         return {**choice, "message": {"content": None, **delta, "role": delta.get("role") or "assistant"}}
 
 
@@ -195,12 +203,20 @@ def _fold_lists(before: list[Any], new: list[Any]) -> list[Any]:
     return before
 
 
+def _is_choice(value: Any) -> bool:
+    """Return True for a choice whose index and parts have the types of OpenAI's."""
+    if not isinstance(value, dict) or not isinstance(value.get("index") or 0, int):
+        return False
+    return all(isinstance(value.get(part), dict | None) for part in ("delta", "message"))
+
+
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+    return max(value, 0) if isinstance(value, int) else 0
 
 
-def _reported(error: dict[str, Any]) -> DynamoError:
-    """Return the error that a worker yielded, in OpenAI's form or in vLLM's."""
-    message = str(error.get("message") or "the worker reported an error without a message")
-    code = error.get("code")
+def _reported(error: Any) -> DynamoError:
+    """Return the error that a worker yielded: a text, or an object in OpenAI's form or in vLLM's."""
+    found = error if isinstance(error, dict) else {"message": error}
+    message = str(found.get("message") or "the worker reported an error without a message")
+    code = found.get("code")
     return RequestError(message) if isinstance(code, int) and 400 <= code < 500 else EngineError(message)

@@ -40,6 +40,7 @@ from dynamo.sdk.endpoint import Hook, hooks
 from dynamo.sdk.graph import Graph, load
 from dynamo.sdk.spec import spec_of
 from dynamo.worker.broker import ServiceBroker
+from dynamo.worker.constructor import DEFAULT_PORT, construct
 from dynamo.worker.environment import RELOAD, RUN_DIR, namespace_of
 from dynamo.worker.http_service import HttpService
 from dynamo.worker.live_settings import LiveSettings
@@ -155,13 +156,16 @@ class ServiceProcess:
             attach(self.instance, ServiceBroker(runtime, self.namespace, self.name))
             # bound before the constructor runs, which may want to keep self.worker
             bind(self.instance, **{a: Stub(spec_of(targets[a]), pool) for a, pool in pools.items()})
-            self.instance.__init__(**constructor_arguments(self.cls, settings))
+            constructor = partial(self.instance.__init__, **constructor_arguments(self.cls, settings))
+            port = settings.get("port", DEFAULT_PORT)
+            if not construct(constructor, port, lambda url: self.status.report("ready", url=url)):
+                return 0
             self._constructed = True
             entry = self.cls is self.graph.entry
             text = partial(runtime.metrics.text, shared=True)
-            port = {"port": self._own_port} if self._own_port and entry else {}
+            own = {"port": self._own_port} if self._own_port and entry else {}
             self.http = HttpService(
-                self.instance, settings | port, entry=entry, workers=self.workers, run_dir=run_dir, metrics=text
+                self.instance, settings | own, entry=entry, workers=self.workers, run_dir=run_dir, metrics=text
             )
             self.context.listen = self.http.listen
             await self._show_metrics(runtime, run_dir)

@@ -34,6 +34,8 @@ def with_input(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["out=pystr:engine.py"], "out=pystr:engine.py: this project runs vLLM", "type out=vllm"),
         (["in=http", "out=vlm"], "out=vlm: no such output", "outputs: vllm, mocker, echo_core, echo_full, dyn"),
         (["in=web", "out=vllm"], "in=web: no such input", "inputs: http, text, stdin, batch:FILE, dyn://"),
+        (["in=http:8000", "out=vllm"], "in=http:8000: no such input", "inputs: http, text, stdin, batch:FILE, dyn://"),
+        (["in=batch", "out=vllm"], "in=batch: no file", "type in=batch:FILE"),
         (["in=none", "out=vllm", "M"], "in=none: an engine over several hosts is a graph", "see docs/deployment.md"),
         (["in=dyn://a.b.c", "out=dyn"], "in=dyn and out=dyn: nothing would answer", "type in=http out=dyn"),
         (["in=dyn://a..c", "out=echo_full"], "in=dyn://a..c: not an endpoint", "write in=dyn://namespace.component"),
@@ -66,6 +68,7 @@ def test_usage_errors():
     assert (result.returncode, result.stdout) == (2, "")
     assert "unexpected argument 'extra'" in result.stderr
     assert with_input("", "in=http", "--no-such-flag").returncode == 2
+    assert "in= is given twice" in with_input("", "in=http", "in=text").stderr
 
 
 def test_standard_input_is_answered():

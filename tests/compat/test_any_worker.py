@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ import httpx
 import openai
 import pytest
 
+from dynamo.llm.protocol import MODELS_PREFIX
+from dynamo.transport.etcd import Etcd
 from tests.ports import free_port
 from tests.served import READY, ROOT
 
@@ -351,6 +354,24 @@ def test_run_in_dyn(run: Run, site: Site, engine: str, begins: str) -> None:
     serving.process.send_signal(signal.SIGTERM)
     assert serving.process.wait(30) == 0
     site.wait_for(name, False)
+
+
+async def revoke(etcd_server: str, model: str) -> None:
+    """Revoke the lease of the worker that registered a model."""
+    etcd = Etcd.connect(etcd_server)
+    try:
+        (card,), _ = await etcd.get_prefix(f"{MODELS_PREFIX}{model}/")
+        await etcd.revoke(int(card.key.rpartition("/")[2], 16), for_good=True)
+    finally:
+        await etcd.close()
+
+
+def test_run_in_dyn_ends_when_its_lease_is_revoked(run: Run, site: Site, etcd_server: str) -> None:
+    serving = run("-m", "dynamo", "run", "in=dyn://any.revoked.generate", "out=echo_full", "--model-name", "revoked")
+    site.wait_for("revoked")
+    asyncio.run(revoke(etcd_server, "revoked"))
+    assert serving.process.wait(30) == 1
+    assert "the lease was revoked" in serving.output
 
 
 def test_run_in_http_with_an_engine_in_the_process(run: Run) -> None:

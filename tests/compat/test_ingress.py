@@ -37,7 +37,10 @@ def wait_for(url: str, *models: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("frontend", "number"), [("Frontend", signal.SIGINT), ("RunFrontend", signal.SIGTERM)])
+FRONTENDS = [("Frontend", signal.SIGINT), ("RunFrontend", signal.SIGTERM), ("WaitingFrontend", signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("frontend", "number"), FRONTENDS)
 def test_a_frontend_that_starts_a_server(serve_graph: Start, frontend: str, number: int) -> None:
     served = serve_graph(
         f"--{frontend}.served_model_name=my/speller",
@@ -46,13 +49,28 @@ def test_a_frontend_that_starts_a_server(serve_graph: Start, frontend: str, numb
         env=os.environ | {"OWN_PORT": str(free_port())},
     )
     served.ready()
-    names = ["registered-model"] + (["my/speller"] if frontend == "Frontend" else [])
+    names = ["registered-model"] + (["my/speller"] if frontend != "RunFrontend" else [])
     wait_for(served.url, *names)
     for name in names:
         assert chat(served.url, name, "any") == "ANY"
     assert served.stop(number) == 0  # which sees that nothing is left
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{served.url}/live")
+
+
+def test_a_frontend_is_restarted_with_the_server_that_it_waits_for(serve_graph: Start) -> None:
+    served = serve_graph(
+        "--WaitingFrontend.served_model_name=m",
+        "--WaitingFrontend.endpoint=ingress.Processor.chat/completions",
+        graph="tests.compat.graphs.ingress_03:WaitingFrontend",
+        env=os.environ | {"OWN_PORT": str(free_port())},
+    )
+    served.wait_for("WaitingFrontend ready in", 60)  # the server prints that it is ready, too
+    (server,) = served.pids("-p " + str(served.port))
+    os.kill(server, signal.SIGKILL)
+    served.wait_for("the constructor returned: the server that it waited for has ended; restarting", 60)
+    wait_for(served.url, "m")
+    assert chat(served.url, "m", "again") == "AGAIN"
 
 
 def test_a_server_is_restarted_with_its_frontend(serve_graph: Start) -> None:

@@ -68,6 +68,8 @@ def test_a_whole_response_in_place_of_chunks() -> None:
         "object": "chat.completion",
         "choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}],
     }
+    mixed = folded(ForwardedChat("id", "m"), {"choices": [{"index": 0, "delta": {"content": "a"}, "message": None}]})
+    assert mixed["choices"][0]["message"]["content"] == "a"
     (event,) = streamed(ForwardedChat("id", "m"), whole)
     assert event["object"] == "chat.completion.chunk"
     assert event["choices"][0]["delta"] == {"content": "hi"}
@@ -82,13 +84,40 @@ def test_usage_is_shown_to_those_who_asked() -> None:
     assert (other.prompt_tokens, other.output_tokens) == (3, 2)
 
 
-@pytest.mark.parametrize("item", [5, None, "no JSON", [], {}, {"choices": None}, {"choices": [1]}])
+NO_CHUNKS = [
+    5, None, "no JSON", b"{}", [], {}, {"choices": None}, {"choices": [1]}, {"choices": [{"index": "1"}]},
+    {"choices": [{"delta": "text"}]}, {"choices": [{"message": ["text"]}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("item", NO_CHUNKS)
 def test_what_is_no_chunk_is_an_error(item: Any) -> None:
     with pytest.raises(EngineError, match=r"the worker of m yielded something else than chat\.completion\.chunk"):
         ForwardedChat("id", "m").accept(item)
 
 
+@pytest.mark.parametrize("value", [b"bytes", 1 << 64, "\ud800", {1: "key"}])
+def test_what_json_cannot_hold_is_an_error(value: Any) -> None:
+    with pytest.raises(EngineError, match="the worker of m yielded a chunk that JSON cannot hold"):
+        ForwardedChat("id", "m").accept(chunk(content=value))
+
+
+def test_the_last_event_of_a_worker_is_left_out() -> None:
+    response = ForwardedChat("id", "m")
+    assert len(streamed(response, chunk(content="a"), "data: [DONE]\n\n", "[DONE]")) == 1
+    assert response.closing() == b"data: [DONE]\n\n"
+
+
+def test_counts_that_are_none_are_not_counted() -> None:
+    response = ForwardedChat("id", "m")
+    response.accept({"choices": [], "usage": {"prompt_tokens": -1, "completion_tokens": "5"}})
+    assert (response.prompt_tokens, response.output_tokens) == (0, 0)
+
+
 def test_errors_that_a_worker_yields() -> None:
+    for error in ({"error": "no memory"}, {"object": "error", "error": "no memory"}):
+        with pytest.raises(EngineError, match="no memory"):
+            ForwardedChat("id", "m").accept(error)
     with pytest.raises(RequestError, match="too long"):
         ForwardedChat("id", "m").accept({"object": "error", "message": "too long", "code": 400})
     with pytest.raises(EngineError, match="out of memory"):

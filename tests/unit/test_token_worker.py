@@ -86,11 +86,21 @@ async def test_a_worker_may_end_without_a_reason() -> None:
     assert (text(found), found[-1].finish_reason) == ("hello", "stop")
 
 
+@pytest.mark.parametrize(("given", "reason"), [("Length", "length"), ("EoS", "stop"), (["?"], "stop"), (7, "stop")])
+async def test_finish_reasons_in_other_words(given: Any, reason: str) -> None:
+    found, error, _ = read([{"token_ids": [5]}, {"finish_reason": given}])
+    assert (found[-1].finish_reason, error) == (reason, None)
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
         ({"finish_reason": "error", "token_ids": []}, "the worker reported an error: without a message"),
         ({"finish_reason": {"error": "no memory"}, "token_ids": []}, "the worker reported an error: no memory"),
+        ({"finish_reason": "error"}, "the worker reported an error: without a message"),
+        ({"error": "no memory"}, "the worker reported an error: no memory"),
+        ({"token_ids": [-1]}, "the worker yielded something else than tokens"),
+        ({"token_ids": [1 << 40]}, "the worker yielded something else than tokens"),
         ({"tokens": []}, "the worker yielded something else than tokens"),
         ({"token_ids": ["a"]}, "the worker yielded something else than tokens"),
         ("text", "the worker yielded something else than tokens"),

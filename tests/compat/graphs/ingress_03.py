@@ -1,4 +1,4 @@
-"""Frontends of 0.3 that leave HTTP to another program: `http` after `llmctl`, or `dynamo-run`; the processor is one's own."""
+"""Frontends of 0.1 to 0.3 that leave HTTP to another program: `http` after `llmctl`, or `dynamo-run`."""
 
 import logging
 import os
@@ -93,3 +93,20 @@ class RunFrontend:
         self.config = IngressConfig(**ServiceConfig.get_parsed_config("RunFrontend"))
         output = f"out=dyn://{self.config.endpoint}"
         self.process = subprocess.Popen(["dynamo-run", "in=http", output, "--http-port", str(self.config.port)])
+
+
+@service(resources={"cpu": "10", "memory": "20Gi"}, workers=1)
+class WaitingFrontend:
+    """Waits for its server in the constructor, as those of 0.1 do."""
+
+    processor = depends(Processor)
+
+    def __init__(self):
+        config = IngressConfig(**ServiceConfig.get_instance().get("WaitingFrontend", {}))
+        subprocess.run(["llmctl", "http", "add", "chat-models", config.served_model_name, config.endpoint], check=False)
+        process = subprocess.Popen(["http", "-p", str(config.port)])
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
