@@ -77,13 +77,15 @@ def upgraded(resolved: Resolved, upgrade: UpgradeKey) -> Resolved:
     """Return a configuration with the older keys of its services replaced, and a notice for each."""
     services: dict[str, dict[str, Any]] = {}
     origins = dict(resolved.origins)
-    notices: dict[str, Notice] = {}  # by message: services share the lines of Common
+    notices: dict[str, Notice] = {}  # by message: services share the lines of Common, and the first says most
     for name, settings in resolved.services.items():
         changes = {key: upgrade(name, key, value, settings) for key, value in settings.items()}
+        given = {canonical(key): key for key in settings if changes[key] is None}
         for key, change in changes.items():
             if change is not None:
-                notice = _notice(resolved.origins, name, key, change)
-                notices[notice.message] = notice
+                fact = _overridden(resolved.origins, name, key, change, given)
+                notice = _notice(resolved.origins, name, key, replace(change, fact=fact) if fact else change)
+                notices.setdefault(notice.message, notice)
         services[name] = _changed(name, settings, changes, origins)
     return replace(resolved, services=services, origins=origins, notices=(*resolved.notices, *notices.values()))
 
@@ -116,6 +118,15 @@ def _changed(
         if path not in origins:
             origins[path] = origins[path[:2]]
     return {key: merged[key] for key in dict.fromkeys([*kept, *merged])}
+
+
+def _overridden(
+    origins: Mapping[KeyPath, Origin], service: str, old: str, change: Change, given: Mapping[str, str]
+) -> str:
+    """Return what to report of a key all of whose settings are `given` under today's names too; else nothing."""
+    winners = [given.get(canonical(new)) for new, value in change.settings.items() if not isinstance(value, Mapping)]
+    keys = [key for key in winners if key is not None and origins[service, key].is_flag >= origins[service, old].is_flag]
+    return f"ignored, since {', '.join(keys)} is given" if keys and len(keys) == len(change.settings) else ""
 
 
 def _mapping(value: Any) -> Any:
