@@ -14,7 +14,7 @@ from dynamo import environment
 from dynamo.errors import ConfigError, TransportError
 from dynamo.llm.model_cards import decode_cards, is_native
 from dynamo.llm.protocol import MODELS_PREFIX, ChatRequest, CompletionRequest, Delta, ModelCard, ServedModel
-from dynamo.planner.service import PlannerService
+from dynamo.planner.service import PlannerService, PrometheusService
 from dynamo.sdk import (
     Service,
     Stream,
@@ -53,7 +53,9 @@ class Frontend(Service):
 
     worker = depends(VllmWorker)
     processor = depends(Processor)
+    # run beside the graph; nothing here calls them
     planner = depends(PlannerService, optional=True)
+    prometheus = depends(PrometheusService, optional=True)
 
     def __init__(
         self,

@@ -123,10 +123,12 @@ def _changed(
 def _overridden(
     origins: Mapping[KeyPath, Origin], service: str, old: str, change: Change, given: Mapping[str, str]
 ) -> str:
-    """Return what to report of a key all of whose settings are `given` under today's names too; else nothing."""
-    winners = [given.get(canonical(new)) for new, value in change.settings.items() if not isinstance(value, Mapping)]
-    keys = [key for key in winners if key is not None and origins[service, key].is_flag >= origins[service, old].is_flag]
-    return f"ignored, since {', '.join(keys)} is given" if keys and len(keys) == len(change.settings) else ""
+    """Return the fact that all settings of a key are `given` under today's names and win; else an empty string."""
+    is_flag = origins[service, old].is_flag
+    keys = [given.get(canonical(new)) for new, value in change.settings.items() if not isinstance(value, Mapping)]
+    winners = [key for key in keys if key is not None and (origins[service, key].is_flag or not is_flag)]
+    all_lose = bool(winners) and len(winners) == len(change.settings)
+    return f"ignored, since {', '.join(winners)} is given" if all_lose else ""
 
 
 def _mapping(value: Any) -> Any:

@@ -229,7 +229,10 @@ def test_todays_name_wins_over_an_older_one_except_over_a_flag() -> None:
     found = read("Router: {model: new, router_temperature: 0.2}", *flags)
     assert found.services["Router"] == {"model": "flag", "router_temperature": 1.0}
     assert found.origins["Router", "model"].source == "--Router.model-name"
-    assert [message.partition(": ")[2] for message in messages(found)] == ["read as model", "read as router-temperature"]
+    assert [message.partition(": ")[2] for message in messages(found)] == [
+        "read as model",
+        "read as router-temperature",
+    ]
 
 
 def test_a_key_that_the_class_itself_takes_is_its_own() -> None:
