@@ -35,10 +35,12 @@ def changed_flag(key: str, value: Any, known: Collection[str]) -> Change | None:
     if field in known or name.replace("-", "_") in known:
         return _changed_value(key, value)
     old = FLAGS.get(name)
+    if old is None and name.startswith("no-"):
+        old, value = FLAGS.get(name.removeprefix("no-")), False
     if old is None:
         return None
     since = f"not in vLLM since {old.removed}"
-    settings = dict(old.replace(value)) if old.replace is not None else {}
+    settings = dict(old.replace(value)) if old.replace is not None and value is not None else {}
     if not all(setting.replace("-", "_") in known for setting in settings):
         settings = {}
     if not settings:
@@ -64,8 +66,9 @@ def _changed_value(key: str, value: Any) -> Change | None:
     if name == "compilation-config":
         new = _compilation_config(value)
     elif name == "limit-mm-per-prompt" and isinstance(value, str) and "=" in value:
-        pairs = [item.partition("=") for item in value.split(",")]
-        new = {kind.strip(): int(count) for kind, _, count in pairs if count.strip().isdecimal()}
+        counts = [item.partition("=") for item in value.split(",")]
+        if all(count.strip().isdecimal() for _, _, count in counts):
+            new = {kind.strip(): int(count) for kind, _, count in counts}
     if new == value:
         return None
     return Change(f"vLLM's form before 0.12; write {key}: {json.dumps(new)}", {key: new})
@@ -104,7 +107,7 @@ def _to(name: str) -> Replace:
 
 
 def _if_true(name: str, new: Any) -> Replace:
-    return lambda value: {name: new} if value not in (False, "false", None) else {}
+    return lambda value: {} if str(value).lower() == "false" else {name: new}
 
 
 def _speculative(name: str) -> Replace:
@@ -147,9 +150,11 @@ def _task(value: Any) -> Mapping[str, Any]:
     if value in ("generate", "transcription"):
         return {"runner": "generate"}
     convert = {"embed": "embed", "embedding": "embed", "classify": "classify", "score": "classify"}.get(str(value))
-    if convert is None:  # auto, which is the default; reward, which the model's architecture says
-        return {"runner": "pooling"} if value == "reward" else {}
-    return {"runner": "pooling", "convert": convert}
+    if convert is not None:
+        return {"runner": "pooling", "convert": convert}
+    if value == "reward":  # the model's architecture says the rest
+        return {"runner": "pooling"}
+    return {} if value == "auto" else {"runner": value}
 
 
 _V0 = "it was for vLLM's V0 engine; remove it"
@@ -226,6 +231,6 @@ FLAGS: Mapping[str, OldFlag] = {
 
 
 def _sizes(value: Any) -> Any:
-    """Return sizes as a list of ints."""
+    """Return sizes as a list of ints; what is no number stays, and vLLM reports it."""
     items = value if isinstance(value, list) else str(value).replace(",", " ").split()
-    return [int(item) for item in items if str(item).strip().isdecimal()]
+    return [int(item) if str(item).strip().isdecimal() else item for item in items]
