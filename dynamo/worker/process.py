@@ -217,6 +217,7 @@ class ServiceProcess:
             runtime=runtime,
             progress=self.status.progress,
             endpoints=tuple(endpoint.name for endpoint in endpoints),
+            graph=frozenset(graph),
             scrape_targets=self._targets.addresses,
         )
         enter(context)
