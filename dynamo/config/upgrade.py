@@ -6,7 +6,6 @@ misspelling of a known name stays where it is, so that the check refuses it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo.config.merge import COMMON, COMMON_CONFIGS, SERVICE_ARGS, Layer, Resolved, merge, walk
 from dynamo.config.provenance import KeyPath, Notice, Origin, canonical, location, misspelled
 from dynamo.config.upstream_keys import SERVICES, Change, upstream_key
+from dynamo.text import from_json
 
 if TYPE_CHECKING:
     from dynamo.config.settings import DeclaredSettings
@@ -106,7 +106,7 @@ def _changed(
             key = spellings.get(canonical(new), new)
             is_flag = origins[name, old].is_flag
             if key in kept and isinstance(value, Mapping):
-                kept[key] = _mapping(kept[key])
+                kept[key] = from_json(kept[key])  # engines' flags may be JSON
             if is_flag and not (key in kept and origins[name, key].is_flag):
                 above = merge(above, {key: value})
                 origins[name, key] = origins[name, old]
@@ -129,14 +129,6 @@ def _overridden(
     winners = [key for key in keys if key is not None and (origins[service, key].is_flag or not is_flag)]
     all_lose = bool(winners) and len(winners) == len(change.settings)
     return f"ignored, since {', '.join(winners)} is given" if all_lose else ""
-
-
-def _mapping(value: Any) -> Any:
-    """Return a mapping that is written as JSON, as engines' flags are; anything else as it is."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _notice(origins: Mapping[KeyPath, Origin], service: str, key: str, change: Change) -> Notice:

@@ -14,6 +14,7 @@ from dynamo.config.provenance import canonical
 from dynamo.config.upstream_keys import Change
 from dynamo.engines.mock.settings import MockSettings
 from dynamo.engines.vllm.install import engine_arguments
+from dynamo.text import from_json
 
 Replace = Callable[[Any], Mapping[str, Any]]
 """from a flag's value, the flags of today that say the same"""
@@ -76,7 +77,7 @@ def _changed_value(key: str, value: Any) -> Change | None:
 
 def _compilation_config(value: Any) -> Any:
     """Return a compilation config with today's fields: `mode` was `level`, and a number alone was the level."""
-    given = _mapping(value)
+    given = from_json(value)
     if isinstance(given, int) and not isinstance(given, bool):
         return {"mode": given}
     if not isinstance(given, Mapping) or not given.keys() & _COMPILATION_FIELDS:
@@ -94,16 +95,8 @@ def _compilation_config(value: Any) -> Any:
 _COMPILATION_FIELDS = {"level", "full_cuda_graph", "use_cudagraph", "use_inductor"}
 
 
-def _mapping(value: Any) -> Any:
-    """Return JSON text as its value, anything else unchanged."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
 def _to(name: str) -> Replace:
-    return lambda value: {name: _mapping(value)}
+    return lambda value: {name: from_json(value)}
 
 
 def _if_true(name: str, new: Any) -> Replace:
@@ -137,7 +130,7 @@ def _eplb(name: str) -> Replace:
 
 def _rope(name: str) -> Replace:
     def replace(value: Any) -> Mapping[str, Any]:
-        given = _mapping(value)
+        given = from_json(value)
         parameters = given if name == "rope-scaling" else {"rope_theta": given}
         if isinstance(parameters, Mapping) and "type" in parameters:
             parameters = {"rope_type": parameters["type"], **{k: v for k, v in parameters.items() if k != "type"}}
