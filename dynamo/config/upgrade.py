@@ -112,7 +112,8 @@ def _changed(
                 origins[name, key] = origins[name, old]
             else:
                 below = merge(below, {key: value})
-                origins.setdefault((name, key), origins[name, old])
+                if key not in kept and key not in above:
+                    origins[name, key] = origins[name, old]
     merged = merge(merge(below, kept), above)
     for path, _ in walk({name: merged}):
         if path not in origins:

@@ -235,6 +235,22 @@ def test_todays_name_wins_over_an_older_one_except_over_a_flag() -> None:
     ]
 
 
+def test_of_two_older_names_the_last_one_counts_and_is_the_one_in_errors() -> None:
+    found = read("Router:\n  softmax-sample: true\n  temperature: 0.5")
+    assert found.services["Router"] == {"router-temperature": 0.5}
+    assert found.origins["Router", "router-temperature"].source == "c.yaml:3"
+    wrong = refused("Router:\n  softmax-sample: true\n  temperature: hot")
+    assert wrong.startswith('c.yaml:3 Router.router-temperature: expected float, found "hot"')
+    flags = (("Router.temperature", "0.7"),)
+    found = read("Router: {softmax-sample: true}", *flags)
+    assert found.services["Router"] == {"router-temperature": 0.7}
+    assert found.origins["Router", "router-temperature"].source == "--Router.temperature"
+
+
+def test_a_switch_of_ai_dynamo_that_is_no_switch_is_an_error() -> None:
+    assert 'expected float, found "maybe"' in refused("Router: {softmax-sample: maybe}")
+
+
 def test_a_key_that_the_class_itself_takes_is_its_own() -> None:
     class Router:
         def __init__(self, temperature: float = 0.5, model_name: str = "") -> None: ...
