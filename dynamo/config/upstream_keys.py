@@ -63,7 +63,7 @@ def _ignored(why: str) -> Row:
 
 def _softmax_sample(value: Any) -> Change:
     # ai-dynamo drew from the softmax of the logits divided by their range: a router-temperature of 1
-    wanted = parse_bool(str(value))
+    wanted = parse_bool(str(value or False))
     temperature = value if wanted is None else float(wanted)  # a value of neither kind is refused under today's name
     return Change(
         f"the name in ai-dynamo 0.3; write router-temperature: {temperature}", {"router-temperature": temperature}
