@@ -18,7 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("dynamo", "components", "graphs", "configs", "benchmarks", "tests", "container", "deploy", "docs", ".ci")
+FOLDERS = (
+    *("dynamo", "components", "graphs", "configs", "examples"),
+    *("benchmarks", "tests", "container", "deploy", "docs", ".ci"),
+)
 LEFT_OUT = ("dynamo/llm/tiny/", "tests/compat/graphs/", ".ci/words.py")
 """The tiny model's lessons, which it was trained on; graphs as users of 0.x wrote them; the word list."""
 SUFFIXES = (".py", ".md", ".yaml", ".yml", ".sh", ".toml", ".txt", ".html", ".conf")

@@ -14,7 +14,7 @@ from dynamo import environment
 from dynamo.errors import ConfigError, TransportError
 from dynamo.llm.model_cards import decode_cards, is_native
 from dynamo.llm.protocol import MODELS_PREFIX, ChatRequest, CompletionRequest, Delta, ModelCard, ServedModel
-from dynamo.planner.service import PlannerService
+from dynamo.planner.service import PlannerService, PrometheusService
 from dynamo.sdk import (
     Service,
     Stream,
@@ -53,7 +53,9 @@ class Frontend(Service):
 
     worker = depends(VllmWorker)
     processor = depends(Processor)
+    # run beside the graph; nothing here calls them
     planner = depends(PlannerService, optional=True)
+    prometheus = depends(PrometheusService, optional=True)
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class Frontend(Service):
         self.cors_origins = cors_origins
         self.api_keys = environment.api_keys() if api_keys is None else [key.strip() for key in api_keys if key.strip()]
         self.namespace = self.dynamo_address()[0]
+        self.graph: frozenset[tuple[str, str]] = frozenset()
         self._models: list[ServedModel] = []  # of this graph, by the workers' cards
         self._others: RegisteredModels | None = None
         self.app: Callable[..., Awaitable[None]] | None = None
@@ -103,7 +106,7 @@ class Frontend(Service):
 
         context = service_context()
         if context is not None:
-            self.namespace = context.namespace
+            self.namespace, self.graph = context.namespace, context.graph
             if not context.in_memory:
                 from dynamo.openai.registered_models import RegisteredModels
 
@@ -164,9 +167,14 @@ class Frontend(Service):
             self._others.update(cards)
 
     def _is_own(self, card: ModelCard) -> bool:
-        """Return True for the models of this graph's workers, and for further names of them that `llmctl` added."""
-        added = (card.component, card.endpoint) in PROCESSOR_ENDPOINTS
-        return card.namespace == self.namespace and (is_native(card) or added)
+        """Return True for the models of this graph's workers, and for further names of them that `llmctl` added.
+
+        Workers that another command started count by their namespace.
+        """
+        in_namespace = card.namespace == self.namespace
+        if is_native(card):
+            return in_namespace or (card.namespace, card.component) in self.graph
+        return in_namespace and (card.component, card.endpoint) in PROCESSOR_ENDPOINTS
 
     def _other(self, name: str) -> RegisteredModels | None:
         """Return what answers for a model that is not of this graph."""

@@ -1,6 +1,9 @@
-"""Shortening of long text for error messages and log lines."""
+"""Text for error messages and log lines: shortened, compared, or read as JSON."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 
 def shorten(text: str, limit: int) -> str:
@@ -29,3 +32,11 @@ def edit_distance(a: str, b: str) -> int:
             row.append(cost)
         before, above = above, row
     return above[-1]
+
+
+def from_json(value: Any) -> Any:
+    """Return the value of a JSON text; anything else, text that is no JSON included, as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from dynamo.cli.build_context import DOCKERFILE, Packed, collect
+from dynamo.cli.errors import short_warnings, warn
 from dynamo.config import yaml_file
 from dynamo.config.resolution import resolve_and_check
 from dynamo.config.settings import declared
@@ -152,9 +153,12 @@ def _pack(
     from dynamo.sdk import graph_import
     from dynamo.sdk.graph import load
 
-    found = load(graph, working_dir)
+    with short_warnings():
+        found = load(graph, working_dir)
     services = {name: declared(cls) for name, cls in found.services.items()}
-    resolve_and_check([yaml_file.load(config_file)] if config_file is not None else [], services)
+    layers = [yaml_file.load(config_file)] if config_file is not None else []
+    for notice in resolve_and_check(layers, services).notices:
+        warn(str(notice))
     return collect(graph, graph_import.imported(), base_image, config_file, include, working_dir)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -220,17 +221,10 @@ def serve(
     )
     if supervise and not service_names:
         raise click.UsageError("--supervise needs --service-name: a whole graph is supervised in any case")
-    given_port = os.environ.pop("DYNAMO_PORT", None)
-    with short_warnings():
+    with short_warnings(), _unchanged("DYNAMO_PORT"):  # Frontends of 0.3 set it when imported, for their own process
         found = load(graph, working_dir)
-    os.environ.pop("DYNAMO_PORT", None)  # Frontends of 0.3 set it when they are imported, for their own process
-    if given_port is not None:
-        os.environ["DYNAMO_PORT"] = given_port
     modules = graph_import.imported([cls.__module__ for cls in found.services.values()])
-    elsewhere_found = graph_import.borrowed(modules, working_dir)
-    if elsewhere_found:
-        named = ", ".join(f"{name} from {file}" for name, file in elsewhere_found.items())
-        warn(f"not in the folders of {working_dir.resolve()}, so taken from elsewhere: {named}")
+    _warn_of_borrowed(graph_import.borrowed(modules, working_dir), working_dir)
     if enable_local_planner:
         warn("--enable-local-planner has no effect: a Planner that the graph links plans in any case")
     started = select(without(found, elsewhere), service_names)
@@ -269,6 +263,25 @@ def serve(
     from dynamo.launcher import run
 
     return run(started, resolved, options)
+
+
+@contextmanager
+def _unchanged(variable: str) -> Iterator[None]:
+    """Undo what the block does to an environment variable."""
+    given = os.environ.get(variable)
+    try:
+        yield
+    finally:
+        os.environ.pop(variable, None)
+        if given is not None:
+            os.environ[variable] = given
+
+
+def _warn_of_borrowed(modules: Mapping[str, str], working_dir: Path) -> None:
+    """Warn of modules, name to file, that a folder of the working directory lacks and another one has."""
+    if modules:
+        named = ", ".join(f"{name} from {file}" for name, file in modules.items())
+        warn(f"not in the folders of {working_dir.resolve()}, so taken from elsewhere: {named}")
 
 
 def _file_layers(config_file: Path | None) -> list[Layer]:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from dynamo.compat.planner import LoadPlannerDefaults
 from dynamo.planner.load_rule import LoadLimits, Pace
-from dynamo.planner.service import PlannerService
-from dynamo.sdk import Service, async_on_start, service
+from dynamo.planner.service import PlannerService, PrometheusService
+from dynamo.sdk import async_on_start, service
 from dynamo.transport.network import METRICS_ADDRESS
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Planner(PlannerService):
 
 
 @service(dynamo={"namespace": "dynamo"}, workers=1)
-class Prometheus(Service):
+class Prometheus(PrometheusService):
     """Takes any configuration of Prometheus and starts no server: `dynamo serve` has a page for one to scrape."""
 
     def __init__(self, **configuration: Any) -> None:

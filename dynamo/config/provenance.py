@@ -58,7 +58,7 @@ def misspelled(word: str, names: Iterable[str]) -> str | None:
     for name in names:
         other = canonical(name).lower()
         is_numbered = form != other and _DIGITS.sub("", form) == _DIGITS.sub("", other)
-        if not is_numbered and edit_distance(form, other) <= min(len(form) // 4, 2):
+        if not is_numbered and edit_distance(form, other) <= min(len(form) // 4, len(other) // 4, 2):
             return name
     return None
 

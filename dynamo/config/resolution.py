@@ -48,9 +48,7 @@ def resolve_and_check(
     def claims(service: str, key: str) -> bool:
         if any(knows(services, name, key) for name in services):
             return knows(services, service, key)
-        found = services.get(service)
-        hook = found.upgrade_setting if found is not None else None
-        return hook is not None and hook(key, common[key], common, services) is not None
+        return upgrade(service, key, common[key], common) is not None
 
     resolved = resolve([merged], services, claims)
     sections = resolved.services
@@ -66,7 +64,7 @@ def resolve_and_check(
         check(replace(resolved, services=values, unclaimed=()), {only: services[only]})
     if strict and resolved.notices:
         first = resolved.notices[0]
-        raise ConfigError(first.message, hint=first.hint)
+        raise ConfigError(f"{first.message}, which --strict refuses", hint=first.hint)
     sections = {**({COMMON: common} if common else {}), **sections, **resolved.services}
     return replace(resolved, services=sections)
 

@@ -6,7 +6,6 @@ misspelling of a known name stays where it is, so that the check refuses it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo.config.merge import COMMON, COMMON_CONFIGS, SERVICE_ARGS, Layer, Resolved, merge, walk
 from dynamo.config.provenance import KeyPath, Notice, Origin, canonical, location, misspelled
 from dynamo.config.upstream_keys import SERVICES, Change, upstream_key
+from dynamo.text import from_json
 
 if TYPE_CHECKING:
     from dynamo.config.settings import DeclaredSettings
@@ -77,13 +77,15 @@ def upgraded(resolved: Resolved, upgrade: UpgradeKey) -> Resolved:
     """Return a configuration with the older keys of its services replaced, and a notice for each."""
     services: dict[str, dict[str, Any]] = {}
     origins = dict(resolved.origins)
-    notices: dict[str, Notice] = {}  # by message: services share the lines of Common
+    notices: dict[str, Notice] = {}  # by message: services share the lines of Common, and the first says most
     for name, settings in resolved.services.items():
         changes = {key: upgrade(name, key, value, settings) for key, value in settings.items()}
+        given = {canonical(key): key for key in settings if changes[key] is None}
         for key, change in changes.items():
             if change is not None:
-                notice = _notice(resolved.origins, name, key, change)
-                notices[notice.message] = notice
+                fact = _overridden(resolved.origins, name, key, change, given)
+                notice = _notice(resolved.origins, name, key, replace(change, fact=fact) if fact else change)
+                notices.setdefault(notice.message, notice)
         services[name] = _changed(name, settings, changes, origins)
     return replace(resolved, services=services, origins=origins, notices=(*resolved.notices, *notices.values()))
 
@@ -104,13 +106,14 @@ def _changed(
             key = spellings.get(canonical(new), new)
             is_flag = origins[name, old].is_flag
             if key in kept and isinstance(value, Mapping):
-                kept[key] = _mapping(kept[key])
+                kept[key] = from_json(kept[key])  # engines' flags may be JSON
             if is_flag and not (key in kept and origins[name, key].is_flag):
                 above = merge(above, {key: value})
                 origins[name, key] = origins[name, old]
             else:
                 below = merge(below, {key: value})
-                origins.setdefault((name, key), origins[name, old])
+                if key not in kept and key not in above:
+                    origins[name, key] = origins[name, old]
     merged = merge(merge(below, kept), above)
     for path, _ in walk({name: merged}):
         if path not in origins:
@@ -118,12 +121,15 @@ def _changed(
     return {key: merged[key] for key in dict.fromkeys([*kept, *merged])}
 
 
-def _mapping(value: Any) -> Any:
-    """Return a mapping that is written as JSON, as engines' flags are; anything else as it is."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+def _overridden(
+    origins: Mapping[KeyPath, Origin], service: str, old: str, change: Change, given: Mapping[str, str]
+) -> str:
+    """Return the fact that all settings of a key are `given` under today's names and win; else an empty string."""
+    is_flag = origins[service, old].is_flag
+    keys = [given.get(canonical(new)) for new, value in change.settings.items() if not isinstance(value, Mapping)]
+    winners = [key for key in keys if key is not None and (origins[service, key].is_flag or not is_flag)]
+    all_lose = bool(winners) and len(winners) == len(change.settings)
+    return f"ignored, since {', '.join(winners)} is given" if all_lose else ""
 
 
 def _notice(origins: Mapping[KeyPath, Origin], service: str, key: str, change: Change) -> Notice:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dynamo.config.provenance import canonical
+from dynamo.environment import parse_bool
 
 SERVICES = {
     **dict.fromkeys(("Frontend", "Processor", "Router", "VllmWorker", "PrefillWorker"), ""),
@@ -62,7 +63,8 @@ def _ignored(why: str) -> Row:
 
 def _softmax_sample(value: Any) -> Change:
     # ai-dynamo drew from the softmax of the logits divided by their range: a router-temperature of 1
-    temperature = 1.0 if str(value).lower() in ("true", "1") else 0.0
+    wanted = parse_bool(str(value or False))
+    temperature = value if wanted is None else float(wanted)  # a value of neither kind is refused under today's name
     return Change(
         f"the name in ai-dynamo 0.3; write router-temperature: {temperature}", {"router-temperature": temperature}
     )

@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 INTERVALS = ("adjustment-interval", "metric-pulling-interval")
 
 
+class PrometheusService(AbstractService):
+    """What a Prometheus beside a Planner is: graphs of ai-dynamo 0.3 link one below their Frontend."""
+
+
 class PlannerService(AbstractService):
     """Runs a load planner beside the graph. The constructor of a service calls `plan_with`."""
 

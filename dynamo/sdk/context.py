@@ -71,6 +71,8 @@ class ServiceContext:
     """report what the start is waiting for; shown by `dynamo serve`"""
     endpoints: tuple[str, ...] = ()
     """names of the endpoints that this process registers, in alphabetical order of their methods"""
+    graph: frozenset[tuple[str, str]] = frozenset()
+    """namespace and name of each service of the graph"""
     scrape_targets: Callable[[], Awaitable[list[str]]] | None = None
     """list `host:port` of the metrics ports of all hosts, for Prometheus"""
     listen: Callable[[str, int], socket.socket] | None = None

@@ -154,6 +154,12 @@ def _missing_module(name: str, error: ModuleNotFoundError, working_dir: Path) ->
     """Return the error for a graph module `name` whose import failed because a module was not found."""
     missing = error.name or ""
     if name == missing or name.startswith(f"{missing}."):
+        top, file = name.partition(".")[0], Path(*name.split(".")).with_suffix(".py")
+        if top in sys.stdlib_module_names and (working_dir / file).is_file():
+            return GraphError(
+                f"graph module {name!r} not found: {top} is Python's own",
+                hint=f"rename {top}, or name the file: {file}",
+            )
         return GraphError(
             f"graph module {name!r} not found",
             hint=f"run from the directory that holds it, or pass --working-dir (now {working_dir.resolve()})",

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -25,10 +23,10 @@ from types import ModuleType
 from dynamo.errors import GraphError
 
 _OWN = "dynamo"
-_STDLIB = os.path.realpath(sysconfig.get_path("stdlib"))
+_STDLIB = os.path.dirname(os.path.realpath(os.__file__))
 
 
-class GraphFinder(MetaPathFinder):
+class GraphFinder:
     """Finds modules within packages, file by file, in the folders of `sys.path` that hold no installed packages."""
 
     def __init__(self, working_dir: str) -> None:

@@ -221,6 +221,7 @@ class ServiceProcess:
             runtime=runtime,
             progress=self.status.progress,
             endpoints=tuple(endpoint.name for endpoint in endpoints),
+            graph=frozenset(graph),
             scrape_targets=self._targets.addresses,
         )
         enter(context)
@@ -352,6 +353,17 @@ def _sources() -> dict[str, list[str]]:
     return {"files": sorted(f for f in files if f.startswith(here) and "/site-packages/" not in f)}
 
 
+def _load(spec: str) -> tuple[Graph, str | None]:
+    """Load a graph, and return the DYNAMO_PORT that its modules set while they were imported.
+
+    Frontends of ai-dynamo 0.3 do: `port` in their configuration is that of a server which they start themselves.
+    """
+    given = os.environ.get("DYNAMO_PORT")
+    graph = load(spec)
+    port = os.environ.get("DYNAMO_PORT")
+    return graph, port if port != given else None
+
+
 def main(
     argv: Sequence[str] | None = None,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
@@ -370,19 +382,9 @@ def main(
     warnings.simplefilter("ignore", IgnoredArgumentWarning)  # the command printed them
 
     async def run() -> int:
-        given_port = os.environ.get("DYNAMO_PORT")
-        graph = load(options.graph)
-        port = os.environ.get("DYNAMO_PORT")  # set by a graph of 0.3 whose Frontend has `port` for another server
-        process = ServiceProcess(
-            graph,
-            options.service_name,
-            options.worker_id,
-            options.workers,
-            status,
-            scrape,
-            port if port != given_port else None,
-        )
-        return await process.run()
+        graph, own_port = _load(options.graph)
+        name, worker_id, workers = options.service_name, options.worker_id, options.workers
+        return await ServiceProcess(graph, name, worker_id, workers, status, scrape, own_port).run()
 
     try:
         code = uvloop.run(run())

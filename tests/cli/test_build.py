@@ -142,6 +142,13 @@ def test_without_an_engine_the_context_serves_the_graph(project: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
+def test_what_serve_would_ignore_is_a_warning_here_too(project: Path) -> None:
+    (project / "configs/mine.yaml").write_text("Worker: {size: 2}\nPlanner: {no-operation: true}\n")
+    ran = build(project)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.startswith("warning: configs/mine.yaml:2 Planner: ignored: this graph has no such service")
+
+
 def test_a_module_from_another_folder_is_packed_by_its_name(project: Path) -> None:
     """Our components, for a graph that uses them; what is installed is not packed."""
     (project / "graphs/agg.py").write_text((ROOT / "graphs/agg.py").read_text())

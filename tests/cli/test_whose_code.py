@@ -198,6 +198,17 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
     assert str(tmp_path / "click.py") in found.values()
 
 
+def test_a_folder_with_a_name_of_the_standard_library_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"email/deep/graph.py": WORKER})
+    ran = dry_run((sys.executable, environment()), tmp_path, graph="email.deep.graph:Worker")
+    assert ran.returncode == 1
+    fact, hint = ran.stderr.splitlines()
+    assert fact == "error: graph module 'email.deep.graph' not found: email is Python's own"
+    assert hint == "hint: rename email, or name the file: email/deep/graph.py"
+    found = modules(dry_run((sys.executable, environment()), tmp_path, graph="email/deep/graph.py:Worker"))
+    assert str(tmp_path / "email/deep/graph.py") in found.values()
+
+
 def test_the_current_directory_is_not_imported_from_beside_a_working_directory(tmp_path: Path) -> None:
     """A service process, which runs in the working directory, would not find the module either."""
     write(tmp_path, {"mine/graph.py": "import helper\n" + WORKER, "helper.py": ""})

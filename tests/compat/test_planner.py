@@ -31,6 +31,19 @@ def test_only_a_graph_that_links_it_has_a_planner() -> None:
     assert list(graph.services) == ["PrefillWorker", "VllmWorker", "Processor", "Planner", "Frontend"]
 
 
+def test_a_planner_and_a_prometheus_are_linked_below_the_shipped_frontend(tmp_path: Path) -> None:
+    lines = [
+        (ROOT / "graphs/agg.py").read_text(),
+        "from dynamo.planner.planner_sla import Planner",
+        "from dynamo.planner.prometheus import Prometheus",
+        "Frontend.link(Planner)",
+        "Frontend.link(Prometheus)",
+    ]
+    (tmp_path / "with_planner.py").write_text("\n".join(lines))
+    graph = load("with_planner.py:Frontend", tmp_path)
+    assert list(graph.services) == ["VllmWorker", "Processor", "Planner", "Prometheus", "Frontend"]
+
+
 def test_the_defaults_of_0_3() -> None:
     load, sla = LoadPlannerDefaults, SLAPlannerDefaults
     assert (load.namespace, load.environment, load.no_operation, load.log_dir) == ("dynamo", "local", False, None)

@@ -105,6 +105,7 @@ def test_a_known_service_is_never_a_misspelling() -> None:
         ("block_sizes", "block-size", True),
         ("VlmWorkr", "VllmWorker", True),
         ("PrefillWorker", "VllmWorker", False),
+        ("x-common", "Common", False),
         ("Worker1", "Worker2", False),
         ("Planner", "Frontend", False),
         ("A", "B", False),
@@ -218,11 +219,36 @@ def test_every_row_is_tried() -> None:
 
 def test_todays_name_wins_over_an_older_one_except_over_a_flag() -> None:
     text = "Router: {model-name: old, model: new, softmax-sample: true, router_temperature: 0.2}"
-    assert read(text).services["Router"] == {"model": "new", "router_temperature": 0.2}
+    found = read(text)
+    assert found.services["Router"] == {"model": "new", "router_temperature": 0.2}
+    assert messages(found) == [
+        "c.yaml:1 Router.model-name: ignored, since model is given",
+        "c.yaml:1 Router.softmax-sample: ignored, since router_temperature is given",
+    ]
     flags = (("Router.model-name", "flag"), ("Router.softmax-sample", "true"))
     found = read("Router: {model: new, router_temperature: 0.2}", *flags)
     assert found.services["Router"] == {"model": "flag", "router_temperature": 1.0}
     assert found.origins["Router", "model"].source == "--Router.model-name"
+    assert [message.partition(": ")[2] for message in messages(found)] == [
+        "read as model",
+        "read as router-temperature",
+    ]
+
+
+def test_of_two_older_names_the_last_one_counts_and_is_the_one_in_errors() -> None:
+    found = read("Router:\n  softmax-sample: true\n  temperature: 0.5")
+    assert found.services["Router"] == {"router-temperature": 0.5}
+    assert found.origins["Router", "router-temperature"].source == "c.yaml:3"
+    wrong = refused("Router:\n  softmax-sample: true\n  temperature: hot")
+    assert wrong.startswith('c.yaml:3 Router.router-temperature: expected float, found "hot"')
+    flags = (("Router.temperature", "0.7"),)
+    found = read("Router: {softmax-sample: true}", *flags)
+    assert found.services["Router"] == {"router-temperature": 0.7}
+    assert found.origins["Router", "router-temperature"].source == "--Router.temperature"
+
+
+def test_a_switch_of_ai_dynamo_that_is_no_switch_is_an_error() -> None:
+    assert 'expected float, found "maybe"' in refused("Router: {softmax-sample: maybe}")
 
 
 def test_a_key_that_the_class_itself_takes_is_its_own() -> None:
@@ -282,6 +308,21 @@ def test_an_older_flag_of_vllm_in_common_without_lists() -> None:
     found = read("Common: {swap-space: 4, model: m}", graph=AGG)
     assert messages(found) == ["c.yaml:1 Common.swap-space: ignored"]
     assert found.services["VllmWorker"] == found.services["Processor"] == {"model": "m"}
+
+
+def test_an_older_key_in_common_without_lists() -> None:
+    found = read("Common: {router-num-threads: 4, softmax-sample: true}")
+    assert sorted(messages(found)) == [
+        "c.yaml:1 Common.router-num-threads: ignored",
+        "c.yaml:1 Common.softmax-sample: read as router-temperature",
+    ]
+    assert found.services["Router"] == {"router-temperature": 1.0}
+
+
+def test_of_several_notices_on_a_key_of_common_the_workers_is_shown() -> None:
+    graph = (VllmWorker, Processor)  # in the order of `dynamo.sdk.graph.load`: who is called comes first
+    (notice,) = read("Common: {swap-space: 4}", graph=graph).notices
+    assert notice.hint.startswith("not in vLLM since")
 
 
 def test_older_flags_that_become_one_are_merged_with_it() -> None:

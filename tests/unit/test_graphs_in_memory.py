@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,32 @@ async def test_a_chat_from_http_to_tokens(name: str) -> None:
         assert (await http.get("/health")).json()["models"] == ["dynamo-tiny"]
         refused = await http.post("/v1/chat/completions", json=chat(model="gpt-x"))
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+
+
+OWN_NAMESPACE = """
+from components.frontend import Frontend
+from components.processor import Processor
+from components.worker import VllmWorker
+from dynamo.sdk import service
+
+@service(dynamo={"namespace": "mine"})
+class Worker(VllmWorker): ...
+
+Frontend.link(Processor).link(Worker)
+"""
+
+
+async def test_a_worker_in_a_namespace_of_its_own_is_the_graphs(tmp_path: Path) -> None:
+    """So the Processor answers for its model, under the name that the Frontend gives it."""
+    (tmp_path / "own_namespace.py").write_text(OWN_NAMESPACE)
+    settings = {
+        "Frontend": {"served_model_name": "alias"},
+        "Processor": {"model": "dynamo-tiny"},
+        "Worker": {"model": "dynamo-tiny", "engine": "mock", "speedup-ratio": 0},
+    }
+    async with TestGraph(f"{tmp_path}/own_namespace.py:Frontend", settings) as graph, graph.http() as http:
+        assert (await http.get("/health")).json()["models"] == ["alias"]
+        assert (await http.post("/v1/chat/completions", json=chat(model="alias"))).status_code == 200
 
 
 async def test_the_router_sends_a_prompt_to_the_worker_that_has_it() -> None:

@@ -29,8 +29,12 @@ TODAY = {
     ("flag", "value", "settings"),
     [
         ("cuda-graph-sizes", "1 2 4", {"cudagraph-capture-sizes": [1, 2, 4]}),
+        ("cuda-graph-sizes", "1,x", {"cudagraph-capture-sizes": [1, "x"]}),
         ("disable-mm-preprocessor-cache", True, {"mm-processor-cache-gb": 0}),
         ("disable-mm-preprocessor-cache", False, {}),
+        ("disable-mm-preprocessor-cache", "False", {}),
+        ("no-disable-mm-preprocessor-cache", True, {}),
+        ("no_enable_reasoning", True, {}),
         ("enable-multimodal-encoder-data-parallel", True, {"mm-encoder-tp-mode": "data"}),
         ("guided-decoding-backend", "xgrammar", {"structured-outputs-config": {"backend": "xgrammar"}}),
         (
@@ -52,6 +56,9 @@ TODAY = {
         ("task", "generate", {"runner": "generate"}),
         ("task", "embedding", {"runner": "pooling", "convert": "embed"}),
         ("task", "auto", {}),
+        ("task", "draft", {"runner": "draft"}),
+        ("task", None, {}),
+        ("rope-scaling", None, {}),
         ("preemption-mode", "swap", {}),
         ("swap-space", 4, {}),
         ("device", "cuda", {}),
@@ -110,6 +117,7 @@ def test_a_value_in_the_form_of_2025(key: str, value: Any, new: Any) -> None:
         ("compilation-config.mode", 3),
         ("compilation-config", "not JSON"),
         ("limit-mm-per-prompt", '{"image": 2}'),
+        ("limit-mm-per-prompt", "image=2,video=many"),
         ("max-modl-len", 1),
     ],
 )

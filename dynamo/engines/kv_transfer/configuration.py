@@ -12,6 +12,7 @@ from typing import Any
 from dynamo.config.upstream_keys import Change
 from dynamo.engines.kv_transfer.session import SECRET
 from dynamo.errors import StartError
+from dynamo.text import from_json
 
 LEASE_S = 30.0
 """default time for which blocks are kept for a reader"""
@@ -90,9 +91,5 @@ def nixl_environment(given: Any, address: str) -> dict[str, str]:
 
 def mapping(given: Any) -> dict[str, Any] | None:
     """Return a configuration, a mapping or JSON, as a dict; None if it is neither."""
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            return None
-    return dict(given) if isinstance(given, Mapping) else None
+    found = from_json(given)
+    return dict(found) if isinstance(found, Mapping) else None

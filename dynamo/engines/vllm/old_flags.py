@@ -14,6 +14,7 @@ from dynamo.config.provenance import canonical
 from dynamo.config.upstream_keys import Change
 from dynamo.engines.mock.settings import MockSettings
 from dynamo.engines.vllm.install import engine_arguments
+from dynamo.text import from_json
 
 Replace = Callable[[Any], Mapping[str, Any]]
 """from a flag's value, the flags of today that say the same"""
@@ -35,10 +36,12 @@ def changed_flag(key: str, value: Any, known: Collection[str]) -> Change | None:
     if field in known or name.replace("-", "_") in known:
         return _changed_value(key, value)
     old = FLAGS.get(name)
+    if old is None and name.startswith("no-"):
+        old, value = FLAGS.get(name.removeprefix("no-")), False
     if old is None:
         return None
     since = f"not in vLLM since {old.removed}"
-    settings = dict(old.replace(value)) if old.replace is not None else {}
+    settings = dict(old.replace(value)) if old.replace is not None and value is not None else {}
     if not all(setting.replace("-", "_") in known for setting in settings):
         settings = {}
     if not settings:
@@ -64,8 +67,9 @@ def _changed_value(key: str, value: Any) -> Change | None:
     if name == "compilation-config":
         new = _compilation_config(value)
     elif name == "limit-mm-per-prompt" and isinstance(value, str) and "=" in value:
-        pairs = [item.partition("=") for item in value.split(",")]
-        new = {kind.strip(): int(count) for kind, _, count in pairs if count.strip().isdecimal()}
+        counts = [item.partition("=") for item in value.split(",")]
+        if all(count.strip().isdecimal() for _, _, count in counts):
+            new = {kind.strip(): int(count) for kind, _, count in counts}
     if new == value:
         return None
     return Change(f"vLLM's form before 0.12; write {key}: {json.dumps(new)}", {key: new})
@@ -73,7 +77,7 @@ def _changed_value(key: str, value: Any) -> Change | None:
 
 def _compilation_config(value: Any) -> Any:
     """Return a compilation config with today's fields: `mode` was `level`, and a number alone was the level."""
-    given = _mapping(value)
+    given = from_json(value)
     if isinstance(given, int) and not isinstance(given, bool):
         return {"mode": given}
     if not isinstance(given, Mapping) or not given.keys() & _COMPILATION_FIELDS:
@@ -91,20 +95,12 @@ def _compilation_config(value: Any) -> Any:
 _COMPILATION_FIELDS = {"level", "full_cuda_graph", "use_cudagraph", "use_inductor"}
 
 
-def _mapping(value: Any) -> Any:
-    """Return JSON text as its value, anything else unchanged."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
 def _to(name: str) -> Replace:
-    return lambda value: {name: _mapping(value)}
+    return lambda value: {name: from_json(value)}
 
 
 def _if_true(name: str, new: Any) -> Replace:
-    return lambda value: {name: new} if value not in (False, "false", None) else {}
+    return lambda value: {} if str(value).lower() == "false" else {name: new}
 
 
 def _speculative(name: str) -> Replace:
@@ -134,7 +130,7 @@ def _eplb(name: str) -> Replace:
 
 def _rope(name: str) -> Replace:
     def replace(value: Any) -> Mapping[str, Any]:
-        given = _mapping(value)
+        given = from_json(value)
         parameters = given if name == "rope-scaling" else {"rope_theta": given}
         if isinstance(parameters, Mapping) and "type" in parameters:
             parameters = {"rope_type": parameters["type"], **{k: v for k, v in parameters.items() if k != "type"}}
@@ -147,9 +143,11 @@ def _task(value: Any) -> Mapping[str, Any]:
     if value in ("generate", "transcription"):
         return {"runner": "generate"}
     convert = {"embed": "embed", "embedding": "embed", "classify": "classify", "score": "classify"}.get(str(value))
-    if convert is None:  # auto, which is the default; reward, which the model's architecture says
-        return {"runner": "pooling"} if value == "reward" else {}
-    return {"runner": "pooling", "convert": convert}
+    if convert is not None:
+        return {"runner": "pooling", "convert": convert}
+    if value == "reward":  # the model's architecture says the rest
+        return {"runner": "pooling"}
+    return {} if value == "auto" else {"runner": value}
 
 
 _V0 = "it was for vLLM's V0 engine; remove it"
@@ -226,6 +224,6 @@ FLAGS: Mapping[str, OldFlag] = {
 
 
 def _sizes(value: Any) -> Any:
-    """Return sizes as a list of ints."""
+    """Return sizes as a list of ints; what is no number stays, and vLLM reports it."""
     items = value if isinstance(value, list) else str(value).replace(",", " ").split()
-    return [int(item) for item in items if str(item).strip().isdecimal()]
+    return [int(item) if str(item).strip().isdecimal() else item for item in items]

@@ -182,6 +182,7 @@ class _InMemory:
             runtime=runtime,
             progress=lambda _: None,
             endpoints=tuple(e.name for e in sorted(spec.endpoints.values(), key=lambda endpoint: endpoint.method)),
+            graph=frozenset((namespace_of(c, self._settings), name) for name, c in self._graph.services.items()),
             in_memory=True,
         )
 
