@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from dynamo.errors import UnavailableError
+from dynamo.worker.stop_signals import STOP_SIGNALS
 
 POLL_S = 0.1
 DEFAULT_PORT = 8080
@@ -48,7 +49,7 @@ def construct(constructor: Callable[[], None], port: object, on_listening: Calla
                     on_listening(url)
                     return
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     watcher = threading.Thread(target=watch, name="constructor", daemon=True)
     watcher.start()
     try:
@@ -64,8 +65,9 @@ def construct(constructor: Callable[[], None], port: object, on_listening: Calla
         ended.set()
         watcher.join()  # before start hooks, which may fork
         for number, handler in before.items():
-            signal.signal(number, handler)
-            signal.siginterrupt(number, False)  # as event loops have it
+            if signal.getsignal(number) is interrupt:  # not one that the constructor has installed
+                signal.signal(number, handler)
+                signal.siginterrupt(number, False)  # as event loops have it
     if served.is_set() and not interrupted.is_set():
         raise UnavailableError("the constructor returned: the server that it waited for has ended")
     return not interrupted.is_set()

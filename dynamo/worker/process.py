@@ -14,7 +14,6 @@ import inspect
 import json
 import logging
 import os
-import signal
 import sys
 import time
 import warnings
@@ -22,8 +21,6 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-
-import uvloop
 
 from dynamo.config.service_config import ServiceConfig
 from dynamo.config.settings import constructor_arguments
@@ -45,6 +42,7 @@ from dynamo.worker.environment import RELOAD, RUN_DIR, namespace_of
 from dynamo.worker.http_service import HttpService
 from dynamo.worker.live_settings import LiveSettings
 from dynamo.worker.metrics_socket import METRICS, TARGETS, MetricsSocket, path_of
+from dynamo.worker.stop_signals import StopSignals, run_to_end
 from dynamo.worker.stubs import InstancePool
 
 if TYPE_CHECKING:
@@ -138,8 +136,7 @@ class ServiceProcess:
     async def run(self) -> int:
         """Run from construction to shutdown; return the exit code."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stopping.set)
+        signals = StopSignals(self.stopping.set)
         run_dir = Path(os.environ[RUN_DIR]) if os.environ.get(RUN_DIR) else None
         runtime = Runtime(run_dir=run_dir, name=self.label)
         self._following = loop.create_task(self._stop_with(runtime))
@@ -160,6 +157,7 @@ class ServiceProcess:
             port = settings.get("port", DEFAULT_PORT)
             if not construct(constructor, port, lambda url: self.status.report("ready", url=url)):
                 return 0
+            signals.adopt()
             self._constructed = True
             entry = self.cls is self.graph.entry
             text = partial(runtime.metrics.text, shared=True)
@@ -171,6 +169,7 @@ class ServiceProcess:
             await self._show_metrics(runtime, run_dir)
             await self.http.start_system_app()
             await self._start()
+            signals.adopt()
             if self.stopping.is_set():
                 return 0
             await self._join(runtime, pools)
@@ -387,7 +386,7 @@ def main(
         return await ServiceProcess(graph, name, worker_id, workers, status, scrape, own_port).run()
 
     try:
-        code = uvloop.run(run())
+        code = run_to_end(run())
     except DynamoError as error:
         if not status.report("failed", error=error.message, hint=error.hint):
             log.error("%s", error)
