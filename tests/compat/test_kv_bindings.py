@@ -282,8 +282,14 @@ async def test_a_worker_that_publishes_on_demand(
     publisher.publish_changes([stored], BLOCK)
     await announce(b"b", 7)
     await asyncio.sleep(0.6)
-    publisher.publish_changes([stored], BLOCK)
-    assert (await announce(b"b", 8))[7:] == ["cleared"], "it has forgotten all"
+    publisher.publish_changes([BlocksStored([6], 3, PROMPT[BLOCK : 2 * BLOCK], BLOCK)], BLOCK)
+    both = {
+        "stored": {
+            "parent_hash": None,
+            "blocks": [*one["stored"]["blocks"], {"block_hash": 6, "tokens_hash": hashes[1]}],
+        }
+    }
+    assert (await announce(b"b", 9))[7:] == ["cleared", both], "nothing was sent meanwhile, but it knows all"
     await publisher.close()
 
 
