@@ -17,7 +17,7 @@ import pytest
 from dynamo import _core
 from dynamo.errors import TransportError
 from dynamo.launcher.embedded_servers import Infra
-from dynamo.runtime import Annotated, DistributedRuntime, EtcdKvCache, NatsQueue, dynamo_worker
+from dynamo.runtime import Annotated, DistributedRuntime, EtcdClient, EtcdKvCache, NatsQueue, dynamo_worker
 from dynamo.transport.etcd import Etcd
 from tests.served import Start, until
 
@@ -145,6 +145,27 @@ async def test_cache(infra: Infra, runtime: DistributedRuntime, root: str) -> No
         assert await cache.get_all() == {}
         await eventually(cache_2.get_all, {})
         assert await etcd.kv_get_prefix(root) == []
+
+
+async def test_a_cache_keeps_the_last_of_two_changes_at_once(runtime: DistributedRuntime, root: str) -> None:
+    class Slow(EtcdClient):
+        """Returns from a call when another change of the key has been seen already."""
+
+        async def kv_put(self, key: str, value: bytes, lease_id: int | None = None) -> None:
+            await super().kv_put(key, value, lease_id)
+            await super().kv_put(key, b"later", lease_id)
+            await eventually(lambda: cache.get("k"), b"later")
+
+        async def delete(self, key: str) -> None:
+            await super().delete(key)
+            await super().kv_put(key, b"again")
+            await eventually(lambda: cache.get("k"), b"again")
+
+    cache = await EtcdKvCache.create(Slow(runtime.inner), root, {"k": b"0"})
+    await cache.put("k", b"1")
+    assert await cache.get("k") == b"later"
+    await cache.delete("k")
+    assert await cache.get("k") == b"again"
 
 
 # -- queues
