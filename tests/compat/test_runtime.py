@@ -210,18 +210,19 @@ async def test_queue(queues: Callable[[], NatsQueue]) -> None:
 
 
 async def test_each_task_goes_to_one_worker(queues: Callable[[], NatsQueue]) -> None:
-    async def work(worker: NatsQueue) -> list[bytes]:
-        done = []
-        while (task := await worker.dequeue_task()) is not None:
-            done.append(task)
-        return done
+    async def work(worker: NatsQueue) -> None:
+        while len(done) < len(tasks):
+            if (task := await worker.dequeue_task()) is not None:
+                done.append(task)
 
     producer = queues()
     tasks = [str(number).encode() for number in range(40)]
     for task in tasks:
         await producer.enqueue_task(task)
-    done = await asyncio.gather(*(work(queues()) for _ in range(3)))
-    assert sorted(task for each in done for task in each) == sorted(tasks)
+    done: list[bytes] = []
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(work(queues()) for _ in range(3)))
+    assert sorted(done) == sorted(tasks)
 
 
 async def test_a_queue_shares_the_stream_of_another_client(
