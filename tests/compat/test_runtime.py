@@ -212,7 +212,7 @@ async def test_queue(queues: Callable[[], NatsQueue]) -> None:
 async def test_each_task_goes_to_one_worker(queues: Callable[[], NatsQueue]) -> None:
     async def work(worker: NatsQueue) -> None:
         while len(done) < len(tasks):
-            if (task := await worker.dequeue_task()) is not None:
+            if (task := await worker.dequeue_task(1)) is not None:
                 done.append(task)
 
     producer = queues()
@@ -220,7 +220,7 @@ async def test_each_task_goes_to_one_worker(queues: Callable[[], NatsQueue]) -> 
     for task in tasks:
         await producer.enqueue_task(task)
     done: list[bytes] = []
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(20):  # a task that a worker took and lost comes back after 30 s
         await asyncio.gather(*(work(queues()) for _ in range(3)))
     assert sorted(done) == sorted(tasks)
 

@@ -373,7 +373,8 @@ async def test_a_lease_restores_its_keys_although_a_reply_is_lost(
 ) -> None:
     lease = await etcd.lease(30)  # whose keep-alive comes too late to help
     await lease.put(root + "a", b"1")
-    call, lost = etcd._cluster.call, []
+    call = etcd._cluster.call
+    lost: list[Any] = []
 
     async def call_and_lose_a_reply(method: Any, request: Any, *limits: Any) -> Any:
         reply = await call(method, request, *limits)
