@@ -20,6 +20,7 @@ from dynamo.rpc.messages import Instance
 from dynamo.rpc.nats_service import service_name
 from dynamo.rpc.runtime import DEFAULT_ETCD
 from dynamo.transport.etcd import Etcd, KeyValue
+from dynamo.transport.etcd_cluster import RefusedError
 from dynamo.transport.nats import DEFAULT_URL, Nats
 from dynamo.transport.network import without_credentials
 from dynamo.worker.live_settings import STATES_PREFIX, States
@@ -83,6 +84,8 @@ class Snapshot:
     settings: list[ProcessSettings] = field(default_factory=list)
     workers: dict[int, list[ServiceInfo]] = field(default_factory=dict)
     """services and workers of each graph of this machine, by the pid of its `dynamo serve`"""
+    refusal: RefusedError | None = None
+    """the error, if etcd answers but does not let us read"""
 
     @property
     def is_running(self) -> bool:
@@ -123,7 +126,8 @@ async def take_snapshot(deployment: Deployment) -> Snapshot:
             card_items, _ = await etcd.get_prefix(MODELS_PREFIX)
             settings = await read_settings(etcd)
     except DynamoError as failure:
-        return Snapshot(deployment, error=failure.message, workers=workers)
+        refusal = failure if isinstance(failure, RefusedError) else None
+        return Snapshot(deployment, error=failure.message, workers=workers, refusal=refusal)
     instances = list(filter(None, map(_decode_instance, instance_items)))
     stats: dict[str, EndpointStats] = {}
     error = ""

@@ -52,6 +52,9 @@ def status(watch: bool, as_json: bool) -> int:
     """
     snapshots = _take_snapshots()
     if not any(snapshot.is_running for snapshot in snapshots):
+        for snapshot in snapshots:
+            if snapshot.refusal is not None:
+                raise snapshot.refusal
         raise UnavailableError("nothing runs", hint=_nothing_runs_hint(snapshots))
     try:
         while True:

@@ -120,13 +120,15 @@ class RadixTree:
     def apply_event(self, worker_id: int, kv_cache_event_bytes: bytes) -> None:
         """Apply an event in JSON. Raises ValueError if it is not one."""
         try:
-            event = _decode_event(kv_cache_event_bytes)
-        except msgspec.MsgspecError as error:
+            self.apply(worker_id, _decode_event(kv_cache_event_bytes))
+        except (msgspec.MsgspecError, OverflowError) as error:
             raise ValueError(f"Failed to deserialize KvCacheEvent: {error}") from None
-        self.apply(worker_id, event)
 
     def apply(self, worker_id: int, event: KvCacheEvent) -> None:
-        """Apply an event; blocks after an unknown one are left out, unknown blocks are not removed."""
+        """Apply an event; blocks after an unknown one are left out, unknown blocks are not removed.
+
+        Raises OverflowError for a hash of more than 64 bits.
+        """
         if event.data == "cleared":
             self.clear_all_blocks(worker_id)
             return
@@ -152,6 +154,7 @@ class RadixTree:
         slot = self._slots.remove(worker_id)
         if slot is not None:
             self._index.drop(slot)
+            self._used = {block: used for block, used in self._used.items() if block in self._index.holders}
 
     clear_all_blocks = remove_worker
 
@@ -210,11 +213,10 @@ class KvIndexer:
             return
         try:
             message = _decode_router_event(payload)
-        except msgspec.MsgspecError as error:
+            if message.worker_id not in self._left:
+                self._tree.apply(message.worker_id, message.event)
+        except (msgspec.MsgspecError, OverflowError) as error:
             log.warning("dropped a KV event of %s.%s: %s", *self._address, error)
-            return
-        if message.worker_id not in self._left:
-            self._tree.apply(message.worker_id, message.event)
 
     async def _announce(self) -> None:
         if self._session != self._runtime.nats.session:  # events may have been lost with the connection

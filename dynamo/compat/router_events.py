@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -130,9 +131,9 @@ class _Block(NamedTuple):
 class CachePublisher:
     """Publishes the contents of one worker's KV cache, and knows them. For use on the event loop, after `start`.
 
-    With `on_demand` it does nothing unless a listener has announced itself in the last seconds; blocks stored before the
-    first announcement are then left out, with those after them. Events lost with the connection to NATS are made up for
-    by the whole cache.
+    With `on_demand` it sends only while a listener announces itself, and begins to know the cache at the first
+    announcement: blocks stored before are left out, with those after them. Events lost with the connection to NATS are
+    made up for by the whole cache.
     """
 
     def __init__(
@@ -141,9 +142,9 @@ class CachePublisher:
         self._connection = connection
         self._prefix = topic_prefix(namespace, component)
         self._worker_id = worker_id
-        self._on_demand = on_demand
         self._loop = asyncio.get_running_loop()
-        self._wanted_until_s = 0.0
+        self._follows_cache = not on_demand
+        self._wanted_until_s = 0.0 if on_demand else math.inf
         self._listeners: deque[bytes] = deque(maxlen=256)  # that have the whole cache
         self._blocks: dict[int, _Block] = {}  # by the engine's hash
         self._extra_copies: dict[int, int] = {}  # by the engine's hash, copies beyond the first
@@ -160,19 +161,9 @@ class CachePublisher:
         """Stop publishing."""
         await self._tasks.aclose()
 
-    def _wanted(self) -> bool:
-        """Return True if events are published now; forget the cache when the last listener has left."""
-        if not self._on_demand or self._loop.time() < self._wanted_until_s:
-            return True
-        if self._listeners:
-            self._listeners.clear()
-            self._blocks.clear()
-            self._extra_copies.clear()
-        return False
-
     def publish_changes(self, changes: Sequence[EngineEvent], kv_block_size: int) -> None:
         """Publish an engine's events. A block that it stored twice stays until it is removed twice, as in vLLM."""
-        if not self._wanted():
+        if not self._follows_cache:
             return
         for event in events_of(changes, kv_block_size):
             if isinstance(event.data, Change) and event.data.stored is not None:
@@ -195,8 +186,6 @@ class CachePublisher:
 
     def publish(self, event: KvCacheEvent) -> None:
         """Publish an event; one that stores blocks after an unknown one is dropped."""
-        if not self._wanted():
-            return
         if event.data == "cleared":
             self._blocks.clear()
             self._extra_copies.clear()
@@ -211,7 +200,8 @@ class CachePublisher:
             for block in stored.blocks:
                 self._blocks[block.block_hash] = _Block(parent_hash, block.tokens_hash)
                 parent_hash = block.block_hash
-        self._queue(event)
+        if self._loop.time() < self._wanted_until_s:
+            self._queue(event)
 
     def _queue(self, event: KvCacheEvent | None) -> None:
         self._unsent.append(event)
@@ -247,6 +237,7 @@ class CachePublisher:
         for block_hash, block in list(self._blocks.items()):  # a block stands after the one before it in the prompt
             if run and (block.parent_hash != run[-1].block_hash or len(run) == MESSAGE_BLOCKS):
                 await self._send(stored_event(0, start, run))
+                await asyncio.sleep(0)  # requests go on, and the connection writes, during a large cache
                 run = []
             if not run:
                 start = block.parent_hash
@@ -256,11 +247,15 @@ class CachePublisher:
         self._incomplete = False
 
     def _on_wanted(self, listener: bytes) -> None:
-        self._wanted()  # after a pause the cache is not known any more
-        self._wanted_until_s = self._loop.time() + WANTED_FOR_S
+        self._follows_cache = True
+        now_s = self._loop.time()
+        if now_s >= self._wanted_until_s:
+            self._listeners.clear()  # events were not sent meanwhile
+        self._wanted_until_s = max(self._wanted_until_s, now_s + WANTED_FOR_S)
         if listener not in self._listeners:
             self._listeners.append(listener)
-            self._queue(None)
+            if None not in self._unsent:
+                self._queue(None)
 
 
 def _parts(event: KvCacheEvent) -> Iterator[KvCacheEvent]:

@@ -9,7 +9,6 @@ from typing import Any
 from dynamo.errors import TransportError
 from dynamo.rpc.discovery import watch
 from dynamo.rpc.runtime import Runtime
-from dynamo.tasks import TaskSet
 from dynamo.transport.etcd import Put, Snapshot
 
 
@@ -81,7 +80,6 @@ class EtcdKvCache:
         self.prefix = prefix
         self._client = client
         self._values: dict[str, bytes] = {}
-        self._tasks = TaskSet(f"cache of {prefix} in etcd")
 
     @classmethod
     async def create(
@@ -92,7 +90,7 @@ class EtcdKvCache:
         for key, value in initial_values.items():
             await etcd_client.create(prefix + key, _bytes(value))
         cache._values = {item["key"]: item["value"] for item in await etcd_client.kv_get_prefix(prefix)}
-        cache._tasks.spawn(cache._follow(), name="watch")
+        etcd_client.runtime.spawn(cache._follow(), name=f"cache of {prefix} in etcd")
         return cache
 
     new = create
@@ -106,13 +104,17 @@ class EtcdKvCache:
 
     async def put(self, key: str, value: bytes, lease_id: int | None = None) -> None:
         """Write a key, in etcd and here. Raises TransportError."""
+        known = self._values.get(self.prefix + key)
         await self._client.kv_put(self.prefix + key, value, lease_id)
-        self._values[self.prefix + key] = _bytes(value)
+        if self._values.get(self.prefix + key) is known:  # else etcd has reported this change already, or a later one
+            self._values[self.prefix + key] = _bytes(value)
 
     async def delete(self, key: str) -> None:
         """Delete a key, in etcd and here. Raises TransportError."""
+        known = self._values.get(self.prefix + key)
         await self._client.delete(self.prefix + key)
-        self._values.pop(self.prefix + key, None)
+        if self._values.get(self.prefix + key) is known:
+            self._values.pop(self.prefix + key, None)
 
     async def clear_all(self) -> None:
         """Delete all keys under the prefix. Raises TransportError."""

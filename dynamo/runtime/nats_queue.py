@@ -100,10 +100,11 @@ class NatsQueue:
                     delivery = await anext(tasks, None)
             except TimeoutError:
                 return None
-            if delivery is None:  # closed meanwhile
-                return None
-            await delivery.done()
-            return delivery.payload
+        # acknowledged after the subscription has ended, which would request another task otherwise
+        if delivery is None:  # closed meanwhile
+            return None
+        await delivery.done()
+        return delivery.payload
 
     async def get_queue_size(self) -> int:
         """Return the number of tasks that no worker has taken."""

@@ -5,6 +5,8 @@ and a folder with one hides all others. Graphs come in both kinds of folder, and
 as ours are. So modules within packages are looked for file by file here, and both kinds count alike: a user's
 `components/worker.py` comes before ours, and a module that the user's folder lacks is taken from the next one.
 
+What a plain folder `dynamo` of the user's holds is found beside our modules, and never instead of them.
+
 A plain folder of the user's also comes before an installed package of its name, but not for that package itself: a folder
 `datasets` beside the graph does not get in the way of a library that is called so.
 """
@@ -23,6 +25,7 @@ from types import ModuleType
 from dynamo.errors import GraphError
 
 _OWN = "dynamo"
+_OWN_FOLDER = f"{Path(__file__).parent.parent}{os.sep}"
 _STDLIB = os.path.dirname(os.path.realpath(os.__file__))
 
 
@@ -40,8 +43,10 @@ class GraphFinder:
         Raises GraphError if the working directory holds both a module and a package of the name.
         """
         top = fullname.partition(".")[0]
-        if path is None or top == _OWN or top in sys.stdlib_module_names or _imports_itself(top):
+        if path is None or top in sys.stdlib_module_names or _imports_itself(top):
             return None
+        if top == _OWN:
+            return _find_beside_own(fullname, path)
         parent = fullname.rpartition(".")[0].replace(".", os.sep)
         portions: list[str] = []
         for root in roots():
@@ -101,7 +106,7 @@ def imported(names: Sequence[str] = ()) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file is None or name.partition(".")[0] in (_OWN, "__main__", "__mp_main__"):
+        if file is None or file.startswith(_OWN_FOLDER) or name in ("__main__", "__mp_main__"):
             continue
         if name in names or not _holds_installed(os.path.dirname(file)):
             found[name] = os.path.abspath(file)
@@ -153,6 +158,18 @@ def absolute_python_path() -> dict[str, str]:
     given = os.environ.get("PYTHONPATH", "")
     absolute = os.pathsep.join(os.path.abspath(entry) for entry in given.split(os.pathsep)) if given else ""
     return {"PYTHONPATH": absolute} if absolute != given else {}
+
+
+def _find_beside_own(fullname: str, path: Sequence[str]) -> ModuleSpec | None:
+    """Return where a module of `dynamo` is: in this package or, if it has none of the name, in plain folders called so.
+
+    ai-dynamo's `dynamo` was such a folder, one of several: people's own packages were in others.
+    """
+    own = PathFinder.find_spec(fullname, path)
+    if own is not None or fullname.count(".") > 1:
+        return own
+    folders = [f"{root}/{_OWN}" for root in roots() if not os.path.isfile(f"{root}/{_OWN}/__init__.py")]
+    return PathFinder.find_spec(fullname, folders)
 
 
 def _refuse_two(name: str, root: str, *, deeper: bool = False) -> None:

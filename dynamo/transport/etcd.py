@@ -120,7 +120,7 @@ class Etcd:
         """Write a key only if it does not exist; True if this call wrote it."""
         request = creation(key, value, lease or 0)
         reply, attempts = await self._cluster.call(lambda stubs: stubs.kv.Txn, request, timeout_s)
-        return created(reply, attempts, value, lease or 0)
+        return created(reply, value, lease or 0, retried=attempts > 1)
 
     async def get(self, key: str, *, timeout_s: float | None = None) -> bytes | None:
         """Return the value of a key; None if it does not exist."""

@@ -61,6 +61,10 @@ _TRANSIENT = {
 _NEW_TOKEN_NEEDED = ("invalid auth token", "revision of auth store is old", "user name is empty")
 
 
+class RefusedError(TransportError):
+    """etcd refused a call: for its credentials, or as wrong."""
+
+
 class RetryableError(Exception):
     """An attempt failed, and the next one may succeed: it uses another endpoint or a new token."""
 
@@ -201,7 +205,7 @@ class Cluster:
         if code not in _TRANSIENT:
             access = any(word in text for word in ("user name", "authentication", "permission"))
             hint = f"set the credentials that it accepts: {ETCD_VARIABLES}" if access else None
-            return TransportError(f"etcd refused at {attempt.member.url}: {text}", hint=hint)
+            return RefusedError(f"etcd refused at {attempt.member.url}: {text}", hint=hint)
         if self._was_reached and not self._is_down:
             log.warning("etcd does not answer at %s: %s; retrying", attempt.member.url, text)
             self._is_down = True

@@ -42,9 +42,9 @@ def creation(key: str, value: bytes, lease_id: int) -> Any:
     return rpc.TxnRequest(compare=[absent], success=[put], failure=[get])
 
 
-def created(reply: Any, attempts: int, value: bytes, lease_id: int) -> bool:
+def created(reply: Any, value: bytes, lease_id: int, *, retried: bool) -> bool:
     """Return whether a `creation` wrote the key, perhaps in an earlier attempt whose reply was lost."""
-    if reply.succeeded or attempts == 1:
+    if reply.succeeded or not retried:
         return bool(reply.succeeded)
     present = reply.responses[0].response_range.kvs
     return bool(present and present[0].value == value and present[0].lease == lease_id)
@@ -89,6 +89,8 @@ class Lease:
             written = await self._create(key, value)
             if written:
                 self._keys[key] = value
+                self._missing.pop(key, None)
+                self._lost.discard(key)
             await self._register()
             return written
 
@@ -158,16 +160,16 @@ class Lease:
         log.warning("etcd lost lease %x: granting it again with %d keys", self.id, len(self._keys))
         request = rpc.LeaseGrantRequest(TTL=self.ttl_s, ID=self.id)
         exists = StatusCode.FAILED_PRECONDITION
-        await self._cluster.call(lambda stubs: stubs.lease.LeaseGrant, request, None, exists)
         self._lost |= self._keys.keys() - self._missing.keys()
-        self._missing = dict(self._keys)
+        self._missing = dict(self._keys)  # before the call, which may succeed although its reply is lost
+        await self._cluster.call(lambda stubs: stubs.lease.LeaseGrant, request, None, exists)
 
     async def _register(self) -> None:
         """Write the keys that etcd may lack: those that it lost, unless another process has written them meanwhile."""
         while self._missing:
             key, value = next(iter(self._missing.items()))
             if key in self._lost:
-                if not await self._create(key, value):
+                if not await self._create(key, value, retried=True):
                     del self._keys[key]
             else:
                 request = rpc.PutRequest(key=key.encode(), value=value, lease=self.id)
@@ -179,12 +181,12 @@ class Lease:
             self._lost.discard(key)
             del self._missing[key]
 
-    async def _create(self, key: str, value: bytes) -> bool:
-        """Write a key if it does not exist; return whether that happened."""
+    async def _create(self, key: str, value: bytes, *, retried: bool = False) -> bool:
+        """Write a key if it does not exist; return whether that happened, now or, if `retried`, before."""
         while True:
             request = creation(key, value, self.id)
             no_lease = StatusCode.NOT_FOUND
             reply, attempts = await self._cluster.call(lambda stubs: stubs.kv.Txn, request, None, no_lease)
             if reply is not None:
-                return created(reply, attempts, value, self.id)
+                return created(reply, value, self.id, retried=retried or attempts > 1)
             await self._restore()

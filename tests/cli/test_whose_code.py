@@ -93,6 +93,21 @@ def test_the_working_directory_wins(layout: tuple[str, dict[str, str]], tmp_path
     assert modules(dry_run(layout, other, "--working-dir", "..")) == found
 
 
+def test_a_plain_folder_called_dynamo_adds_modules(layout: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    """As packages of forks of ai-dynamo, whose `dynamo` was such a folder; one is installed with `pip install -e`."""
+    unwanted = "raise AssertionError('it hides a module of this project')\n"
+    front = f"{FRONT}from dynamo.pools import size\nfrom dynamo.scheduling.rules.first import rule\n"
+    write(tmp_path, {**FILES, "components/front.py": front, "dynamo/pools.py": "size = 1\n", "dynamo/sdk.py": unwanted})
+    write(tmp_path, {"src/dynamo/scheduling/rules/first.py": "rule = 1\n", "src/dynamo/llm/__init__.py": unwanted})
+    python, env = layout
+    path = f"{tmp_path}/src:{env.get('PYTHONPATH', '')}".rstrip(":")
+    found = modules(dry_run((python, env | {"PYTHONPATH": path}), tmp_path))
+    assert {name: file for name, file in found.items() if name.startswith("dynamo")} == {
+        "dynamo.pools": f"{tmp_path}/dynamo/pools.py",
+        "dynamo.scheduling.rules.first": f"{tmp_path}/src/dynamo/scheduling/rules/first.py",
+    }
+
+
 @pytest.mark.parametrize("packages", [False, True], ids=["folders", "packages"])
 def test_a_folder_of_pythonpath_wins_over_what_comes_later(tmp_path: Path, packages: bool) -> None:
     mine = write(tmp_path / "mine", FILES, packages=packages)

@@ -253,7 +253,7 @@ async def test_events_lost_with_the_connection_are_made_up_for(private_infra: In
 async def test_a_worker_that_publishes_on_demand(
     connect: Connect, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(router_events, "WANTED_FOR_S", 0.5)
+    monkeypatch.setattr(router_events, "WANTED_FOR_S", 600)
     worker, here = connect().inner, connect()
     sent: list[bytes] = []
     prefix = router_events.topic_prefix(namespace, "Worker")
@@ -281,9 +281,15 @@ async def test_a_worker_that_publishes_on_demand(
     assert (await announce(b"b", 6))[5:] == [{"removed": {"block_hashes": [3]}}]
     publisher.publish_changes([stored], BLOCK)
     await announce(b"b", 7)
-    await asyncio.sleep(0.6)
-    publisher.publish_changes([stored], BLOCK)
-    assert (await announce(b"b", 8))[7:] == ["cleared"], "it has forgotten all"
+    publisher._wanted_until_s = 0.0  # as after `WANTED_FOR_S` without an announcement
+    publisher.publish_changes([BlocksStored([6], 3, PROMPT[BLOCK : 2 * BLOCK], BLOCK)], BLOCK)
+    both = {
+        "stored": {
+            "parent_hash": None,
+            "blocks": [*one["stored"]["blocks"], {"block_hash": 6, "tokens_hash": hashes[1]}],
+        }
+    }
+    assert (await announce(b"b", 9))[7:] == ["cleared", both], "nothing was sent meanwhile, but it knows all"
     await publisher.close()
 
 

@@ -367,6 +367,44 @@ async def test_a_lease_creates_a_key_once_and_keeps_it(etcd: Etcd, etcd_server: 
     await lease.revoke()
 
 
+@pytest.mark.parametrize("request_type", [rpc.LeaseGrantRequest, rpc.TxnRequest])
+async def test_a_lease_restores_its_keys_although_a_reply_is_lost(
+    etcd: Etcd, root: str, request_type: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = await etcd.lease(30)  # whose keep-alive comes too late to help
+    await lease.put(root + "a", b"1")
+    call = etcd._cluster.call
+    lost: list[Any] = []
+
+    async def call_and_lose_a_reply(method: Any, request: Any, *limits: Any) -> Any:
+        reply = await call(method, request, *limits)
+        if isinstance(request, request_type) and not lost:
+            lost.append(reply)
+            raise TransportError("no answer in time")
+        return reply
+
+    monkeypatch.setattr(etcd._cluster, "call", call_and_lose_a_reply)
+    await etcd.revoke(lease.id)
+    with pytest.raises(TransportError, match="no answer in time"):
+        await lease.put(root + "b", b"1")
+    for _ in range(2):
+        await lease.put(root + "b", b"1")
+        assert [item.key for item in (await etcd.get_prefix(root))[0]] == [root + "a", root + "b"]
+        await etcd.revoke(lease.id)
+    await lease.revoke()
+
+
+async def test_a_key_that_a_lease_creates_again_stays_registered(etcd: Etcd, root: str) -> None:
+    lease = await etcd.lease(30)
+    await lease.put(root + "a", b"1")
+    await etcd.revoke(lease.id)
+    assert await lease.create(root + "a", b"2")
+    await etcd.revoke(lease.id)
+    await lease.put(root + "b", b"1")
+    assert await etcd.get(root + "a") == b"2"
+    await lease.revoke()
+
+
 async def test_a_lease_that_is_ended_for_good_is_not_granted_again(
     etcd: Etcd, etcd_server: str, root: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -155,6 +155,11 @@ async def test_wrong_credentials_are_a_line_of_each_process(wrong: str, tmp_path
         env |= {"NATS_SERVER": nats_url, "ETCD_ENDPOINTS": etcd.url, wrong: f"{PASSWORD}2"}
         serve = ("serve", "graphs.agg:Frontend", "-f", "configs/agg_mock.yaml", "-p", str(free_port()))
         ran = await asyncio.to_thread(command, *serve, **env)
+        status = await asyncio.to_thread(command, "status", **env)
+    assert status.returncode == 1
+    refused = "error: nothing runs" if wrong.startswith("NATS") else f"error: etcd refused at {etcd.url}: "
+    assert status.stderr.startswith(refused)
+    assert PASSWORD not in status.stderr
     assert ran.returncode == 1
     output = ran.stdout + ran.stderr
     expected = "Authorization Violation" if wrong.startswith("NATS") else "authentication failed"

@@ -6,10 +6,12 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from dynamo.compat.router_events import CachePublisher, StoredBlock, stored_event
 from dynamo.llm import ApproxKvIndexer, RadixTree, compute_block_hash_for_seq_py
 
 
@@ -92,12 +94,53 @@ def test_radix_tree_counts_look_ups() -> None:
     store(tree, 1, (10, 1), (11, 2))
     assert [tree.find_matches(blocks).frequencies for blocks in ([1, 2], [1], [1, 2])] == [[], [1], [2, 1]]
     assert RadixTree().find_matches([1]).frequencies == []
+    apply(tree, 1, "cleared")
+    store(tree, 1, (20, 1))
+    assert tree.find_matches([1]).frequencies == [], "those of a block that was removed"
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b'{"event_id": 1, "data": "removed"}', b'{"event_id": 1, "data": 7}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{}",
+        b'{"event_id": 1, "data": "removed"}',
+        b'{"event_id": 1, "data": 7}',
+        b'{"event_id": 1, "data": {"stored": {"parent_hash": null, "blocks": [{"block_hash": 1, "tokens_hash": -1}]}}}',
+    ],
+)
 def test_radix_tree_rejects_other_bytes(text: bytes) -> None:
     with pytest.raises(ValueError, match="Failed to deserialize KvCacheEvent: "):
         RadixTree().apply_event(1, text)
+
+
+class Sink:
+    """Counts messages."""
+
+    sent = 0
+
+    async def send(self, subject: str, payload: bytes) -> None:
+        self.sent += 1
+
+    async def listen(self, subject: str, handler: Callable[[bytes], None]) -> None:
+        self.announce = handler
+
+
+async def test_a_large_cache_does_not_hold_up_the_process_that_sends_it() -> None:
+    sink = Sink()
+    publisher = CachePublisher(sink, "n", "c", 1)
+    await publisher.start()
+    for number in range(100):
+        publisher.publish(stored_event(0, None, [StoredBlock(number, number)]))
+    for listener in (b"a", b"b"):  # before anything is sent: one copy is enough
+        sink.announce(listener)
+    turns = 0
+    async with asyncio.timeout(5):
+        while sink.sent < 201:
+            await asyncio.sleep(0)
+            turns += 1
+    assert turns > 90
+    await publisher.close()
 
 
 async def test_approximate_indexer_forgets() -> None:
