@@ -110,7 +110,7 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
 
 
 def _connect_running(services: dict[str, type[Any]], targets: dict[str, dict[str, type[Any]]]) -> None:
-    """Add to `targets` the dependencies without a link whose service another link brings in, but for those that close a cycle.
+    """Add to `targets` the dependencies without a link whose service another link brings in, unless they close a cycle.
 
     In `Frontend.link(Processor).link(Router).link(Worker)` the Processor may call the Worker, too: ai-dynamo called a
     dependency by its address, and links chose only what starts.
