@@ -239,7 +239,7 @@ class ServiceProcess:
             if not hooks.done():
                 hooks.cancel()
                 await asyncio.wait({hooks})
-        if hooks.done() and not hooks.cancelled():
+        if hooks.done() and not (hooks.cancelled() and self.stopping.is_set()):
             hooks.result()
 
     async def _call_hooks(self, kind: Hook) -> list[Any]:
