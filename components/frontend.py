@@ -51,7 +51,7 @@ class Frontend(Service):
     Models of its own graph are answered by its Processor, other registered models by the endpoints that their cards name.
     """
 
-    worker = depends(VllmWorker)
+    worker = depends(VllmWorker, optional=True)
     processor = depends(Processor)
     # run beside the graph; nothing here calls them
     planner = depends(PlannerService, optional=True)

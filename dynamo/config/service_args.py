@@ -75,10 +75,10 @@ class _Reader:
         self.above = above
         self.origins = origins
 
-    def fail(self, path: KeyPath, expected: str, found: Any) -> NoReturn:
+    def fail(self, path: KeyPath, expected: str, found: Any, hint: str | None = None) -> NoReturn:
         raise ConfigError(
             f"{location(self.origins, (*self.above, *path))}: expected {expected}, found {preview(found)}",
-            hint=f"give {expected}",
+            hint=hint or f"give {expected}",
         )
 
     def section(self, value: Any, path: KeyPath, keys: tuple[str, ...]) -> Mapping[str, Any]:
@@ -98,7 +98,8 @@ class _Reader:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
             value = int(value)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            self.fail(("workers",), "an int of at least 1", value)
+            elsewhere = f"to start none here: --depends {self.above[0]}=elsewhere" if value == 0 else None
+            self.fail(("workers",), "an int of at least 1", value, elsewhere)
         return value
 
     def gpu(self, value: Any) -> float | None:

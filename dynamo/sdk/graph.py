@@ -93,7 +93,7 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
                 )
             return
         path.append(cls)
-        # a service that takes part in any link keeps its linked dependencies only
+        # a service that takes part in any link starts its linked dependencies only
         active = linked.get(cls, {}) if cls in ends else _needed(cls)
         targets[name] = active
         for target in active.values():
@@ -102,9 +102,42 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
         services[name] = cls
 
     visit(entry)
+    _connect_running(services, targets)
+    services = _dependencies_first(entry, targets)
     for name, cls in services.items():
         check_calls(cls, targets[name])
     return Graph(spec, entry, services, targets)
+
+
+def _connect_running(services: dict[str, type[Any]], targets: dict[str, dict[str, type[Any]]]) -> None:
+    """Add to `targets` the dependencies without a link whose service another link brings in, unless they close a cycle.
+
+    In `Frontend.link(Processor).link(Router).link(Worker)` the Processor may call the Worker, too: ai-dynamo called a
+    dependency by its address, and links chose only what starts.
+    """
+
+    def reaches(source: type[Any], target: type[Any]) -> bool:
+        return source is target or any(reaches(cls, target) for cls in targets[spec_of(source).name].values())
+
+    running = set(services.values())
+    for name, cls in services.items():
+        for attribute, on in _needed(cls).items():
+            if attribute not in targets[name] and on in running and not reaches(on, cls):
+                targets[name][attribute] = on
+
+
+def _dependencies_first(entry: type[Any], targets: dict[str, dict[str, type[Any]]]) -> dict[str, type[Any]]:
+    ordered: dict[str, type[Any]] = {}
+
+    def visit(cls: type[Any]) -> None:
+        name = spec_of(cls).name
+        if name not in ordered:
+            for target in targets[name].values():
+                visit(target)
+            ordered[name] = cls
+
+    visit(entry)
+    return ordered
 
 
 def _needed(cls: type[Any]) -> dict[str, type[Any]]:

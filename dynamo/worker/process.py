@@ -233,14 +233,18 @@ class ServiceProcess:
         return {"url": url} if self.cls is self.graph.entry else {"url": url, "text": url}
 
     async def _start(self) -> None:
-        """Run the start hooks. Those of a planner of ai-dynamo 0.3 never return: they are the planner's loop."""
-        if spec_of(self.cls).component_type != PLANNER:
-            await self._call_hooks("start")
-            return
-        self._planning = asyncio.get_running_loop().create_task(self._call_hooks("start"))
-        await asyncio.wait({self._planning}, timeout=PLANNER_START_S)
-        if self._planning.done():
-            self._planning.result()
+        """Run the start hooks, which a stop cancels. Those of a planner of ai-dynamo 0.3 never return: they are its loop."""
+        hooks = asyncio.get_running_loop().create_task(self._call_hooks("start"))
+        if spec_of(self.cls).component_type == PLANNER:
+            self._planning = hooks
+            await asyncio.wait({hooks}, timeout=PLANNER_START_S)
+        else:
+            await self._unless_stopping(asyncio.wait({hooks}))
+            if not hooks.done():
+                hooks.cancel()
+                await asyncio.wait({hooks})
+        if hooks.done() and not (hooks.cancelled() and self.stopping.is_set()):
+            hooks.result()
 
     async def _call_hooks(self, kind: Hook) -> list[Any]:
         results = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import httpx
 import pytest
@@ -70,4 +71,33 @@ def test_disaggregated_skeleton(era: Start) -> None:
     assert [len(served.pids(f"--service-name {name}")) for name in ("DecodeWorker", "PrefillWorker", "Planner")] == [
         2, 1, 0
     ]  # fmt: skip
+    served.stop()
+
+
+CHAIN = """
+from components.frontend import Frontend
+from components.kv_router import Router
+from components.prefill_worker import PrefillWorker
+from components.processor import Processor
+from components.worker import VllmWorker
+
+Frontend.link(Processor).link(Router).link(VllmWorker).link(PrefillWorker)
+"""
+
+
+@pytest.mark.parametrize("mode", ["kv", "round-robin"])
+def test_one_chain_of_links_serves_with_the_router_and_without(serve_graph: Start, tmp_path: Path, mode: str) -> None:
+    """The Processor of the era called its workers by their address; a graph's links never named them as its dependency."""
+    (tmp_path / "chain.py").write_text(CHAIN)
+    sizes = (
+        "--VllmWorker.ServiceArgs.workers=2",
+        "--PrefillWorker.ServiceArgs.workers=1",
+        f"--Processor.router={mode}",
+    )
+    arguments = ("--working-dir", str(tmp_path), "-f", "configs/disagg_router_mock.yaml", *sizes)
+    served = serve_graph(*arguments, graph="chain:Frontend").ready()
+    body = {"model": "dynamo-tiny", "prompt": list(range(100, 164)), "max_tokens": 4}
+    answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=30)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 4
     served.stop()

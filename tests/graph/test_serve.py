@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -79,6 +80,34 @@ def test_a_graph_starts_answers_and_is_stopped_by_a_signal(serve_graph: Start, n
         assert re.search(rf"^{name} ready in [\d.]+ s", served.output, re.MULTILINE), served.output
     assert len(served.processes()) >= 5  # three services, nats-server, etcd
     assert served.stop(number) == 0
+
+
+SLOW_START = """
+import asyncio
+
+from dynamo.sdk import Service, async_on_start, on_shutdown, service
+
+
+@service
+class Slow(Service):
+    @async_on_start
+    async def start(self):
+        print("the hook waits", flush=True)
+        await asyncio.Event().wait()
+
+    @on_shutdown
+    def stop(self):
+        print("the shutdown hook ran", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_cancels_start_hooks(serve_graph: Start, tmp_path: Path, number: int) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_START)
+    served = serve_graph("--working-dir", str(tmp_path), graph="slow:Slow")
+    served.wait_for("the hook waits", 30)
+    assert served.stop(number) == 0
+    assert "the shutdown hook ran" in served.output
 
 
 def test_running_streams_finish_on_sigterm(serve_graph: Start) -> None:

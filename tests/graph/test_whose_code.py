@@ -108,6 +108,22 @@ def test_processes_of_another_directory_run_the_same_files(serve_graph: Start, p
     assert served.stop() == 0
 
 
+def test_a_package_beside_ours_may_be_called_dynamo_x(tmp_path: Path) -> None:
+    """As those of ai-dynamo, whose `dynamo` had no code of its own."""
+    package = tmp_path / "src/dynamo/beside"
+    package.mkdir(parents=True)
+    (package / "graph.py").write_text(
+        "from dynamo.sdk import Service, service\n\n@service\nclass Beside(Service):\n    pass\n"
+    )
+    (package.parent / "errors.py").write_text("raise AssertionError('ours comes first')\n")
+    command = [*COMMAND, "serve", "dynamo.beside.graph:Beside", "--dry-run"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment(PYTHONPATH=f"src:{ROOT}"), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "--service-name Beside" in run.stderr
+
+
 def test_dynamo_run_starts_the_users_graph(project: Path) -> None:
     words = ["run", "graphs.agg:Frontend", "-f", CONFIG, "Hello"]
     ran = subprocess.run(

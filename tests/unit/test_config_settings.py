@@ -369,3 +369,10 @@ def test_service_args_are_typed():
 )
 def test_service_args_errors(text, message):
     assert refused(f"S:\n  ServiceArgs: {text}", graph={"S": Plain})[0].startswith(f"configs/agg.yaml:2 {message}")
+
+
+def test_no_workers_has_a_hint_of_its_own():
+    assert (
+        refused("S: {ServiceArgs: {workers: 0}}", graph={"S": Plain})[1] == "to start none here: --depends S=elsewhere"
+    )
+    assert refused("S: {ServiceArgs: {workers: -1}}", graph={"S": Plain})[1] == "give an int of at least 1"

@@ -123,7 +123,58 @@ def test_without_links_everything_is_deployed() -> None:
 def test_with_links_only_what_is_linked() -> None:
     graph = build("g", Frontend, edges((Frontend, "processor", Processor), (Processor, "worker", Special)))
     assert list(graph.services) == ["Special", "Processor", "Frontend"]
-    assert graph.targets == {"Special": {}, "Processor": {"worker": Special}, "Frontend": {"processor": Processor}}
+    assert graph.targets["Processor"] == {"worker": Special}
+    assert "worker" not in graph.targets["Frontend"]
+
+
+def test_a_dependency_without_a_link_reaches_the_service_that_another_link_starts() -> None:
+    @service
+    class Leaf(Service):
+        pass
+
+    @service
+    class Router(Service):
+        leaf = depends(Leaf)
+
+    @service
+    class Middle(Service):
+        leaf = depends(Leaf)
+        spare = depends(Leaf, optional=True)
+        router = depends(Router)
+
+    @service
+    class Entry(Service):
+        middle = depends(Middle)
+
+    chain = edges((Entry, "middle", Middle), (Middle, "router", Router), (Router, "leaf", Leaf))
+    graph = build("g", Entry, chain)
+    assert list(graph.services) == ["Leaf", "Router", "Middle", "Entry"]
+    assert graph.targets["Middle"] == {"router": Router, "leaf": Leaf}
+    assert build("g", Entry, chain[:2]).targets["Middle"] == {"router": Router}
+
+
+def test_a_dependency_without_a_link_closes_no_cycle_and_starts_before_its_caller() -> None:
+    @service
+    class Early(Service):
+        pass
+
+    @service
+    class Late(Service):
+        early = depends(Early)
+
+    Early.late = depends(Late)  # type: ignore[attr-defined]
+    Early.late.__set_name__(Early, "late")  # type: ignore[attr-defined]
+
+    @service
+    class Top(Service):
+        early = depends(Early)
+        late = depends(Late)
+
+    both = edges((Top, "early", Early), (Top, "late", Late))
+    graph = build("g", Top, both)
+    assert list(graph.services) == ["Late", "Early", "Top"]
+    assert graph.targets == {"Late": {}, "Early": {"late": Late}, "Top": {"early": Early, "late": Late}}
+    assert build("g", Top, [*both, *edges((Late, "early", Early))]).targets["Early"] == {}
 
 
 def test_cycle() -> None:
