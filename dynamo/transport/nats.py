@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dynamo.errors import NoInstancesError, TransportError
 from dynamo.transport.credentials import NATS_VARIABLES, nats_credentials
@@ -19,9 +19,11 @@ from dynamo.transport.nats_import import Msg, NatsConnection, Subscription, erro
 from dynamo.transport.network import without_credentials
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DEFAULT_URL = "nats://localhost:4222"
 NATS_CONNECT_TIMEOUT_S = 2.0
+CANCEL_AGAIN_S = 0.1
 RECONNECT_WAIT_S = 0.1
 PING_INTERVAL_S = 3
 """A server that hangs, or a link that is cut, is given up after three pings without an answer."""
@@ -104,7 +106,8 @@ class Nats:
             log.debug("nats: %s", error)
 
         try:
-            await asyncio.wait_for(
+            await _within(
+                NATS_CONNECT_TIMEOUT_S,
                 self._connection.connect(
                     servers=urls,
                     name=name,
@@ -119,7 +122,6 @@ class Nats:
                     pending_size=PENDING_BYTES,
                     **credentials,
                 ),
-                NATS_CONNECT_TIMEOUT_S,
             )
             await self._connection.subscribe(f"{self._inbox}.*", cb=self._on_reply)
         except (TimeoutError, OSError, errors.Error) as error:
@@ -316,3 +318,20 @@ def _is_refusal(reason: str) -> bool:
 def _fail_reply(reply: asyncio.Future[bytes], reason: str) -> None:
     if not reply.done():
         reply.set_exception(TransportError(reason))
+
+
+async def _within(timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` for at most `timeout_s` seconds. Raises TimeoutError.
+
+    It is cancelled until it ends: nats-py retries for ever, and loses a cancellation that meets a time limit of its own.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=timeout_s)
+    finally:
+        while not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=CANCEL_AGAIN_S)
+    if task.cancelled():
+        raise TimeoutError(f"no answer in {timeout_s:g} s")
+    return task.result()

@@ -81,7 +81,8 @@ def test_all_processes_run_what_the_dry_run_shows(serve_graph: Start, project: P
     before = len(served.output)
     with (project / "components/worker.py").open("a") as worker:
         worker.write("# edited\n")
-    served.wait_for("VllmWorker ready again", 30, after=before)
+    for name in ("VllmWorker", "Processor", "Frontend"):  # all of them import it
+        served.wait_for(f"{name} ready again", 30, after=before)
     assert record(project)
     answer = served.client().chat.completions.create(model="dynamo-tiny", messages=[{"role": "user", "content": "Hi"}])
     assert answer.choices[0].message.content

@@ -229,7 +229,7 @@ def test_the_typer_application_serves() -> None:
 
     arguments = ["serve", GRAPH, "--working-dir", str(ROOT), "--Frontend.model=qwen", "--Middle.bias=0.5", "--dry-run"]
     found = testing.CliRunner().invoke(cli, arguments)
-    assert found.exit_code == 0
+    assert found.exit_code == 0, found.output
     assert "Service Configuration:" in found.output
     assert '"model": "qwen"' in found.output
 

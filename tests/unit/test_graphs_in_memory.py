@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from components.processor import Processor
 from components.worker import VllmWorker
 from dynamo.llm.protocol import CompletionRequest, Sampling
+from dynamo.sdk.links import EDGES
 from dynamo.sdk.testing import TestGraph
 
 GRAPHS = ("agg", "agg_router", "disagg", "disagg_router")
@@ -65,6 +67,15 @@ Frontend.link(Processor).link(Worker)
 """
 
 
+@pytest.fixture
+def forget_links() -> Iterator[None]:
+    """Keep this process's other graphs without links from finding those of a test."""
+    before = len(EDGES)
+    yield
+    del EDGES[before:]
+
+
+@pytest.mark.usefixtures("forget_links")
 async def test_a_worker_in_a_namespace_of_its_own_is_the_graphs(tmp_path: Path) -> None:
     """So the Processor answers for its model, under the name that the Frontend gives it."""
     (tmp_path / "own_namespace.py").write_text(OWN_NAMESPACE)
