@@ -323,7 +323,7 @@ def _fail_reply(reply: asyncio.Future[bytes], reason: str) -> None:
 async def _within(timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
     """Await `work` for at most `timeout_s` seconds. Raises TimeoutError.
 
-    It is cancelled until it ends: nats-py retries for ever, and loses a cancellation that meets a time limit of its own.
+    It is cancelled until it ends: nats-py retries without end, and loses a cancellation that meets a time limit of its own.
     """
     task = asyncio.ensure_future(work)
     try:

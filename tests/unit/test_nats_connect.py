@@ -10,7 +10,7 @@ from dynamo.transport import nats
 
 
 async def stubborn(cancellations: list[int], losses: int) -> None:
-    """Retry for ever, as nats-py does, and lose the first cancellations."""
+    """Retry without end, as nats-py does, and lose the first cancellations."""
     while True:
         try:
             await asyncio.sleep(60)
