@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo.config.merge import COMMON, COMMON_CONFIGS, SERVICE_ARGS, Layer, Resolved, merge, walk
 from dynamo.config.provenance import KeyPath, Notice, Origin, canonical, location, misspelled
-from dynamo.config.upstream_keys import SERVICES, Change, upstream_key
+from dynamo.config.upstream_keys import OPEN, SERVICES, Change, upstream_key
 from dynamo.text import from_json
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def upgrade_for(services: Mapping[str, DeclaredSettings | None]) -> UpgradeKey:
         if change is not None or found.takes(key):
             return change
         change = upstream_key(service, key, value)
+        if change is None and service in OPEN and misspelled(key, found.names(key)) is None:
+            return Change(OPEN[service])
         if change is None or all(map(found.takes, change.settings)):
             return change
         return Change("ai-dynamo's component of this name had it, this one has not; remove it")

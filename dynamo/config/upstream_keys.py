@@ -2,6 +2,7 @@
 
     SERVICES    services of upstream and of this project: a section of such a name is never a misspelling
     KEYS        keys of upstream's components by service, with what becomes of each
+    OPEN        services that ignore all other keys, too
 
 A row of KEYS applies where the service's class does not take the key itself: a Processor of a user may well declare
 `temperature`. vLLM's own flags that vLLM has renamed or removed are in `dynamo.engines.vllm.old_flags`.
@@ -81,7 +82,6 @@ _ADDRESSES = {
     **dict.fromkeys(("etcd-endpoints", "etcd-url"), _ignored("the variable ETCD_ENDPOINTS holds the address")),
     **dict.fromkeys(("nats-server", "nats-url"), _ignored("the variable NATS_SERVER holds the address")),
 }
-
 KEYS: Mapping[str, Mapping[str, Row]] = {
     "Frontend": {
         "model": _renamed("served_model_name", "the name in ai-dynamo 0.1.0"),
@@ -117,3 +117,6 @@ KEYS: Mapping[str, Mapping[str, Row]] = {
     },
     "Planner": _ADDRESSES,
 }
+
+OPEN = {"Planner": "ai-dynamo's planners, and those of its forks, had many; remove it"}
+"""Services of which any further key is ignored, if it is no misspelling, and why."""

@@ -192,6 +192,8 @@ ROWS: list[tuple[str, str, Any, dict[str, Any] | None]] = [
     *((s, k, 2, {}) for s in ("Processor", "PrefillWorker") for k in ("max-prefill-queue-size", "conditional-disagg")),
     *((s, k, 2, {}) for s in ("Processor", "PrefillWorker") for k in ("max-local-prefill-length", "remote-prefill")),
     *((s, k, "x", {}) for s in KEYS for k in ("etcd-endpoints", "etcd-url", "nats-server", "nats-url")),
+    ("Planner", "profile-results-dir", "x", {}),
+    ("Planner", "slo-level", "high", {}),
     ("Processor", "trust-remote-code", True, None),
     ("Processor", "enforce-eager", True, {}),
     ("Processor", "max-num-batched-tokens", 16384, {}),
@@ -210,6 +212,10 @@ def test_a_key_of_upstream(service: str, key: str, value: Any, settings: dict[st
     if settings is not None:
         assert found.notices[0].message.startswith(f"--{service}.{key}: {'read as' if settings else 'ignored'}")
         assert refused(f"{service}: {{}}", flag, graph=graph, strict=True).startswith(f"--{service}.{key}: ")
+
+
+def test_a_misspelled_key_of_the_planner_is_an_error() -> None:
+    assert "did you mean max-gpu-budget" in refused("Planner: {max-gpu-budgt: 4}", graph=(*AGG, Planner))
 
 
 def test_every_row_is_tried() -> None:
