@@ -60,13 +60,12 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
     """
     linked: dict[type[Any], dict[str, type[Any]]] = {}
     ends: set[type[Any]] = set()
+    conflicts: dict[type[Any], str] = {}
     for edge in edges:
         chosen = linked.setdefault(edge.source, {}).setdefault(edge.attribute, edge.target)
         if chosen is not edge.target:
-            raise GraphError(
-                f"{spec}: {edge.source.__name__}.{edge.attribute} is linked to {chosen.__name__} and to "
-                f"{edge.target.__name__}",
-                hint="keep one of the links",
+            conflicts.setdefault(
+                edge.source, f"{edge.attribute} is linked to {chosen.__name__} and to {edge.target.__name__}"
             )
         ends |= {edge.source, edge.target}
     services: dict[str, type[Any]] = {}
@@ -92,6 +91,8 @@ def build(spec: str, entry: type[Any], edges: list[Edge]) -> Graph:
                     hint="rename one of the classes",
                 )
             return
+        if cls in conflicts:
+            raise GraphError(f"{spec}: {cls.__name__}.{conflicts[cls]}", hint="keep one of the links")
         path.append(cls)
         # a service that takes part in any link starts its linked dependencies only
         active = linked.get(cls, {}) if cls in ends else _needed(cls)

@@ -650,7 +650,7 @@ def test_a_process_that_waits_for_its_restart_is_removed(serve: Serve) -> None:
 
 
 def test_nothing_is_added_or_removed_while_the_graph_starts_or_stops(serve: Serve) -> None:
-    slow = ("VllmWorker", {"load_s": 0.5, "drain_s": 0.5, "ready": {}})
+    slow = ("VllmWorker", {"load_s": 0.5, "drain_s": 3, "ready": {}})
     more = serve.spec("VllmWorker", 2, 2, WORKS[1])
     steps = [
         ["add", more],
