@@ -157,6 +157,8 @@ def run():
                 while [f"{p.spec.name} {'leaving' if p.leaving else 'ready' if p.ready else p.pid and 'starting'}"
                        for p in supervisor.processes()] != argument:
                     await asyncio.sleep(0.01)
+            elif verb == "journal":
+                journal(argument)
             elif verb == "start":
                 begun.append(asyncio.create_task(step(*argument)))
             else:
@@ -650,18 +652,19 @@ def test_a_process_that_waits_for_its_restart_is_removed(serve: Serve) -> None:
 
 
 def test_nothing_is_added_or_removed_while_the_graph_starts_or_stops(serve: Serve) -> None:
-    slow = ("VllmWorker", {"load_s": 0.5, "drain_s": 3, "ready": {}})
+    slow = ("VllmWorker", {"load_s": 0.5, "drain_s": 1, "ready": {}})
     more = serve.spec("VllmWorker", 2, 2, WORKS[1])
     steps = [
         ["add", more],
         ["remove", "VllmWorker"],
         ["wait", ["VllmWorker ready", "Frontend ready"]],
+        ["journal", "both ready"],
         ["wait", ["VllmWorker ready", "Frontend None"]],  # drained first
         ["add", more],
         ["remove", "VllmWorker"],
     ]
     serve.start(slow, FRONT, steps=steps)
-    serve.wait_for(f"ready in .*{URL}")
+    serve.until(lambda: "both ready" in serve.journal)
     serve.signal(signal.SIGINT)
     assert serve.wait() == 0
     found = [line for line in serve.journal if "UnavailableError" in line]
