@@ -12,6 +12,7 @@ import click
 
 from dynamo.cli.build_context import DOCKERFILE, Packed, collect
 from dynamo.cli.errors import short_warnings, warn
+from dynamo.cli.options import FILE, WORKING_DIR
 from dynamo.config import yaml_file
 from dynamo.config.resolution import resolve_and_check
 from dynamo.config.settings import declared
@@ -28,7 +29,7 @@ _TAG = re.compile(r"[a-z0-9][\w.:/@-]*")
 @click.option(
     "-f",
     "--config-file",
-    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="YAML file of settings that the image serves the graph with.",
 )
@@ -64,13 +65,7 @@ _TAG = re.compile(r"[a-z0-9][\w.:/@-]*")
     metavar="PATH",
     help="File or folder to add, such as data that a service reads. May be repeated.",
 )
-@click.option(
-    "--working-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=Path(),
-    metavar="DIR",
-    help="Directory that GRAPH is imported from; the current directory by default.",
-)
+@WORKING_DIR
 @click.option("--force", is_flag=True, help="Write into a folder that holds something else.")
 @click.option("--push", is_flag=True, hidden=True)
 @click.option("-e", "--endpoint", hidden=True)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dynamo.cli.http import DEFAULT_PORT, PORT
+from dynamo.cli.http import DEFAULT_PORT
+from dynamo.cli.options import FILE, PORT
 from dynamo.cli.signals import exit_on_signals
 from dynamo.errors import ConfigError
 
@@ -108,7 +109,7 @@ class _InOut(click.Command):
 @click.option("--kv-cache-block-size", type=click.IntRange(1), metavar="N", help="Tokens in a KV block.")
 @click.option(
     "--extra-engine-args",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="JSON file with further flags of the engine, by name.",
 )

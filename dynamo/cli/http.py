@@ -7,10 +7,13 @@ import time
 
 import click
 
+from dynamo.cli.options import PORT
+
 DEFAULT_PORT = 8080
-PORT = click.IntRange(0, 65535)
-PORT.name = "port"
-host_option = click.option(
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
     "--host",
     envvar="DYNAMO_HOST",
     show_envvar=True,
@@ -19,10 +22,6 @@ host_option = click.option(
     metavar="ADDRESS",
     help="Address to listen on; 0.0.0.0 for all.",
 )
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@host_option
 @click.option("-p", "--port", type=PORT, default=DEFAULT_PORT, show_default=True, help="Port to listen on.")
 @click.option("--namespace", hidden=True)
 @click.option("--component", hidden=True)

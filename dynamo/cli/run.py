@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from dynamo.cli.errors import INTERRUPTED
+from dynamo.cli.options import FILE
 from dynamo.cli.signals import exit_on_signals
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class _RunCommand(click.Command):
 @click.option(
     "-f",
     "--config-file",
-    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="YAML file of settings, for GRAPH.",
 )

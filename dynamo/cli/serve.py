@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from dynamo.cli.errors import short_warnings, warn
+from dynamo.cli.options import FILE, PORT, WORKING_DIR
 from dynamo.cli.selection import require_external, select, without
 from dynamo.config import overrides, yaml_file
 from dynamo.config.merge import Layer
@@ -25,8 +26,6 @@ DEPLOYMENT_CONFIG = "DYN_DEPLOYMENT_CONFIG"
 OLD_OPTIONS = {"--file": "--config-file", "--config": "--config-file"}
 """Long forms of -f in 0.1 and in examples of NVIDIA."""
 OVERRIDES = "dynamo.config.overrides"  # key of the overrides in click's context
-_PORT = click.IntRange(0, 65535)
-_PORT.name = "port"  # as error messages call it
 
 
 class _ServeCommand(click.Command):
@@ -52,7 +51,7 @@ def _today(argument: str) -> str:
 @click.option(
     "-f",
     "--config-file",
-    type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="YAML file of settings by service, such as those in configs/.",
 )
@@ -79,7 +78,7 @@ def _today(argument: str) -> str:
 @click.option(
     "-p",
     "--port",
-    type=_PORT,
+    type=PORT,
     envvar="DYNAMO_PORT",
     show_envvar=True,
     help="HTTP port of the graph's entry service; overrides the file.",
@@ -91,13 +90,7 @@ def _today(argument: str) -> str:
     metavar="ADDRESS",
     help="Address on which the entry service listens; overrides the file.",
 )
-@click.option(
-    "--working-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=Path(),
-    metavar="DIR",
-    help="Directory that GRAPH is imported from and services run in; the current directory by default.",
-)
+@WORKING_DIR
 @click.option(
     "--infra",
     type=click.Choice(get_args(InfraMode)),
@@ -120,7 +113,7 @@ def _today(argument: str) -> str:
     default=None,
     help="Serve liveness and readiness probes on a separate port.",
 )
-@click.option("--system-app-port", type=_PORT, help="Port of the probes; only with --service-name.")
+@click.option("--system-app-port", type=PORT, help="Port of the probes; only with --service-name.")
 @click.option("--system-app-host", metavar="ADDRESS", help="Address of the probes; 0.0.0.0 by default.")
 @click.option(
     "--use-default-health-checks",
@@ -130,7 +123,7 @@ def _today(argument: str) -> str:
 )
 @click.option(
     "--metrics-port",
-    type=_PORT,
+    type=PORT,
     envvar="DYN_METRICS_PORT",
     show_envvar=True,
     help="Port for the Prometheus metrics of all processes of this command; by default the first free one from 9091 on, "

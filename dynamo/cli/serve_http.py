@@ -17,6 +17,7 @@ from dynamo.cli.deployments import single_deployment
 from dynamo.environment import api_keys
 from dynamo.errors import EngineError
 from dynamo.http.server import HttpServer
+from dynamo.launcher.serve_plan import reach
 from dynamo.openai.app import create_app
 from dynamo.openai.backend import Backend
 from dynamo.openai.registered_models import RegisteredModels
@@ -80,8 +81,7 @@ async def serve(
     server = HttpServer(create_app(backend, api_keys=api_keys(), missing=missing), host, port)
     await server.start()
     print(f"ready in {time.monotonic() - started:.1f} s: {server.url}", flush=True)
-    if host in ("127.0.0.1", "localhost", "::1"):
-        print("only this host can reach it; for others, give --host 0.0.0.0 or set DYNAMO_HOST", file=sys.stderr)
+    print(reach(host, has_keys=bool(api_keys())), file=sys.stderr)
     try:
         return await until_stopped(check_health, runtime)
     finally:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from dynamo.environment import api_keys
 from dynamo.errors import DynamoError
 from dynamo.http.server import HttpServer
-from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, ServedModel
+from dynamo.llm.protocol import ServedModel
 from dynamo.openai.app import create_app
 from dynamo.streams import Stream
 
@@ -100,7 +100,7 @@ class HttpService:
         if self._engines[api].pop(model, None) is None:
             raise ValueError(f"Model not found: {model}")
 
-    # -- as the server's `Backend`
+    # -- as the server's `Forwarder`
 
     def models(self) -> list[ServedModel]:
         found: dict[str, list[str]] = {}
@@ -119,12 +119,6 @@ class HttpService:
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 yield chunk
-
-    def chat(self, request: ChatRequest) -> Stream[Delta]:
-        raise NotImplementedError("its models take OpenAI's requests")
-
-    def completion(self, request: CompletionRequest) -> Stream[Delta]:
-        raise NotImplementedError("its models take OpenAI's requests")
 
     def instance_counts(self) -> dict[str, int]:
         return {model.name: 1 for model in self.models()}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dynamo.http.prometheus_text import Pages
     from dynamo.launcher.managed_process import ProcessSpec
     from dynamo.launcher.metrics_port import MetricsPort
-    from dynamo.launcher.supervisor import ProcessState
+    from dynamo.launcher.process_slot import ProcessState
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ async def serve(port: MetricsPort, pages: Pages) -> None:
 
 async def serve_alone(port: MetricsPort, spec: ProcessSpec, pages: Pages, ready: Callable[[], bool]) -> None:
     """Serve the pages of a process without a supervisor, this one, and add what a supervisor would report of it."""
-    from dynamo.launcher.supervisor import ProcessState
+    from dynamo.launcher.process_slot import ProcessState
 
     async def ask(_: ProcessState, page: str) -> bytes:
         return await pages[page]()

@@ -21,8 +21,9 @@ from dynamo.sdk.spec import spec_of
 from dynamo.worker.environment import namespace_of
 
 if TYPE_CHECKING:
+    from dynamo.launcher.process_slot import ProcessState
     from dynamo.launcher.serve_plan import ServePlan
-    from dynamo.launcher.supervisor import ProcessState, Supervisor
+    from dynamo.launcher.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dynamo.config.settings import constructor_arguments, declared
+from dynamo.environment import api_keys
 from dynamo.launcher import gpus, metrics_port, ports
 from dynamo.launcher.managed_process import ProcessSpec
 from dynamo.launcher.plan import plan, plan_another
@@ -43,16 +44,12 @@ class ServePlan:
         """A line on who reaches the entry service, for the terminal; empty if it listens nowhere."""
         if self.entry_address is None:
             return ""
-        if is_loopback(self.entry_address[0]):
-            return "only this machine reaches it; --host 0.0.0.0 opens it to others"
-        entry = self.graph.entry
+        host, entry = self.entry_address[0], self.graph.entry
         found = declared(entry)
         if found is None or "api-keys" not in found.settings:
-            return "other machines reach it"
+            return reach(host, has_keys=None)
         keys = constructor_arguments(entry, self.resolved.services.get(entry.__name__, {})).get("api_keys")
-        if keys or (keys is None and os.environ.get("DYN_API_KEYS", "").strip(" ,")):
-            return "other machines reach it with an API key"
-        return "other machines reach it without a key: DYN_API_KEYS sets keys that clients must send"
+        return reach(host, has_keys=bool(keys) or (keys is None and bool(api_keys())))
 
     def reserved_ports(self) -> set[int]:
         """Return the ports that the processes will listen on by their configuration."""
@@ -76,6 +73,17 @@ class ServePlan:
             visible_gpus=self.visible_gpus,
         )
         return replace(process, env={**environment, **process.env})
+
+
+def reach(host: str, *, has_keys: bool | None) -> str:
+    """Return a line on who reaches a server that listens on `host`. `has_keys` None: it knows no API keys."""
+    if is_loopback(host):
+        return "only this machine reaches it; --host 0.0.0.0 opens it to others"
+    if has_keys is None:
+        return "other machines reach it"
+    if has_keys:
+        return "other machines reach it with an API key"
+    return "other machines reach it without a key: DYN_API_KEYS sets keys that clients must send"
 
 
 def make_plan(graph: Graph, resolved: Resolved, options: ServeOptions) -> ServePlan:

@@ -18,18 +18,18 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 from dynamo import prctl
 from dynamo.errors import DynamoError, StartError, UnavailableError
 from dynamo.launcher.console import Console
 from dynamo.launcher.managed_process import Event, ManagedProcess, ProcessSpec, end_processes
 from dynamo.launcher.orphans import Orphans
-from dynamo.launcher.restart_policy import DeathRecord, RestartPolicy
+from dynamo.launcher.process_slot import ProcessSlot, ProcessState, inserted, retrieve_exception
+from dynamo.launcher.restart_policy import RestartPolicy
 from dynamo.launcher.stop_signals import stop_signals
 from dynamo.tasks import TaskSet
 
-__all__ = ["Event", "ProcessSpec", "ProcessState", "RestartPolicy", "Supervisor"]
+__all__ = ["Event", "ProcessSpec", "RestartPolicy", "Supervisor"]
 
 log = logging.getLogger(__name__)
 
@@ -37,55 +37,6 @@ SHOWN_LINES = 15  # of a process's output, when it fails
 FAILED_EXIT_S = 2.0  # a process that reported `failed` is killed if it has not ended by then
 ON_EXIT_S = 3.0  # a call of `on_exit` may take this long
 SAME_STOP_S = 0.2  # systemd signals the whole cgroup: one SIGTERM comes directly, one through the guard
-
-
-class ProcessState(NamedTuple):
-    """`restarts`: how often it was started again, after its end or an edit. `pid` None: it is not running.
-
-    `leaving`: it is being removed. `progress`: what its start is waiting for.
-    """
-
-    spec: ProcessSpec
-    ready: bool
-    restarts: int
-    pid: int | None
-    leaving: bool = False
-    progress: str = ""
-
-
-class _Slot:
-    """One process of the graph, through all its runs."""
-
-    def __init__(self, spec: ProcessSpec, policy: RestartPolicy, joined: asyncio.Future[None] | None = None) -> None:
-        """`joined` is set for a process that is added: its result is the first `ready`, its exception the reason why not."""
-        self.spec = spec
-        self.joined = joined
-        self.deaths = DeathRecord(policy)
-        self.process: ManagedProcess | None = None  # the living run, or the last one
-        self.runs = 0
-        self.leaving = asyncio.Event()
-        self.ended = asyncio.Event()  # for good
-
-    @property
-    def joining(self) -> bool:
-        return self.joined is not None and not self.joined.done()
-
-    def settle(self, error: DynamoError | None = None) -> bool:
-        """End the wait of `Supervisor.add` for this process, with an error or without; return False if none waits."""
-        if self.joined is None or self.joined.done():
-            return False
-        if error is None:
-            self.joined.set_result(None)
-        else:
-            self.joined.set_exception(error)
-        return True
-
-    @property
-    def state(self) -> ProcessState:
-        process, restarts, leaving = self.process, max(self.runs - 1, 0), self.leaving.is_set()
-        if process is None or not process.alive:
-            return ProcessState(self.spec, False, restarts, None, leaving)
-        return ProcessState(self.spec, bool(process.ready), restarts, process.pid, leaving, process.progress)
 
 
 class Supervisor:
@@ -113,7 +64,7 @@ class Supervisor:
         ready_text: str = "",
         reach_text: str = "",
     ) -> None:
-        self._slots = {spec.name: _Slot(spec, restarts) for spec in processes}
+        self._slots = {spec.name: ProcessSlot(spec, restarts) for spec in processes}
         self._logs = run_dir / "logs"
         self._console = console
         self._on_exit = on_exit
@@ -175,9 +126,9 @@ class Supervisor:
         """
         self._check_running()
         joined = asyncio.get_running_loop().create_future()
-        joined.add_done_callback(_retrieve_exception)  # the caller may be cancelled
-        slot = _Slot(spec, self._restarts, joined)
-        self._slots = _inserted(self._slots, slot)
+        joined.add_done_callback(retrieve_exception)  # the caller may be cancelled
+        slot = ProcessSlot(spec, self._restarts, joined)
+        self._slots = inserted(self._slots, slot)
         self._console.print(f"adding {spec.name}", process=spec.name)
         self._processes.create_task(self._keep_running(slot))
         await asyncio.shield(joined)
@@ -232,7 +183,7 @@ class Supervisor:
 
     # -- one process
 
-    async def _keep_running(self, slot: _Slot) -> None:
+    async def _keep_running(self, slot: ProcessSlot) -> None:
         """Run the process, and run it again each time it ends, until the graph stops or the process is removed."""
         try:
             while not self._stopping.is_set() and not slot.leaving.is_set():
@@ -242,7 +193,7 @@ class Supervisor:
         finally:
             self._close_slot(slot)
 
-    def _close_slot(self, slot: _Slot) -> None:
+    def _close_slot(self, slot: ProcessSlot) -> None:
         """Forget a process that was removed, or added in vain."""
         name = slot.spec.name
         what = "was removed" if slot.leaving.is_set() else "ended: the graph is stopping"
@@ -254,7 +205,7 @@ class Supervisor:
                 self._console.print(f"{name} removed", process=name)
         slot.ended.set()
 
-    async def _run_once(self, slot: _Slot) -> ManagedProcess | None:
+    async def _run_once(self, slot: ProcessSlot) -> ManagedProcess | None:
         """Start the process and wait until it and its orphans have ended; None if it could not be started."""
         spec = slot.spec
         try:
@@ -277,7 +228,7 @@ class Supervisor:
             process.close()
         return process
 
-    async def _wait_for_restart(self, slot: _Slot, process: ManagedProcess) -> bool:
+    async def _wait_for_restart(self, slot: ProcessSlot, process: ManagedProcess) -> bool:
         """Wait until a process that has ended may start again; False if it or the graph ends instead."""
         name = process.spec.name
         if slot.leaving.is_set():
@@ -310,7 +261,7 @@ class Supervisor:
         self._console.failed(f"{name} could not start", fact, hint, lines, str(process.log_path))
         return StartError(f"{name} could not start: {fact}", hint=hint or f"look into {process.log_path}")
 
-    async def _pause(self, slot: _Slot, timeout_s: float | None, *events: asyncio.Event) -> None:
+    async def _pause(self, slot: ProcessSlot, timeout_s: float | None, *events: asyncio.Event) -> None:
         """Wait for one of `events`, the removal of the process, or the end of the graph; at most `timeout_s`."""
         waits = [asyncio.ensure_future(event.wait()) for event in (self._stopping, slot.leaving, *events)]
         try:
@@ -319,7 +270,7 @@ class Supervisor:
             for wait in waits:
                 wait.cancel()
 
-    async def _end_slot(self, slot: _Slot) -> None:
+    async def _end_slot(self, slot: ProcessSlot) -> None:
         """Drain a process that is removed, or kill it where it has nothing to finish or does not end in time."""
         process = slot.process
         if process is None or not process.alive:
@@ -459,17 +410,3 @@ class Supervisor:
             for process in self._living():
                 if not process.ready and not self._stopping.is_set():
                     self._console.progress(process.spec.name, process.progress, process.age_s())
-
-
-def _inserted(slots: dict[str, _Slot], slot: _Slot) -> dict[str, _Slot]:
-    """Return the slots with one more, behind the last one of its service: the order in which services are drained."""
-    names = list(slots)
-    same = [index for index, name in enumerate(names) if slots[name].spec.service == slot.spec.service]
-    names.insert(same[-1] + 1 if same else 0, slot.spec.name)
-    return {name: slots.get(name, slot) for name in names}
-
-
-def _retrieve_exception(future: asyncio.Future[None]) -> None:
-    """Mark a future's exception as seen."""
-    if not future.cancelled():
-        future.exception()

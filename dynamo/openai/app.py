@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dynamo import __version__
 from dynamo.http.error_handlers import add_error_handlers, http_exception
 from dynamo.http.middleware import ApiKeys, RequestIds
-from dynamo.openai.backend import Backend
+from dynamo.openai.backend import Backend, Forwarder
 from dynamo.openai.endpoints import ChatCompletions, Completions, GeneratingRoute, RouteContext
 from dynamo.openai.info_routes import Targets, add_info_routes
 
@@ -28,7 +28,7 @@ MAX_BODY_BYTES = 64 << 20
 
 
 def create_app(
-    backend: Backend,
+    backend: Backend | Forwarder,
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
     timeout_s: float | None = None,

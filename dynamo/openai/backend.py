@@ -1,4 +1,7 @@
-"""The interface between the OpenAI server and what generates: the Frontend component, or a fake in a test."""
+"""The interfaces between the OpenAI server and what generates: the Frontend component, or a fake in a test.
+
+A model in `models()` says which of the two answers each API: `Forwarder` those in its `forwarded`, `Backend` the others.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,8 @@ from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, ServedMod
 from dynamo.streams import Stream
 
 
-class Backend(Protocol):
-    def chat(self, request: ChatRequest) -> Stream[Delta]: ...
-
-    def completion(self, request: CompletionRequest) -> Stream[Delta]: ...
-
-    def forward(self, api: str, request: dict[str, Any]) -> Stream[Any]:
-        """Send an OpenAI request to the worker of its model, and return the chunks that it yields.
-
-        Called for the `ServedModel.forwarded` APIs of a model only; `api` is "chat" or "completion".
-        """
-        ...
+class Models(Protocol):
+    """What is served."""
 
     def models(self) -> list[ServedModel]:
         """Return the models that can answer now."""
@@ -26,4 +20,23 @@ class Backend(Protocol):
 
     def instance_counts(self) -> dict[str, int]:
         """Return, for each service behind the server, how many instances can be called."""
+        ...
+
+
+class Backend(Models, Protocol):
+    """Answers requests of this project's own kind."""
+
+    def chat(self, request: ChatRequest) -> Stream[Delta]: ...
+
+    def completion(self, request: CompletionRequest) -> Stream[Delta]: ...
+
+
+class Forwarder(Models, Protocol):
+    """Passes OpenAI's requests on to workers that take them."""
+
+    def forward(self, api: str, request: dict[str, Any]) -> Stream[Any]:
+        """Send an OpenAI request to the worker of its model, and return the chunks that it yields.
+
+        `api` is "chat" or "completion".
+        """
         ...

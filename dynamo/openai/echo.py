@@ -41,9 +41,6 @@ class EchoModel:
             choice = {"index": 0, "delta": {"content": delta.text}, "finish_reason": delta.finish_reason}
             yield {"object": "chat.completion.chunk", "model": self._model.name, "choices": [choice]}
 
-    def forward(self, api: str, request: dict[str, Any]) -> Stream[Any]:
-        raise NotImplementedError("it answers requests of this project's own kind")
-
     def models(self) -> list[ServedModel]:
         return [self._model]
 

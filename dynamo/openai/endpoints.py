@@ -6,7 +6,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import orjson
@@ -19,7 +19,7 @@ from dynamo.http.direct import respond_error
 from dynamo.http.middleware import DIRECT, header, request_name
 from dynamo.llm.protocol import ChatRequest, CompletionRequest, Delta, ServedModel
 from dynamo.openai import streaming
-from dynamo.openai.backend import Backend
+from dynamo.openai.backend import Backend, Forwarder
 from dynamo.openai.forwarding import ForwardedChat, ForwardedCompletion, ForwardedResponse
 from dynamo.openai.metrics import FrontendMetrics, RequestTracker
 from dynamo.openai.responses import ChatResponseBuilder, CompletionResponseBuilder, ResponseBuilder
@@ -68,12 +68,14 @@ class RouteContext:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Backend | Forwarder,
         max_body_bytes: int,
         timeout_s: float | None,
         missing: Callable[[str], str] | None = None,
     ) -> None:
-        self.backend = backend
+        # the one that a request calls is there: its model says which
+        self.backend = cast("Backend", backend)
+        self.forwarder = cast("Forwarder", backend)
         self.missing = missing
         self.max_body_bytes = max_body_bytes
         self.timeout_s = timeout_s
@@ -187,7 +189,7 @@ class GeneratingRoute(ABC):
         assert prepared.forwarded is not None
         assert isinstance(prepared.builder, ForwardedResponse)
         # ForwardedChunk is a Delta as far as the writers are concerned
-        return self._shared.backend.forward(self.api, prepared.forwarded).map(prepared.builder.accept)
+        return self._shared.forwarder.forward(self.api, prepared.forwarded).map(prepared.builder.accept)
 
 
 class ChatCompletions(GeneratingRoute):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable
-from typing import Any
 
 from dynamo.llm.engine import Engine
 from dynamo.llm.preprocess import Preprocessor
@@ -29,9 +28,6 @@ class EngineModel:
 
     async def _generate(self, request: Awaitable[GenerateRequest]) -> Stream[Delta]:
         return self._engine.generate(await request)
-
-    def forward(self, api: str, request: dict[str, Any]) -> Stream[Any]:
-        raise NotImplementedError("the engine takes tokens")
 
     def models(self) -> list[ServedModel]:
         return [self._model]

@@ -14,7 +14,7 @@ from dynamo.errors import ModelNotFoundError
 from dynamo.http.error_handlers import ERROR_RESPONSES
 from dynamo.http.prometheus_text import http_sd, load, merge
 from dynamo.llm.protocol import ServedModel
-from dynamo.openai.backend import Backend
+from dynamo.openai.backend import Models
 from dynamo.openai.metrics import FrontendMetrics
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Targets = Callable[[], Awaitable[Collection[str]]]
 
 def add_info_routes(
     app: FastAPI,
-    backend: Backend,
+    backend: Models,
     metrics: FrontendMetrics,
     *,
     processes: ProcessMetrics | None,

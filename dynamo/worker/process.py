@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import gc
 import inspect
-import json
 import logging
 import os
 import sys
@@ -42,6 +41,7 @@ from dynamo.worker.environment import RELOAD, RUN_DIR, namespace_of
 from dynamo.worker.http_service import HttpService
 from dynamo.worker.live_settings import LiveSettings
 from dynamo.worker.metrics_socket import METRICS, TARGETS, MetricsSocket, path_of
+from dynamo.worker.status import Status
 from dynamo.worker.stop_signals import StopSignals, run_to_end
 from dynamo.worker.stubs import InstancePool
 
@@ -65,33 +65,6 @@ PLANNER_START_S = 0.5
 
 Scrape = Callable[["Pages", Callable[[], bool]], Coroutine[Any, Any, None]]
 """serve the pages of a process until cancelled; the second argument returns whether the process is ready"""
-
-
-class Status:
-    """Reports to the supervisor over the pipe it passed; without a supervisor, `on_ready` is called when ready."""
-
-    def __init__(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
-        self._on_ready = on_ready
-        fd = os.environ.pop("DYNAMO_STATUS_FD", "")
-        self._fd = int(fd) if fd else None
-        if self._fd is not None:
-            os.set_inheritable(self._fd, False)
-
-    def report(self, event: str, **fields: Any) -> bool:
-        """Report an event; return whether there is a supervisor that received it."""
-        if self._fd is None:
-            if event == "ready" and self._on_ready is not None:
-                self._on_ready(fields)
-            return False
-        try:
-            os.write(self._fd, json.dumps({"event": event, **fields}).encode() + b"\n")
-        except OSError:
-            self._fd = None  # the supervisor has died; the kernel signals this process
-        return self._fd is not None
-
-    def progress(self, text: str) -> None:
-        """Report what the start is waiting for."""
-        self.report("progress", text=text)
 
 
 class ServiceProcess:

@@ -27,7 +27,7 @@ from dynamo.launcher import host_metrics, metrics_port, ports
 from dynamo.launcher.host_metrics import HostMetrics, ask_process, serve, serve_alone
 from dynamo.launcher.managed_process import ProcessSpec
 from dynamo.launcher.metrics_port import MetricsPort, check, check_addresses, claim
-from dynamo.launcher.supervisor import ProcessState
+from dynamo.launcher.process_slot import ProcessState
 from dynamo.worker import metrics_socket
 from dynamo.worker.metrics_socket import METRICS, TARGETS, MetricsSocket, ask, path_of
 from tests.ports import free_port, free_ports
